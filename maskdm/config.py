@@ -1,0 +1,409 @@
+"""params.yaml: the one schema, used by the commands, by Snakemake and by the tests.
+
+Every knob is declared here, with its default and its meaning; an unknown key, a wrong type or an impossible
+combination is a `ParamsError` that says where and what would be right. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from maskdm.errors import ParamsError
+from maskdm.mask_geometry import Grid, Strategy, VisibleShape, visible_shape
+
+PARAMS_FILE = Path("params.yaml")
+ARM_KEY = re.compile(r"^[a-z0-9-]+$")
+
+# torch-fidelity's extractors by name, and the one that is trained on the dataset's own labels.
+Extractor = Literal[
+    "classifier",
+    "inception-v3-compat",
+    "vgg16",
+    "clip-rn50",
+    "clip-vit-b-32",
+    "clip-vit-b-16",
+    "clip-vit-l-14",
+    "dinov2-vit-s-14",
+    "dinov2-vit-b-14",
+    "dinov2-vit-l-14",
+    "dinov2-vit-g-14",
+]
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 readers give `2e-4` as a string; YAML 1.2 (and DVC) as a number. Mean the number."""
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        return float(value)
+    return value
+
+
+def _increasing_to_one(fractions: list[float]) -> list[float]:
+    if fractions != sorted(set(fractions)) or fractions[-1] != 1.0 or fractions[0] <= 0.0:
+        raise ValueError(f"expected increasing fractions in (0, 1] that end with 1.0, got {fractions}")
+    return fractions
+
+
+Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Positive = Annotated[Number, Field(gt=0)]
+NonNegative = Annotated[Number, Field(ge=0)]
+Fraction = Annotated[Number, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A section of params.yaml: immutable, typed strictly, no key that is not declared."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+class DatasetConfig(Section):
+    """What `prepare` turns into arrays."""
+
+    source: Literal["digits", "image_folder"]
+    root: str | None = Field(None, description="image_folder: a folder tree, .zip or .tar, from this params.yaml")
+    image_size: Count = Field(description="side of the square images in pixels")
+    channels: Literal[1, 3] = 3
+    crop: Literal["none", "center"] = Field("center", description="the largest centred square, or stretch")
+    resize_filter: Literal["lanczos", "bicubic"] = Field("lanczos", description="antialiased, never nearest")
+    on_bad_image: Literal["error", "skip"] = "error"
+    max_pixels: Count = Field(64_000_000, description="an image with more is bad: guards against image bombs")
+    limit: Count | None = Field(None, description="use only the first so many images")
+    shard_images: Count = Field(8192, description="images per array file")
+
+    @model_validator(mode="after")
+    def _root_belongs_to_image_folder(self) -> Self:
+        if self.source == "image_folder" and not self.root:
+            raise ValueError("source image_folder needs root: the folder, .zip or .tar with your images")
+        if self.source == "digits" and self.root:
+            raise ValueError("source digits is embedded and takes no root; did you mean source: image_folder?")
+        return self
+
+
+class ModelConfig(Section):
+    """U-ViT's architecture."""
+
+    patch_size: Count
+    dim: Count
+    depth: Count = Field(description="blocks; odd: (depth−1)/2 in, one in the middle, (depth−1)/2 out")
+    num_heads: Count
+    mlp_ratio: Positive = 4.0
+    qkv_bias: bool = False
+    mlp_time_embed: bool = False
+    class_conditional: bool = Field(False, description="a class token beside the time token")
+
+    @model_validator(mode="after")
+    def _dims_fit(self) -> Self:
+        if self.dim % self.num_heads:
+            raise ValueError(f"num_heads {self.num_heads} does not divide dim {self.dim}")
+        if self.dim % 2:
+            raise ValueError(f"dim {self.dim} is odd; the time embedding needs pairs of sine and cosine")
+        if self.depth % 2 == 0:
+            raise ValueError(f"depth {self.depth} is even; U-ViT's long skips pair blocks around one in the middle")
+        return self
+
+
+class DiffusionConfig(Section):
+    """The forward process and what the network predicts."""
+
+    num_timesteps: Annotated[int, Field(ge=2)] = 1000
+    schedule: Literal["linear", "cosine"] = "linear"
+    prediction: Literal["epsilon", "x_0", "v"] = "epsilon"
+
+
+class BudgetConfig(Section):
+    """What every arm may spend, pretraining and finetuning together."""
+
+    match: Literal["flops", "images", "steps"] = Field("flops", description="what the arms have in common")
+    unmasked_steps: Count = Field(description="the budget: the cost of so many unmasked finetuning steps")
+    milestones: Annotated[list[Number], Field(min_length=1), AfterValidator(_increasing_to_one)] = Field(
+        [0.5, 1.0], description="fractions of the budget at which weights are kept, sampled and scored"
+    )
+
+
+class TrainingConfig(Section):
+    """What pretraining and finetuning share."""
+
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.99, 0.99]
+    weight_decay: NonNegative = 0.03
+    decay: Literal["all", "weights"] = Field("all", description="weights: none on biases, norms, embeddings")
+    ema_decay: Fraction = 0.999
+    grad_clip: Positive | None = None
+    flip: Annotated[Number, Field(ge=0, le=1)] = Field(0.0, description="probability of a left-right flip")
+    log_every: Count = 100
+    save_every_seconds: Positive = 60.0
+
+
+class StageConfig(Section):
+    """Optimisation of one training stage."""
+
+    lr: Positive
+    batch_size: Count
+    micro_batch_size: Count | None = Field(None, description="accumulate gradients over chunks of this size")
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    lr_decay: Literal["constant", "cosine"] = "constant"
+
+    @model_validator(mode="after")
+    def _micro_batches_fill_the_batch(self) -> Self:
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
+        return self
+
+
+class PretrainConfig(StageConfig):
+    """Masked pretraining."""
+
+    share: Fraction = Field(0.3, description="the part of the budget spent on pretraining")
+
+
+class FinetuneConfig(StageConfig):
+    """Unmasked finetuning."""
+
+    init_from: Literal["ema", "raw"] = "ema"
+
+
+class ArmConfig(Section):
+    """One cell of the ablation."""
+
+    strategy: Strategy
+    mask_rate: Fraction | None = None
+    block_size: Count | None = None
+    pretrain: dict[str, Any] = Field({}, description="what differs from `pretrain` for this arm")
+    finetune: dict[str, Any] = Field({}, description="what differs from `finetune` for this arm")
+
+    @model_validator(mode="after")
+    def _mask_is_complete(self) -> Self:
+        if self.strategy == "none" and (self.mask_rate is not None or self.pretrain):
+            raise ValueError("strategy none has no pretraining: remove mask_rate and pretrain")
+        if self.strategy != "none" and self.mask_rate is None:
+            raise ValueError(f"strategy {self.strategy} needs mask_rate, in [0, 1)")
+        if (self.strategy == "block") != (self.block_size is not None):
+            raise ValueError("block_size (in patches) belongs to strategy block, and strategy block needs it")
+        return self
+
+
+class SamplingConfig(Section):
+    """How images are drawn from the EMA weights."""
+
+    sampler: Literal["ddim", "ddpm"] = "ddim"
+    num_steps: Count = Field(50, description="network evaluations per image")
+    eta: Annotated[Number, Field(ge=0, le=1)] = Field(0.0, description="ddim only: 0 is deterministic")
+    num_samples: Count = 1000
+    batch_size: Count = 250
+    clip_x_0: bool = True
+    grid_images: Count = Field(64, description="images in the PNG grid")
+
+
+class EvaluationConfig(Section):
+    """How samples are scored."""
+
+    features: Extractor = "classifier"
+    weights: str | None = Field(None, description="a local weights file of a torch-fidelity extractor")
+    batch_size: Count = 256
+    kid_subsets: Count = 100
+    kid_subset_size: Annotated[int, Field(ge=2)] = 500
+    prc_neighborhood: Count = 3
+    classifier_epochs: Count = 20
+
+    @model_validator(mode="after")
+    def _weights_are_for_a_pretrained_extractor(self) -> Self:
+        if self.features == "classifier" and self.weights:
+            raise ValueError("the classifier is trained on the dataset's labels and takes no weights")
+        return self
+
+
+class ComputeConfig(Section):
+    """The machine: results are byte-identical only for equal values here, on the same machine."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    threads: Count = Field(1, description="CPU threads of a stage; Snakemake reserves as many cores")
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    enabled: bool = True
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    dataset: DatasetConfig
+    model: ModelConfig
+    diffusion: DiffusionConfig
+    budget: BudgetConfig
+    training: TrainingConfig
+    pretrain: PretrainConfig
+    finetune: FinetuneConfig
+    sampling: SamplingConfig
+    evaluation: EvaluationConfig
+    compute: ComputeConfig = ComputeConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    arms: Annotated[dict[str, ArmConfig], Field(min_length=1)]
+
+    @property
+    def grid(self) -> Grid:
+        """The token grid."""
+        side = self.dataset.image_size // self.model.patch_size
+        return Grid(side, side)
+
+    def arm(self, key: str) -> ArmConfig:
+        """The arm of that key.
+
+        Raises:
+            ParamsError: there is none.
+        """
+        if key not in self.arms:
+            raise ParamsError(f"there is no arm {key!r} in {PARAMS_FILE}{_suggest(key, list(self.arms))}")
+        return self.arms[key]
+
+    def pretrain_of(self, key: str) -> PretrainConfig:
+        """The pretraining of an arm; a share of 0 for strategy `none`, which has none."""
+        arm = self.arm(key)
+        own = {"share": 0.0} if arm.strategy == "none" else arm.pretrain
+        return PretrainConfig.model_validate({**self.pretrain.model_dump(), **own})
+
+    def finetune_of(self, key: str) -> FinetuneConfig:
+        """The finetuning of an arm."""
+        return FinetuneConfig.model_validate({**self.finetune.model_dump(), **self.arm(key).finetune})
+
+    def visible_of(self, key: str) -> VisibleShape:
+        """How many patches an arm's pretraining sees."""
+        arm = self.arm(key)
+        return visible_shape(arm.strategy, arm.mask_rate or 0.0, self.grid, arm.block_size)
+
+    @model_validator(mode="after")
+    def _combinations_are_possible(self) -> Self:
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds: expected different numbers, got {self.seeds}")
+        if self.dataset.image_size % self.model.patch_size:
+            raise ValueError(
+                f"model.patch_size {self.model.patch_size} does not divide dataset.image_size {self.dataset.image_size}"
+            )
+        if self.sampling.num_steps > self.diffusion.num_timesteps:
+            raise ValueError(
+                f"sampling.num_steps {self.sampling.num_steps} is more than diffusion.num_timesteps "
+                f"{self.diffusion.num_timesteps}"
+            )
+        self._samples_suffice()
+        for key in self.arms:
+            self._arm_is_possible(key)
+        return self
+
+    def _samples_suffice(self) -> None:
+        num_samples, evaluation = self.sampling.num_samples, self.evaluation
+        needed = max(evaluation.kid_subset_size, evaluation.prc_neighborhood + 1)
+        if num_samples < needed:
+            raise ValueError(
+                f"sampling.num_samples {num_samples} is fewer than the metrics need: {needed} "
+                "(evaluation.kid_subset_size, and prc_neighborhood + 1)"
+            )
+
+    def _arm_is_possible(self, key: str) -> None:
+        if not ARM_KEY.match(key):
+            raise ValueError(f"arms.{key}: an arm's key may hold only a-z, 0-9 and '-' (it names files and stages)")
+        try:
+            self.visible_of(key)
+            share = self.pretrain_of(key).share
+            self.finetune_of(key)
+        except ValidationError as error:
+            raise ValueError(f"arms.{key}: {_first_message(error)}") from None
+        except ValueError as error:
+            raise ValueError(f"arms.{key}: {error}") from None
+        if self.budget.milestones[0] <= share:
+            raise ValueError(
+                f"arms.{key}: the first milestone ({self.budget.milestones[0]} of the budget) falls into "
+                f"pretraining (share {share}); milestones are taken while finetuning"
+            )
+
+
+def load_params(path: Path = PARAMS_FILE) -> Params:
+    """Read and validate params.yaml.
+
+    Raises:
+        ParamsError: it is missing, no YAML, or does not satisfy the schema; one line per mistake.
+    """
+    if not path.is_file():
+        raise ParamsError(
+            f"no {path} in {Path.cwd()}: run this where a params.yaml is (the project's root or experiments/<name>)"
+        )
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ParamsError(f"{path} is not plain YAML: {' '.join(str(error).split())}") from None
+    return parse_params(content, source=str(path))
+
+
+def parse_params(content: Any, source: str = "params.yaml") -> Params:
+    """Validate the content of a params.yaml.
+
+    Raises:
+        ParamsError: one line per mistake.
+    """
+    if not isinstance(content, dict):
+        raise ParamsError(f"{source}: expected a mapping of sections, got {type(content).__name__}")
+    try:
+        return Params.model_validate(content)
+    except ValidationError as error:
+        raise ParamsError("\n".join(f"{source}: {_message(e)}" for e in error.errors())) from None
+
+
+def fingerprint(*parts: Any) -> str:
+    """A short hash of plain values or sections: equal values, equal hash."""
+    plain = [p.model_dump(mode="json") if isinstance(p, BaseModel) else p for p in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _first_message(error: ValidationError) -> str:
+    return _message(error.errors()[0])
+
+
+def _message(error: Any) -> str:
+    """One validation error of pydantic's as one line: where, what, what would be right."""
+    loc = [str(part) for part in error["loc"]]
+    where = ".".join(loc)
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown key{_suggest(loc[-1], _sibling_keys(loc))}"
+    if error["type"] == "missing":
+        return f"{where}: is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    return f"{where}: {message[0].lower()}{message[1:]}, got {error['input']!r}"
+
+
+def _sibling_keys(loc: list[str]) -> list[str]:
+    """The keys the schema knows at the place of `loc`."""
+    sections: list[type[BaseModel]] = [Params]
+    for part in loc[:-1]:
+        annotations = [s.model_fields[part].annotation for s in sections if part in s.model_fields]
+        sections = [m for a in annotations for m in (a, *get_args(a)) if isinstance(m, type)] or sections
+        sections = [m for m in sections if issubclass(m, BaseModel)] or sections
+        if annotations and part == "arms":
+            sections = [ArmConfig]
+    owner = sections[0] if sections and issubclass(sections[0], BaseModel) else PretrainConfig
+    # an arm's `pretrain` and `finetune` are validated merged, with a loc of their own
+    return list(owner.model_fields) + (list(PretrainConfig.model_fields) if len(loc) == 1 else [])
+
+
+def _suggest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; expected one of: {', '.join(sorted(set(known)))}"

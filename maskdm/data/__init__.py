@@ -1,0 +1,1 @@
+"""Datasets: from any source to sharded uint8 arrays, and back as batches."""

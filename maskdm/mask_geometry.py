@@ -1,0 +1,93 @@
+"""How many patches a mask leaves visible: plain arithmetic, shared by the schema and the torch code.
+
+Nothing here imports torch, so that ``maskdm validate`` can refuse an impossible mask at once.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+Strategy = Literal["none", "patch", "block", "crop"]
+
+
+class Grid(NamedTuple):
+    """The token grid: an image of (rows·p) × (cols·p) pixels in patches of p × p."""
+
+    rows: int
+    cols: int
+
+    @property
+    def num_patches(self) -> int:
+        """N in patches: rows × cols."""
+        return self.rows * self.cols
+
+
+class VisibleShape(NamedTuple):
+    """What a mask leaves: S patches, and for `crop` the window that holds them."""
+
+    num_visible: int
+    window: tuple[int, int] | None = None
+
+    def realised_mask_rate(self, grid: Grid) -> float:
+        """The mask rate m = 1 − S/N that is really used."""
+        return 1.0 - self.num_visible / grid.num_patches
+
+
+def visible_shape(strategy: Strategy, mask_rate: float, grid: Grid, block_size: int | None = None) -> VisibleShape:
+    """The number of visible patches S for a requested mask rate.
+
+    `patch` and `block` realise round((1 − m)·N) exactly: `block` cuts its last block to do so. `crop` takes,
+    among the windows whose sides follow the grid's (square to within one patch on a square grid), the one whose
+    area is nearest to it.
+
+    Args:
+        strategy: how the mask is drawn; `none` sees everything.
+        mask_rate: the paper's m, in [0, 1).
+        grid: the token grid.
+        block_size: side of a block in patches; `block` only.
+
+    Raises:
+        ValueError: the rate is outside [0, 1), leaves no patch visible, cannot be realised to within one row of
+            the crop window, or the block does not fit the grid.
+
+    Source: MaskDM (arXiv 2306.11363), section 3.2; m = 1 − S/N.
+    """
+    if not 0.0 <= mask_rate < 1.0:
+        raise ValueError(f"mask_rate {mask_rate} is outside [0, 1)")
+    if strategy == "none":
+        return VisibleShape(grid.num_patches)
+    num_visible = round((1.0 - mask_rate) * grid.num_patches)
+    if num_visible < 1:
+        raise ValueError(
+            f"mask_rate {mask_rate} leaves no patch visible on a {grid.rows}×{grid.cols} grid; "
+            f"the highest possible is {1 - 1 / grid.num_patches:.4g}"
+        )
+    if strategy == "block":
+        _check_block(block_size, grid)
+    if strategy == "crop":
+        return _crop_window(num_visible, mask_rate, grid)
+    return VisibleShape(num_visible)
+
+
+def _check_block(block_size: int | None, grid: Grid) -> None:
+    if block_size is None or block_size < 1:
+        raise ValueError(f"strategy 'block' needs block_size ≥ 1 (in patches), got {block_size}")
+    if block_size > min(grid):
+        raise ValueError(f"block_size {block_size} is larger than the {grid.rows}×{grid.cols} token grid")
+
+
+def _crop_window(num_visible: int, mask_rate: float, grid: Grid) -> VisibleShape:
+    windows = [
+        (h, w)
+        for h in range(1, grid.rows + 1)
+        for w in range(1, grid.cols + 1)
+        if abs(h * grid.cols - w * grid.rows) <= max(grid)  # the grid's aspect to within one patch
+    ]
+    # Nearest area first; between equals the squarer, then the larger, then the wider window.
+    h, w = min(windows, key=lambda s: (abs(s[0] * s[1] - num_visible), abs(s[0] - s[1]), -s[0] * s[1], s[0]))
+    if abs(h * w - num_visible) > max(h, w):
+        raise ValueError(
+            f"mask_rate {mask_rate} asks crop for {num_visible} visible patches; the nearest window is "
+            f"{h}×{w} = {h * w}, more than one row away"
+        )
+    return VisibleShape(h * w, (h, w))

@@ -1,0 +1,48 @@
+"""Where every stage reads and writes, relative to the folder of params.yaml: one place, for code and engines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+RESULTS = Path("results")
+DATA = RESULTS / "data"
+FEATURES = RESULTS / "features"
+REPORT = RESULTS / "report"
+WORK = Path(".work")  # resumable state and half-built outputs: never an output of a stage
+
+
+def pretrain(arm: str, seed: int) -> Path:
+    """The folder of an arm's pretrained weights and curve."""
+    return RESULTS / "pretrain" / arm / f"seed-{seed}"
+
+
+def finetune(arm: str, seed: int) -> Path:
+    """The folder of an arm's finetuned weights, one file per milestone, and curve."""
+    return RESULTS / "finetune" / arm / f"seed-{seed}"
+
+
+def samples(arm: str, seed: int) -> Path:
+    """The folder of an arm's samples: an array and a PNG grid per milestone."""
+    return RESULTS / "samples" / arm / f"seed-{seed}"
+
+
+def metrics(arm: str, seed: int) -> Path:
+    """The file of an arm's metrics."""
+    return RESULTS / "metrics" / f"{arm}-seed-{seed}.json"
+
+
+def record(stage: str, arm: str | None = None, seed: int | None = None) -> Path:
+    """The provenance and timing of one run of a stage: what differs between equal runs lives here alone."""
+    name = stage if arm is None else f"{stage}-{arm}-seed-{seed}"
+    return RESULTS / "records" / f"{name}.json"
+
+
+def work(output: Path) -> Path:
+    """The work folder that belongs to an output."""
+    return WORK / output
+
+
+def project_root(start: Path | None = None) -> Path:
+    """The nearest folder at or above `start` that holds a DVC repository, else `start` itself."""
+    here = (start or Path.cwd()).resolve()
+    return next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), here)

@@ -1,0 +1,76 @@
+"""Progress with an ETA: a live bar on a terminal, a line now and then in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+LOG_EVERY_SECONDS = 15.0
+
+
+class Progress:
+    """Counts up to `total`, showing rate, ETA and a note.
+
+    Args:
+        total: how much there is to do, in `unit`s.
+        description: what is being done.
+        unit: what is counted.
+        initial: how much was done before (a resumed run).
+    """
+
+    def __init__(self, total: int, description: str, unit: str = "it", initial: int = 0) -> None:
+        self._live = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total,
+            desc=description,
+            unit=unit,
+            initial=initial,
+            disable=not self._live,
+            dynamic_ncols=True,
+            leave=True,
+        )
+        self._total, self._description, self._unit = total, description, unit
+        self._done = self._initial = initial
+        self._start = self._last = time.monotonic()
+
+    def update(self, done: int = 1, note: str = "") -> None:
+        """Count `done` more; `note` is shown beside the bar."""
+        self._done += done
+        if self._live:
+            if note:
+                self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(done)
+        elif time.monotonic() - self._last >= LOG_EVERY_SECONDS or self._done >= self._total:
+            self._print(note)
+
+    def close(self) -> None:
+        """Finish the bar."""
+        self._bar.close()
+
+    def _print(self, note: str) -> None:
+        self._last = time.monotonic()
+        rate = (self._done - self._initial) / max(self._last - self._start, 1e-9)
+        left = (self._total - self._done) / rate if rate > 0 else float("inf")
+        tail = f", {note}" if note else ""
+        print(
+            f"{self._description}: {self._done}/{self._total} {self._unit}, "
+            f"{rate:.1f} {self._unit}/s, {left:.0f} s left{tail}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def progress(items: Iterable[T], total: int, description: str, unit: str = "it") -> Iterator[T]:
+    """Iterate with a progress display."""
+    bar = Progress(total, description, unit)
+    try:
+        for item in items:
+            yield item
+            bar.update()
+    finally:
+        bar.close()

@@ -1,0 +1,88 @@
+"""Provenance and timing of a stage's run: the part of a result that differs between equal runs."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from maskdm import __version__, paths
+from maskdm.config import Params, fingerprint
+from maskdm.publishing import publish_json
+
+PACKAGES = ("torch", "torch-fidelity", "numpy", "pandas", "scikit-learn", "mlflow", "dvc", "snakemake")
+
+
+@contextmanager
+def stage_record(params: Params, stage: str, arm: str | None = None, seed: int | None = None) -> Iterator[dict[str, Any]]:
+    """Time a stage and write its record when it ends well; the block may add entries of its own.
+
+    Yields:
+        the record: a flat dict with git commit, versions, machine, fingerprint of the params.
+    """
+    started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
+    record: dict[str, Any] = {"stage": stage, "arm": arm, "seed": seed, **provenance(params)}
+    yield record
+    record["started"] = started.isoformat(timespec="seconds")
+    record["wall_seconds"] = round(time.perf_counter() - clock, 3)
+    record["peak_memory_gib"] = round(peak_memory_gib(), 3)
+    publish_json(paths.record(stage, arm, seed), record)
+
+
+def provenance(params: Params) -> dict[str, Any]:
+    """What produced a number: commit, params, versions, machine."""
+    commit, dirty = git_state()
+    return {
+        "maskdm": __version__,
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "params_fingerprint": fingerprint(params),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "machine": {"cpu": _cpu_name(), "cores": os.cpu_count(), "system": platform.platform()},
+    }
+
+
+@cache
+def git_state() -> tuple[str | None, bool | None]:
+    """The commit of the working tree and whether it has changes; (None, None) outside a git repository."""
+    commit = _git("rev-parse", "HEAD")
+    if commit is None:
+        return None, None
+    return commit, bool(_git("status", "--porcelain", "--untracked-files=no"))
+
+
+def peak_memory_gib() -> float:
+    """The largest resident size of this process so far, in GiB."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+@cache
+def _versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in PACKAGES}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
