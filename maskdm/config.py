@@ -76,15 +76,17 @@ class DatasetConfig(Section):
     """What `prepare` turns into arrays."""
 
     source: Literal["digits", "image_folder"]
-    root: str | None = Field(None, description="image_folder: a folder tree, .zip or .tar, from this params.yaml")
+    root: str | None = Field(
+        default=None, description="image_folder: a folder tree, .zip or .tar, from this params.yaml"
+    )
     image_size: Count = Field(description="side of the square images in pixels")
     channels: Literal[1, 3] = 3
-    crop: Literal["none", "center"] = Field("center", description="the largest centred square, or stretch")
-    resize_filter: Literal["lanczos", "bicubic"] = Field("lanczos", description="antialiased, never nearest")
+    crop: Literal["none", "center"] = Field(default="center", description="the largest centred square, or stretch")
+    resize_filter: Literal["lanczos", "bicubic"] = Field(default="lanczos", description="antialiased, never nearest")
     on_bad_image: Literal["error", "skip"] = "error"
-    max_pixels: Count = Field(64_000_000, description="an image with more is bad: guards against image bombs")
-    limit: Count | None = Field(None, description="use only the first so many images")
-    shard_images: Count = Field(8192, description="images per array file")
+    max_pixels: Count = Field(default=64_000_000, description="an image with more is bad: guards against image bombs")
+    limit: Count | None = Field(default=None, description="use only the first so many images")
+    shard_images: Count = Field(default=8192, description="images per array file")
 
     @model_validator(mode="after")
     def _root_belongs_to_image_folder(self) -> Self:
@@ -105,7 +107,7 @@ class ModelConfig(Section):
     mlp_ratio: Positive = 4.0
     qkv_bias: bool = False
     mlp_time_embed: bool = False
-    class_conditional: bool = Field(False, description="a class token beside the time token")
+    class_conditional: bool = Field(default=False, description="a class token beside the time token")
 
     @model_validator(mode="after")
     def _dims_fit(self) -> Self:
@@ -129,7 +131,7 @@ class DiffusionConfig(Section):
 class BudgetConfig(Section):
     """What every arm may spend, pretraining and finetuning together."""
 
-    match: Literal["flops", "images", "steps"] = Field("flops", description="what the arms have in common")
+    match: Literal["flops", "images", "steps"] = Field(default="flops", description="what the arms have in common")
     unmasked_steps: Count = Field(description="the budget: the cost of so many unmasked finetuning steps")
     milestones: Annotated[list[Number], Field(min_length=1), AfterValidator(_increasing_to_one)] = Field(
         [0.5, 1.0], description="fractions of the budget at which weights are kept, sampled and scored"
@@ -141,12 +143,11 @@ class TrainingConfig(Section):
 
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.99, 0.99]
     weight_decay: NonNegative = 0.03
-    decay: Literal["all", "weights"] = Field("all", description="weights: none on biases, norms, embeddings")
+    decay: Literal["all", "weights"] = Field(default="all", description="weights: none on biases, norms, embeddings")
     ema_decay: Fraction = 0.999
     grad_clip: Positive | None = None
-    flip: Annotated[Number, Field(ge=0, le=1)] = Field(0.0, description="probability of a left-right flip")
+    flip: Annotated[Number, Field(ge=0, le=1)] = Field(default=0.0, description="probability of a left-right flip")
     log_every: Count = 100
-    save_every_seconds: Positive = 60.0
 
 
 class StageConfig(Section):
@@ -154,7 +155,7 @@ class StageConfig(Section):
 
     lr: Positive
     batch_size: Count
-    micro_batch_size: Count | None = Field(None, description="accumulate gradients over chunks of this size")
+    micro_batch_size: Count | None = Field(default=None, description="accumulate gradients over chunks of this size")
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     lr_decay: Literal["constant", "cosine"] = "constant"
 
@@ -168,7 +169,7 @@ class StageConfig(Section):
 class PretrainConfig(StageConfig):
     """Masked pretraining."""
 
-    share: Fraction = Field(0.3, description="the part of the budget spent on pretraining")
+    share: Fraction = Field(default=0.3, description="the part of the budget spent on pretraining")
 
 
 class FinetuneConfig(StageConfig):
@@ -183,8 +184,8 @@ class ArmConfig(Section):
     strategy: Strategy
     mask_rate: Fraction | None = None
     block_size: Count | None = None
-    pretrain: dict[str, Any] = Field({}, description="what differs from `pretrain` for this arm")
-    finetune: dict[str, Any] = Field({}, description="what differs from `finetune` for this arm")
+    pretrain: dict[str, Any] = Field(default={}, description="what differs from `pretrain` for this arm")
+    finetune: dict[str, Any] = Field(default={}, description="what differs from `finetune` for this arm")
 
     @model_validator(mode="after")
     def _mask_is_complete(self) -> Self:
@@ -201,19 +202,19 @@ class SamplingConfig(Section):
     """How images are drawn from the EMA weights."""
 
     sampler: Literal["ddim", "ddpm"] = "ddim"
-    num_steps: Count = Field(50, description="network evaluations per image")
-    eta: Annotated[Number, Field(ge=0, le=1)] = Field(0.0, description="ddim only: 0 is deterministic")
+    num_steps: Count = Field(default=50, description="network evaluations per image")
+    eta: Annotated[Number, Field(ge=0, le=1)] = Field(default=0.0, description="ddim only: 0 is deterministic")
     num_samples: Count = 1000
     batch_size: Count = 250
     clip_x_0: bool = True
-    grid_images: Count = Field(64, description="images in the PNG grid")
+    grid_images: Count = Field(default=64, description="images in the PNG grid")
 
 
 class EvaluationConfig(Section):
     """How samples are scored."""
 
     features: Extractor = "classifier"
-    weights: str | None = Field(None, description="a local weights file of a torch-fidelity extractor")
+    weights: str | None = Field(default=None, description="a local weights file of a torch-fidelity extractor")
     batch_size: Count = 256
     kid_subsets: Count = 100
     kid_subset_size: Annotated[int, Field(ge=2)] = 500
@@ -232,13 +233,19 @@ class ComputeConfig(Section):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    threads: Count = Field(1, description="CPU threads of a stage; Snakemake reserves as many cores")
+    threads: Count = Field(default=1, description="CPU threads of a stage; Snakemake reserves as many cores")
 
 
 class TrackingConfig(Section):
-    """MLflow."""
+    """MLflow; nothing here changes a result."""
 
     enabled: bool = True
+
+
+class SavingConfig(Section):
+    """Resumable training state; nothing here changes a result."""
+
+    every_seconds: Positive = Field(default=60.0, description="how often the state of a training stage is saved")
 
 
 class Params(Section):
@@ -257,6 +264,7 @@ class Params(Section):
     evaluation: EvaluationConfig
     compute: ComputeConfig = ComputeConfig()
     tracking: TrackingConfig = TrackingConfig()
+    saving: SavingConfig = SavingConfig()
     arms: Annotated[dict[str, ArmConfig], Field(min_length=1)]
 
     @property

@@ -47,8 +47,8 @@ def visible_shape(strategy: Strategy, mask_rate: float, grid: Grid, block_size: 
         block_size: side of a block in patches; `block` only.
 
     Raises:
-        ValueError: the rate is outside [0, 1), leaves no patch visible, cannot be realised to within one row of
-            the crop window, or the block does not fit the grid.
+        ValueError: the rate is outside [0, 1), leaves no patch visible or, though positive, masks none, cannot be
+            realised to within one row of the crop window, or the block does not fit the grid.
 
     Source: MaskDM (arXiv 2306.11363), section 3.2; m = 1 − S/N.
     """
@@ -64,9 +64,10 @@ def visible_shape(strategy: Strategy, mask_rate: float, grid: Grid, block_size: 
         )
     if strategy == "block":
         _check_block(block_size, grid)
-    if strategy == "crop":
-        return _crop_window(num_visible, mask_rate, grid)
-    return VisibleShape(num_visible)
+    shape = _crop_window(num_visible, mask_rate, grid) if strategy == "crop" else VisibleShape(num_visible)
+    if mask_rate > 0 and shape.num_visible == grid.num_patches:
+        raise ValueError(f"mask_rate {mask_rate} masks nothing on a {grid.rows}×{grid.cols} grid with {strategy}")
+    return shape
 
 
 def _check_block(block_size: int | None, grid: Grid) -> None:

@@ -48,6 +48,10 @@ class Progress:
         elif time.monotonic() - self._last >= LOG_EVERY_SECONDS or self._done >= self._total:
             self._print(note)
 
+    def update_to(self, done: int, note: str = "") -> None:
+        """Say how much is done in all."""
+        self.update(done - self._done, note)
+
     def close(self) -> None:
         """Finish the bar."""
         self._bar.close()

@@ -70,7 +70,9 @@ def publish_json(output: Path, content: Any) -> None:
 
 def cannot_write(output: Path, error: OSError) -> UserError:
     """What to tell a user who may not, or can't, write there."""
-    return UserError(f"cannot write {output}: {error.strerror or error} (free space, or permissions of {output.parent}?)")
+    return UserError(
+        f"cannot write {output}: {error.strerror or error} (free space, or permissions of {output.parent}?)"
+    )
 
 
 def _replace_folder(building: Path, output: Path) -> None:

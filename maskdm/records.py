@@ -20,11 +20,23 @@ from maskdm import __version__, paths
 from maskdm.config import Params, fingerprint
 from maskdm.publishing import publish_json
 
-PACKAGES = ("torch", "torch-fidelity", "numpy", "pandas", "scikit-learn", "mlflow", "dvc", "snakemake")
+PACKAGES = (
+    "torch",
+    "torch-fidelity",
+    "numpy",
+    "pandas",
+    "pillow",
+    "scikit-learn",
+    "mlflow",
+    "dvc",
+    "snakemake",
+)
 
 
 @contextmanager
-def stage_record(params: Params, stage: str, arm: str | None = None, seed: int | None = None) -> Iterator[dict[str, Any]]:
+def stage_record(
+    params: Params, stage: str, arm: str | None = None, seed: int | None = None
+) -> Iterator[dict[str, Any]]:
     """Time a stage and write its record when it ends well; the block may add entries of its own.
 
     Yields:

@@ -1,0 +1,60 @@
+# Every command of the project; `make help` lists them.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# the engines start `maskdm` as a command: it must be the one of this environment
+export PATH := $(BIN):$(PATH)
+export PYTHONUNBUFFERED := 1
+# the first of these that is new enough, unless you say PYTHON=…
+PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 python,$(if $(shell $(p) -c 'import sys; print(sys.version_info >= (3, 11) or "")' 2>/dev/null),$(p))))
+
+.PHONY: help
+help:  ## list the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## *' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+.PHONY: install
+install: $(INSTALLED)  ## create .venv with the locked dependencies (the other commands do it when needed)
+
+$(INSTALLED): requirements.lock pyproject.toml
+	@$(if $(PYTHON),true,echo "maskdm needs Python 3.11 or newer; found: $$(python3 --version 2>&1). Install one, or: make PYTHON=/path/to/python3.11" >&2; exit 1)
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"maskdm needs Python 3.11 or newer; $(PYTHON) is {v.major}.{v.minor}. Try: make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	@touch $@
+
+.PHONY: demo
+demo: $(INSTALLED)  ## run the default experiment through DVC and show what came out
+	dvc repro
+	@echo
+	@maskdm summary
+	@echo "look at the arms in MLflow with: make ui"
+
+.PHONY: ui
+ui: $(INSTALLED)  ## open MLflow's UI and print the address that compares the arms
+	@maskdm ui
+
+.PHONY: test
+test: $(INSTALLED)  ## run the tests
+	$(BIN)/python -m pytest
+
+.PHONY: check
+check: $(INSTALLED)  ## format, lint, types, import contract, workflow lint
+	ruff format --check .
+	ruff check .
+	mypy
+	lint-imports --no-cache
+	snakefmt --check Snakefile workflow
+	snakemake --lint
+
+.PHONY: format
+format: $(INSTALLED)  ## rewrite the code in the project's format
+	ruff check --fix .
+	ruff format .
+	snakefmt Snakefile workflow
+
+.PHONY: clean
+clean:  ## remove the results and logs of the default experiment (DVC's cache stays)
+	rm -rf results/* logs .work

@@ -1,0 +1,21 @@
+# The pipeline for Snakemake: the stages of dvc.yaml, arms in parallel.
+#   snakemake --cores N                          the experiment of ./params.yaml
+#   snakemake -d experiments/<name> --cores N    another one
+from snakemake.utils import min_version
+
+min_version("9.0")
+
+
+configfile: "params.yaml"
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/data.smk"
+include: "workflow/rules/training.smk"
+include: "workflow/rules/scoring.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        "results/report",

@@ -1,0 +1,165 @@
+"""U-ViT: everything is a token, plain pre-norm blocks, long skips; it sees visible patches only.
+
+Parameter names and shapes follow the U-ViT family (`in_blocks.0.attn.qkv.weight`, …; `patch_embed.proj` is the
+convolution of the reference flattened to (row, column, channel)), so that its checkpoints can be converted.
+
+Source: Bao et al. 2022, "All are Worth Words: A ViT Backbone for Diffusion Models" (arXiv 2209.12152);
+MaskDM (arXiv 2306.11363), section 3.2. Differs: no final 3×3 convolution, which masked patches would leave
+without neighbours; MaskDM leaves it out too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from maskdm.config import ModelConfig
+
+
+class UViT(nn.Module):
+    """Predicts the target of every visible patch from the noised visible patches.
+
+    Args:
+        config: the architecture.
+        num_patches: N of the grid.
+        patch_dim: pixels of a patch, p·p·C.
+        num_classes: of a class-conditional model; ignored otherwise.
+    """
+
+    def __init__(self, config: ModelConfig, num_patches: int, patch_dim: int, num_classes: int = 0) -> None:
+        super().__init__()
+        dim = config.dim
+        self.dim = dim
+        self.num_extra_tokens = 2 if config.class_conditional else 1
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Linear(patch_dim, dim)))
+        self.time_embed = _time_mlp(dim) if config.mlp_time_embed else nn.Identity()
+        self.label_emb = nn.Embedding(num_classes, dim) if config.class_conditional else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.num_extra_tokens + num_patches, dim))
+        self.in_blocks = nn.ModuleList(Block(config) for _ in range(config.depth // 2))
+        self.mid_block = Block(config)
+        self.out_blocks = nn.ModuleList(Block(config, skip=True) for _ in range(config.depth // 2))
+        self.norm = nn.LayerNorm(dim)
+        self.decoder_pred = nn.Linear(dim, patch_dim)
+
+    def forward(self, patches: Tensor, t: Tensor, visible_idx: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Predict per visible patch.
+
+        Args:
+            patches: noised visible patches, (B, S, P).
+            t: timesteps, (B,).
+            visible_idx: which patches these are, (B, S) int64.
+            labels: classes, (B,) int64; needed by a class-conditional model.
+
+        Returns:
+            the prediction, (B, S, P).
+        """
+        # fmt: off
+        x = self.patch_embed(patches) + self._positions(visible_idx)  # (B, S, D)
+        x = torch.cat([self._extra_tokens(t, labels), x], dim=1)      # (B, E+S, D)
+        skips = []
+        for block in self.in_blocks:
+            x = block(x)
+            skips.append(x)
+        x = self.mid_block(x)
+        for block in self.out_blocks:
+            x = block(x, skips.pop())
+        x = self.norm(x[:, self.num_extra_tokens :])                  # (B, S, D)
+        return self.decoder_pred(x)                                   # (B, S, P)
+        # fmt: on
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Draw all weights: truncated normal of std 0.02, zero biases (as U-ViT).
+
+        Args:
+            generator: on the CPU, so that the weights do not depend on the device.
+        """
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif "norm" in name:
+                nn.init.ones_(parameter)
+            else:
+                nn.init.trunc_normal_(parameter, std=0.02, generator=generator)
+
+    def _positions(self, visible_idx: Tensor) -> Tensor:
+        """The position embeddings H of the visible patches: (B, S) → (B, S, D)."""
+        return F.embedding(visible_idx + self.num_extra_tokens, self.pos_embed[0])
+
+    def _extra_tokens(self, t: Tensor, labels: Tensor | None) -> Tensor:
+        """The class token, if any, and the time token, with their positions: (B, E, D)."""
+        tokens = [self.time_embed(timestep_embedding(t, self.dim))]
+        if self.label_emb is not None:
+            assert labels is not None, "a class-conditional model needs labels"
+            tokens = [self.label_emb(labels), *tokens]
+        return torch.stack(tokens, dim=1) + self.pos_embed[:, : self.num_extra_tokens]
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block; with `skip`, a long skip is concatenated and projected first."""
+
+    def __init__(self, config: ModelConfig, skip: bool = False) -> None:
+        super().__init__()
+        dim = config.dim
+        self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = Attention(dim, config.num_heads, config.qkv_bias)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * config.mlp_ratio))
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        """(B, S, D), optional skip (B, S, D) → (B, S, D)."""
+        if self.skip_linear is not None:
+            assert skip is not None
+            x = self.skip_linear(torch.cat([x, skip], dim=-1))
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; the kernel is PyTorch's choice (see `maskdm.device`)."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, S, D) → (B, S, D)."""
+        b, s, d = x.shape
+        qkv = self.qkv(x).view(b, s, 3, self.num_heads, d // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, S, D/heads)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(b, s, d))
+
+
+class Mlp(nn.Module):
+    """Two linear layers around a GELU."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, S, D) → (B, S, D)."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
+    """Sinusoidal embedding of timesteps: (B,) → (B, dim), cosines first.
+
+    Source: Vaswani et al. 2017, as used by ADM and U-ViT.
+    """
+    half = dim // 2
+    frequencies = torch.exp(-math.log(max_period) / half * torch.arange(half, device=t.device, dtype=torch.float32))
+    angles = t[:, None].float() * frequencies[None]  # (B, dim/2)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, dim)
+
+
+def _time_mlp(dim: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim))

@@ -1,0 +1,335 @@
+"""The dataset on disk: memory-mapped .npy shards of uint8 images, labels, and a manifest that describes them.
+
+Equal images give equal bytes: nothing here depends on the time, the machine or where the folder lies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from maskdm import paths
+from maskdm.errors import UserError
+from maskdm.publishing import publish_json
+
+FORMAT = "maskdm-arrays/1"
+MANIFEST = "manifest.json"
+LABELS = "labels.npy"
+
+Images = NDArray[np.uint8]  # one image (H, W, C) or a batch (B, H, W, C), values 0..255
+Labels = NDArray[np.int64]
+FileName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]  # beside the manifest, never a path
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class _Shard(_Entry):
+    file: FileName
+    count: Count
+    sha256: Digest
+
+
+class _LabelsFile(_Entry):
+    file: FileName
+    sha256: Digest
+    class_names: Annotated[list[str], Field(min_length=1)]
+
+
+class _Skipped(_Entry):
+    file: str
+    reason: str
+
+
+class _Manifest(_Entry):
+    """What manifest.json holds."""
+
+    format: Literal["maskdm-arrays/1"]
+    count: Count
+    shape: tuple[Count, Count, Count]
+    dtype: Literal["uint8"]
+    shards: Annotated[list[_Shard], Field(min_length=1)]
+    labels: _LabelsFile | None
+    sha256: Digest
+    source: dict[str, Any]
+    protocol: dict[str, Any]
+    skipped: list[_Skipped]
+
+    @model_validator(mode="after")
+    def _shards_hold_count(self) -> Self:
+        held = sum(shard.count for shard in self.shards)
+        if held != self.count:
+            raise ValueError(f"its shards hold {held} images, but count is {self.count}")
+        return self
+
+
+@dataclass
+class LabelledImages:
+    """What a source gives to be written.
+
+    Attributes:
+        images: pairs of an image (H, W, C) and the index of its class (None without classes), read once.
+        class_names: the names of the classes, or None.
+        skipped: the bad images left out so far, as {"file", "reason"}: complete when `images` is exhausted.
+    """
+
+    images: Iterator[tuple[Images, int | None]]
+    class_names: tuple[str, ...] | None
+    skipped: list[dict[str, str]] = field(default_factory=list)
+
+
+class ShardWriter:
+    """Streams images into shards; holds no more than the image it is given, and 8 bytes of label per image.
+
+    Args:
+        folder: an existing, empty folder.
+        shape: (H, W, C) of every image.
+        shard_images: images per shard; the last holds the rest.
+    """
+
+    def __init__(self, folder: Path, shape: tuple[int, int, int], shard_images: int) -> None:
+        self._folder, self._shape, self._shard_images = folder, shape, shard_images
+        self._labels = array("q")
+        self._shards: list[dict[str, Any]] = []
+        self._file: BinaryIO | None = None
+        self._held = 0  # images in the shard that is open
+
+    def add(self, image: Images, label: int | None = None) -> None:
+        """Append an image, and its label where the dataset has classes.
+
+        Raises:
+            ValueError: the image's shape or dtype is not the dataset's.
+        """
+        if image.shape != self._shape or image.dtype != np.uint8:
+            raise ValueError(f"expected uint8 of shape {self._shape}, got {image.dtype} of {image.shape}")
+        if self._file is None:
+            self._file = self._shard_path().open("wb")
+            _write_header(self._file, 0, self._shape)
+        self._file.write(image.tobytes())
+        self._held += 1
+        if label is not None:
+            self._labels.append(label)
+        if self._held == self._shard_images:
+            self._close_shard()
+
+    def finish(
+        self,
+        class_names: tuple[str, ...] | None,
+        source: Mapping[str, Any],
+        protocol: Mapping[str, Any],
+        skipped: list[dict[str, str]],
+    ) -> dict[str, Any]:
+        """Write the last shard, the labels and the manifest; return the manifest."""
+        self._close_shard()
+        count = sum(shard["count"] for shard in self._shards)
+        assert count > 0, "a source without images is an error of the source"
+        content: dict[str, Any] = {
+            "format": FORMAT,
+            "count": count,
+            "shape": list(self._shape),
+            "dtype": "uint8",
+            "shards": self._shards,
+            "labels": self._write_labels(count, class_names),
+            "source": dict(source),
+            "protocol": dict(protocol),
+            "skipped": skipped,
+        }
+        content["sha256"] = _dataset_digest(content)
+        publish_json(self._folder / MANIFEST, content)
+        return content
+
+    def close(self) -> None:
+        """Let go of a half-written shard."""
+        if self._file is not None:
+            self._file.close()
+
+    def _shard_path(self) -> Path:
+        return self._folder / f"images-{len(self._shards):05d}.npy"
+
+    def _close_shard(self) -> None:
+        if self._file is None:
+            return
+        self._file.seek(0)
+        _write_header(self._file, self._held, self._shape)
+        self._file.close()
+        path = self._shard_path()
+        self._shards.append({"file": path.name, "count": self._held, "sha256": _file_digest(path)})
+        self._file, self._held = None, 0
+
+    def _write_labels(self, count: int, class_names: tuple[str, ...] | None) -> dict[str, Any] | None:
+        if class_names is None:
+            return None
+        assert len(self._labels) == count, "every image of a dataset with classes has a label"
+        path = self._folder / LABELS
+        np.save(path, np.array(self._labels, dtype=np.int64))
+        return {"file": path.name, "sha256": _file_digest(path), "class_names": list(class_names)}
+
+
+class ImageArrays:
+    """A dataset that `maskdm prepare` wrote; pixels stay on disk until they are asked for.
+
+    Attributes:
+        folder: where it lies.
+        manifest: the content of manifest.json.
+        labels: (N,) int64 in [0, num_classes), or None.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], shards: list[Images], labels: Labels | None) -> None:
+        self.folder, self.manifest, self.labels = folder, manifest, labels
+        self._shards = shards
+        self._ends = np.cumsum([len(shard) for shard in shards])
+
+    @classmethod
+    def open(cls, folder: Path = paths.DATA) -> Self:
+        """Open a dataset, reading its manifest and labels and mapping its shards.
+
+        Raises:
+            UserError: there is none, or a file is missing, damaged or not of the manifest's shape.
+        """
+        manifest = _read_manifest(folder)
+        shards = [_map_shard(folder, shard, manifest) for shard in manifest.shards]
+        return cls(folder, manifest.model_dump(mode="json"), shards, _read_labels(folder, manifest))
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of every image."""
+        height, width, channels = self.manifest["shape"]
+        return height, width, channels
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes' names in the order of the labels; empty without labels."""
+        labels = self.manifest["labels"]
+        return tuple(labels["class_names"]) if labels else ()
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are; 0 without labels."""
+        return len(self.class_names)
+
+    @property
+    def sha256(self) -> str:
+        """The digest of the whole dataset: of its shards' digests, its shape and its labels."""
+        return str(self.manifest["sha256"])
+
+    def gather(self, indices: NDArray[np.integer]) -> Images:
+        """The images of `indices` (B,), in their order, as (B, H, W, C).
+
+        Raises:
+            IndexError: an index is not in [0, N).
+        """
+        if indices.size and (indices.min() < 0 or indices.max() >= len(self)):
+            raise IndexError(f"expected indices in [0, {len(self)}), got {indices.min()} to {indices.max()}")
+        out = np.empty((len(indices), *self.shape), dtype=np.uint8)
+        shard_of = np.searchsorted(self._ends, indices, side="right")
+        for number in np.unique(shard_of):
+            shard, here = self._shards[number], shard_of == number
+            out[here] = shard[indices[here] - (self._ends[number] - len(shard))]
+        return out
+
+    def all(self) -> Images:
+        """Every image, (N, H, W, C), in memory."""
+        return np.concatenate(self._shards)
+
+    def verify(self) -> None:
+        """Hash every file and compare with the manifest.
+
+        Raises:
+            UserError: a file is not the one that was written.
+        """
+        manifest = self.manifest
+        for entry in filter(None, [*manifest["shards"], manifest["labels"]]):
+            path = self.folder / entry["file"]
+            if _file_digest(path) != entry["sha256"]:
+                raise _damaged(path, "is not the file that was written (its sha256 differs)")
+        if _dataset_digest(manifest) != self.sha256:
+            raise _damaged(self.folder / MANIFEST, "was changed (its sha256 is not its shards' and labels')")
+
+
+def _write_header(file: BinaryIO, count: int, shape: tuple[int, int, int]) -> None:
+    """A shard's .npy header; numpy pads it to the same length for every count: it can be written again."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _dataset_digest(manifest: Mapping[str, Any]) -> str:
+    """What makes two datasets the same to every later stage; where they came from does not matter."""
+    labels = manifest["labels"]
+    content = {
+        "shape": manifest["shape"],
+        "shards": [shard["sha256"] for shard in manifest["shards"]],
+        "labels": labels and {"sha256": labels["sha256"], "class_names": labels["class_names"]},
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _read_manifest(folder: Path) -> _Manifest:
+    path = folder / MANIFEST
+    try:
+        return _Manifest.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"there is no dataset in {folder} (no {path}): `maskdm prepare` makes it") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = [".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")]
+        raise _damaged(path, f"is no complete {FORMAT} manifest ({': '.join(filter(None, what))})") from None
+
+
+def _map_shard(folder: Path, shard: _Shard, manifest: _Manifest) -> Images:
+    path = folder / shard.file
+    try:
+        mapped = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise _damaged(path, _reason(error)) from None
+    expected = (shard.count, *manifest.shape)
+    if mapped.shape != expected or mapped.dtype != np.uint8:
+        raise _damaged(path, f"holds {mapped.dtype} of shape {mapped.shape}, expected uint8 of {expected}")
+    return mapped.view(np.ndarray)
+
+
+def _read_labels(folder: Path, manifest: _Manifest) -> Labels | None:
+    if manifest.labels is None:
+        return None
+    path, num_classes = folder / manifest.labels.file, len(manifest.labels.class_names)
+    try:
+        labels: Labels = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise _damaged(path, _reason(error)) from None
+    expected = (manifest.count,)
+    if labels.shape != expected or labels.dtype != np.int64:
+        raise _damaged(path, f"holds {labels.dtype} of shape {labels.shape}, expected int64 of {expected}")
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise _damaged(path, f"holds labels outside [0, {num_classes})")
+    return labels
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "is missing"
+    return f"cannot be read or is cut off ({getattr(error, 'strerror', None) or error})"
+
+
+def _damaged(path: Path, what: str) -> UserError:
+    return UserError(f"{path} {what}: remove {path.parent} and run `maskdm prepare` again")

@@ -1,0 +1,130 @@
+"""Feature extractors for scoring: the dataset's own classifier, or one of torch-fidelity's by name."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from maskdm.checkpoint import file_sha256, load_all, load_into, save_weights
+from maskdm.classifier import Classifier, TrainedClassifier
+from maskdm.config import EvaluationConfig
+from maskdm.data.batches import to_model_range
+from maskdm.errors import UserError
+from maskdm.progress import Progress
+
+
+@dataclass(frozen=True)
+class FeatureExtractor:
+    """Turns images into features.
+
+    Attributes:
+        name: as in `evaluation.features`.
+        sha256: of its weights: numbers are comparable only for equal hashes.
+        embed: uint8 (B, H, W, C) on the device → float features (B, D).
+        device: where it computes.
+    """
+
+    name: str
+    sha256: str
+    embed: Callable[[Tensor], Tensor]
+    device: torch.device
+
+    @torch.inference_mode()
+    def features(self, images: np.ndarray, batch_size: int, description: str = "features") -> np.ndarray:
+        """Features of images, uint8 (N, H, W, C) → float32 (N, D)."""
+        parts, bar = [], Progress(len(images), description, "images")
+        for start in range(0, len(images), batch_size):
+            batch = torch.tensor(
+                images[start : start + batch_size], device=self.device
+            )  # a copy: memory maps are read-only
+            parts.append(self.embed(batch).float().cpu().numpy())
+            bar.update(len(batch))
+        bar.close()
+        return np.concatenate(parts)
+
+
+def save_classifier(path: Path, trained: TrainedClassifier) -> None:
+    """Write a classifier with its held-out accuracy."""
+    model = trained.model
+    shape = {"channels": model.convolutions[0].in_channels, "num_classes": model.head.out_features}
+    save_weights(path, {"classifier": model.state_dict()}, {"architecture": shape, "accuracy": trained.accuracy})
+
+
+def open_classifier(path: Path, device: torch.device) -> FeatureExtractor:
+    """The extractor of a file of `save_classifier`.
+
+    Raises:
+        UserError: the file is damaged or not ours.
+    """
+    states, info = load_all(path)
+    model = Classifier(**info["architecture"])
+    load_into(model, states["classifier"], path)
+    model.eval().to(device)
+    return FeatureExtractor("classifier", file_sha256(path), lambda x: model.embed(to_model_range(x)), device)
+
+
+def open_pretrained(config: EvaluationConfig, device: torch.device) -> FeatureExtractor:
+    """One of torch-fidelity's extractors, with its own weights (downloaded once) or a local file.
+
+    Raises:
+        UserError: the weights can't be had, or hold more than plain tensors.
+    """
+    weights = None if config.weights is None else Path(config.weights)
+    if weights is not None:
+        _check_weights_are_plain(weights)
+    model, layer = _create(config.features, weights)
+    model.to(device)
+
+    def embed(images: Tensor) -> Tensor:
+        rgb = images.permute(0, 3, 1, 2).expand(-1, 3, -1, -1)  # grey becomes RGB
+        return model(rgb)[0].flatten(1)
+
+    return FeatureExtractor(f"{config.features}/{layer}", _state_sha256(model), embed, device)
+
+
+def _create(name: str, weights: Path | None) -> tuple[nn.Module, str]:
+    from maskdm.torchvision_compat import declare_missing_operators
+
+    declare_missing_operators()
+    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+
+    extractor = FEATURE_EXTRACTORS_REGISTRY[name]
+    layer = extractor.get_default_feature_layer_for_metric("fid")
+    path = None if weights is None else str(weights)
+    try:
+        return extractor(name, [layer], feature_extractor_weights_path=path), layer
+    except OSError as error:
+        raise UserError(
+            f"the weights of {name} can't be downloaded ({error}); give a local file in evaluation.weights, "
+            "or use evaluation.features: classifier"
+        ) from None
+    except (RuntimeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} does not hold the weights of {name}: {' '.join(str(error).split())[:300]}") from None
+
+
+def _check_weights_are_plain(path: Path) -> None:
+    """Refuse a file that would execute code when torch-fidelity unpickles it."""
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"evaluation.weights: there is no file {path}") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"evaluation.weights: {path} is not a plain PyTorch weights file: {reason}") from None
+
+
+def _state_sha256(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    state: dict[str, Any] = model.state_dict()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

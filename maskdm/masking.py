@@ -1,0 +1,134 @@
+"""Masks: which patches stay visible, drawn on the device for a whole batch at once.
+
+A mask is kept as the indices of the visible patches, (B, S) with the same S for every image: gathering by index
+has static shapes, so nothing synchronises with the host.
+
+Source: MaskDM (arXiv 2306.11363), section 3.2 "Masking configuration".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from maskdm.mask_geometry import Grid, Strategy, VisibleShape, visible_shape
+
+
+@dataclass(frozen=True)
+class Masking:
+    """How M is drawn for an arm.
+
+    Args:
+        strategy: `patch` (uniformly), `block` (block_size × block_size groups together), `crop` (one window stays
+            visible) or `none`.
+        grid: the token grid.
+        mask_rate: the paper's m, in [0, 1).
+        block_size: side of a block in patches; `block` only.
+
+    Raises:
+        ValueError: the mask can't be realised on this grid (see `visible_shape`).
+    """
+
+    strategy: Strategy
+    grid: Grid
+    mask_rate: float = 0.0
+    block_size: int | None = None
+
+    def __post_init__(self) -> None:
+        _ = self.visible
+
+    @property
+    def visible(self) -> VisibleShape:
+        """S, and the window of `crop`."""
+        return visible_shape(self.strategy, self.mask_rate, self.grid, self.block_size)
+
+    @property
+    def num_visible(self) -> int:
+        """S, the number of visible patches of every image."""
+        return self.visible.num_visible
+
+    def draw(self, batch_size: int, generator: torch.Generator) -> Tensor:
+        """Draw masks for a batch.
+
+        Args:
+            batch_size: B.
+            generator: lives on the device on which the masks are wanted.
+
+        Returns:
+            visible_idx: (B, S) int64, ascending in each row, into the grid in row-major order.
+        """
+        if self.num_visible == self.grid.num_patches:
+            return all_visible(batch_size, self.grid, generator.device)
+        if self.visible.window is not None:
+            return _draw_window(batch_size, self.visible.window, self.grid, generator)
+        if self.strategy == "block" and self.block_size is not None:
+            order = _block_order(batch_size, self.block_size, self.grid, generator)
+        else:
+            order = _patch_order(batch_size, self.grid, generator)
+        return order[:, : self.num_visible].sort(dim=1).values
+
+
+def all_visible(batch_size: int, grid: Grid, device: torch.device) -> Tensor:
+    """The visible_idx (B, N) of mask rate 0."""
+    return torch.arange(grid.num_patches, device=device).expand(batch_size, -1)
+
+
+def to_mask(visible_idx: Tensor, num_patches: int) -> Tensor:
+    """The paper's M as booleans.
+
+    Args:
+        visible_idx: (B, S) int64.
+        num_patches: N.
+
+    Returns:
+        mask: (B, N) bool, True = masked (removed).
+    """
+    mask = torch.ones(visible_idx.shape[0], num_patches, dtype=torch.bool, device=visible_idx.device)
+    return mask.scatter(1, visible_idx, False)
+
+
+def _patch_order(batch_size: int, grid: Grid, generator: torch.Generator) -> Tensor:
+    """Patches in uniformly random order: (B, N)."""
+    return _uniform(batch_size, grid.num_patches, generator).argsort(dim=1)
+
+
+def _block_order(batch_size: int, block_size: int, grid: Grid, generator: torch.Generator) -> Tensor:
+    """Patches block after block, blocks in random order: (B, N).
+
+    Inside a block the order is random too, so that in the block that S cuts every patch is equally likely to
+    stay, and P(visible) = S/N for every patch when the blocks tile the grid. At the border of a grid that
+    block_size does not divide, blocks are narrower.
+    """
+    block_of_patch, num_blocks = _blocks(block_size, grid, generator.device)
+    block_rank = _uniform(batch_size, num_blocks, generator).argsort(dim=1).argsort(dim=1)  # (B, blocks)
+    within = _uniform(batch_size, grid.num_patches, generator)
+    return (block_rank[:, block_of_patch].double() + within).argsort(dim=1)  # (B, N)
+
+
+def _blocks(block_size: int, grid: Grid, device: torch.device) -> tuple[Tensor, int]:
+    """The block that each patch lies in (N,), and the number of blocks."""
+    blocks_across = -(-grid.cols // block_size)
+    row = torch.arange(grid.rows, device=device) // block_size
+    col = torch.arange(grid.cols, device=device) // block_size
+    block_of_patch = (row[:, None] * blocks_across + col[None, :]).flatten()
+    return block_of_patch, -(-grid.rows // block_size) * blocks_across
+
+
+def _draw_window(batch_size: int, window: tuple[int, int], grid: Grid, generator: torch.Generator) -> Tensor:
+    """One h×w window per image, its place uniform over those that fit: (B, h·w).
+
+    Patches at the border fall into fewer windows than those in the middle, as in the paper.
+    """
+    h, w = window
+    device = generator.device
+    top = torch.randint(grid.rows - h + 1, (batch_size, 1, 1), generator=generator, device=device)
+    left = torch.randint(grid.cols - w + 1, (batch_size, 1, 1), generator=generator, device=device)
+    row = top + torch.arange(h, device=device)[None, :, None]  # (B, h, 1)
+    col = left + torch.arange(w, device=device)[None, None, :]  # (B, 1, w)
+    return (row * grid.cols + col).flatten(1)  # (B, h·w)
+
+
+def _uniform(batch_size: int, count: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(batch_size, count, generator=generator, device=generator.device)

@@ -1,0 +1,129 @@
+"""How an arm looks in every figure: one colour and marker everywhere, kept apart for the colour-blind."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.colors import to_hex, to_rgb
+
+from maskdm.config import ArmConfig, Params
+from maskdm.report.tables import strategy_text
+
+# Okabe and Ito's colours, which the common kinds of colour blindness keep apart.
+PATCH, CROP = "#0072B2", "#009E73"
+BLOCKS = ("#D55E00", "#CC79A7", "#B8860B", "#56B4E9")
+BASELINES = ("#000000", "#777777", "#AAAAAA")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+DASHES = ("-", "--", "-.", ":")
+FLOOR = "#666666"
+NO_MASKING = "no masking"
+# matplotlib's own defaults first: a user's matplotlibrc must not change the report.
+STYLE: list[Any] = [
+    "default",
+    {
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": "#555555",
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.titlesize": 11,
+        "axes.titlelocation": "left",
+        "grid.color": "#E4E4E4",
+        "grid.linewidth": 0.8,
+        "legend.frameon": False,
+        "legend.fontsize": 9,
+        "lines.linewidth": 1.8,
+        "lines.markersize": 6,
+        "savefig.dpi": 150,
+    },
+]
+
+
+@dataclass(frozen=True)
+class Look:
+    """An arm's line: hue by strategy and block size, shade and marker by mask rate, dashes between equals."""
+
+    color: str
+    marker: str
+    dashes: str
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """Keyword arguments of `Axes.plot` for a line without markers."""
+        return {"color": self.color, "linestyle": self.dashes}
+
+
+def family(arm: ArmConfig) -> str:
+    """What arms of different mask rates have in common: strategy and block size."""
+    return NO_MASKING if arm.strategy == "none" else strategy_text(arm.strategy, arm.block_size)
+
+
+def families(params: Params) -> dict[str, list[str]]:
+    """The arms of every family, in the order of params.yaml."""
+    found: dict[str, list[str]] = {}
+    for key, arm in params.arms.items():
+        found.setdefault(family(arm), []).append(key)
+    return found
+
+
+def hue(params: Params, arm: ArmConfig) -> str:
+    """The colour of a family."""
+    if arm.strategy != "block":
+        return {"none": BASELINES[0], "patch": PATCH, "crop": CROP}[arm.strategy]
+    sizes = sorted({a.block_size for a in params.arms.values() if a.block_size is not None})
+    return BLOCKS[sizes.index(arm.block_size or 0) % len(BLOCKS)]
+
+
+def arm_looks(params: Params) -> dict[str, Look]:
+    """The look of every arm."""
+    rates = sorted({arm.mask_rate for arm in params.arms.values() if arm.mask_rate is not None})
+    return {key: _arm_look(params, key, rates, twin) for key, twin in _twins(params).items()}
+
+
+def _arm_look(params: Params, key: str, rates: list[float], twin: int) -> Look:
+    arm, dashes = params.arm(key), DASHES[twin % len(DASHES)]
+    if arm.mask_rate is None:
+        return Look(BASELINES[twin % len(BASELINES)], "o", dashes)
+    rank = rates.index(arm.mask_rate)
+    depth = rank / (len(rates) - 1) if len(rates) > 1 else 0.5
+    return Look(_shade(hue(params, arm), depth), MARKERS[rank % len(MARKERS)], dashes)
+
+
+def rate_lines(params: Params) -> dict[tuple[str, ...], tuple[str, Look]]:
+    """The arms that a line over mask rates joins, its label and look: a family, or part of it."""
+    lines: dict[tuple[str, int], list[str]] = {}
+    for key, twin in _twins(params).items():
+        lines.setdefault((family(params.arm(key)), twin), []).append(key)
+    names = [name for name in families(params) if name != NO_MASKING]
+    return {
+        tuple(keys): (
+            name if twin == 0 else keys[0] if len(keys) == 1 else f"{name} (as {keys[0]})",
+            Look(
+                hue(params, params.arm(keys[0])),
+                MARKERS[names.index(name) % len(MARKERS)],
+                DASHES[twin % len(DASHES)],
+            ),
+        )
+        for (name, twin), keys in lines.items()
+        if name != NO_MASKING
+    }
+
+
+def _twins(params: Params) -> dict[str, int]:
+    """How many arms before it share an arm's family and mask rate, usually 0."""
+    seen: Counter[tuple[str, float | None]] = Counter()
+    twins = {}
+    for key, arm in params.arms.items():
+        twins[key] = seen[family(arm), arm.mask_rate]
+        seen[family(arm), arm.mask_rate] += 1
+    return twins
+
+
+def _shade(color: str, depth: float) -> str:
+    """The colour lightened (depth 0) to darkened (depth 1); 0.5 leaves it nearly as it is."""
+    target, amount = ((1.0, 1.0, 1.0), 0.5 - depth) if depth < 0.5 else ((0.0, 0.0, 0.0), 0.8 * (depth - 0.5))
+    red, green, blue = (c + (t - c) * amount for c, t in zip(to_rgb(color), target, strict=True))
+    return to_hex((red, green, blue))

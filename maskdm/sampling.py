@@ -1,0 +1,153 @@
+"""Samplers: DDPM ancestral and DDIM, from any denoiser, with one generator per image.
+
+Source: Ho et al. 2020 (DDPM, arXiv 2006.11239), equations 6–7; Song et al. 2021 (DDIM, arXiv 2010.02502),
+equations 12 and 16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from maskdm import rng
+from maskdm.config import SamplingConfig
+from maskdm.diffusion import Denoiser, Diffusion
+from maskdm.mask_geometry import Grid
+from maskdm.masking import all_visible
+from maskdm.patches import patchify, unpatchify
+
+# What a sampler needs of a network: (x_t (B, C, H, W), t (B,)) → prediction (B, C, H, W).
+ImageDenoiser = Callable[[Tensor, Tensor], Tensor]
+
+
+def sample_timesteps(num_timesteps: int, num_steps: int) -> list[int]:
+    """The timesteps at which the network is evaluated, from T−1 down to 0, evenly spaced.
+
+    Raises:
+        ValueError: more steps than timesteps.
+    """
+    if not 1 <= num_steps <= num_timesteps:
+        raise ValueError(f"num_steps {num_steps} is outside [1, {num_timesteps}]")
+    if num_steps == 1:
+        return [num_timesteps - 1]
+    return [round(i * (num_timesteps - 1) / (num_steps - 1)) for i in reversed(range(num_steps))]
+
+
+@torch.inference_mode()
+def sample(
+    denoiser: ImageDenoiser,
+    diffusion: Diffusion,
+    config: SamplingConfig,
+    shape: tuple[int, int, int],
+    seed: int,
+    image_ids: range,
+    device: torch.device,
+    on_step: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Draw images.
+
+    Args:
+        denoiser: the network on whole images.
+        diffusion: the process.
+        config: sampler, steps, η, clipping.
+        shape: (C, H, W).
+        seed: of the experiment; image i depends on (seed, i) and not on the batch it is drawn in.
+        image_ids: which images.
+        device: where to compute.
+        on_step: called after each network evaluation.
+
+    Returns:
+        images in [−1, 1], (B, C, H, W).
+    """
+    noise = ImageNoise(seed, image_ids, shape, device)
+    steps = sample_timesteps(diffusion.num_timesteps, config.num_steps)
+    x_t = noise.next()
+    for t, t_next in zip(steps, [*steps[1:], -1], strict=True):
+        t_batch = torch.full((len(image_ids),), t, device=device)
+        x_0 = diffusion.to_x_0(denoiser(x_t, t_batch).float(), x_t, t_batch)
+        if config.clip_x_0:
+            x_0 = x_0.clamp(-1, 1)
+        if config.sampler == "ddpm":
+            x_t = ddpm_step(diffusion, x_0, x_t, t, t_next, noise)
+        else:
+            x_t = ddim_step(diffusion, x_0, x_t, t, t_next, config.eta, noise)
+        on_step()
+    return x_t.clamp(-1, 1)
+
+
+class ImageNoise:
+    """Standard normal noise with a generator of its own for every image.
+
+    Args:
+        seed: of the experiment.
+        image_ids: which images.
+        shape: (C, H, W).
+        device: where the noise goes; it is drawn on the CPU, so that images do not depend on the device.
+    """
+
+    def __init__(self, seed: int, image_ids: range, shape: tuple[int, int, int], device: torch.device) -> None:
+        self._generators = [rng.generator(seed, "sample", i) for i in image_ids]
+        self._shape, self._device = shape, device
+
+    def next(self) -> Tensor:
+        """The next draw of every image, (B, C, H, W)."""
+        draws = torch.empty(len(self._generators), *self._shape)
+        for image, generator in zip(draws, self._generators, strict=True):
+            image.normal_(generator=generator)
+        return draws.to(self._device)
+
+
+def ddim_step(
+    diffusion: Diffusion, x_0: Tensor, x_t: Tensor, t: int, t_next: int, eta: float, noise: ImageNoise
+) -> Tensor:
+    """The DDIM step from t to t_next < t; t_next = −1 gives x_0.
+
+    ε is re-derived from the (clipped) x_0, so that x_0 and ε stay a consistent pair.
+
+    Source: DDIM, equations 12 and 16.
+    """
+    if t_next < 0:
+        return x_0
+    alpha, alpha_next = _alphas(diffusion, t, t_next)
+    sigma = eta * ((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)) ** 0.5
+    direction = (x_t - alpha**0.5 * x_0) / (1 - alpha) ** 0.5  # ε
+    x_next = alpha_next**0.5 * x_0 + max(1 - alpha_next - sigma**2, 0.0) ** 0.5 * direction
+    return x_next + sigma * noise.next() if eta > 0 else x_next
+
+
+def ddpm_step(diffusion: Diffusion, x_0: Tensor, x_t: Tensor, t: int, t_next: int, noise: ImageNoise) -> Tensor:
+    """A draw from the posterior q(x_{t_next} | x_t, x_0); t_next = −1 gives x_0.
+
+    With t_next < t − 1 it is the posterior of the process respaced to the timesteps in use.
+
+    Source: DDPM, equations 6 and 7, with β̃_t as the variance.
+    """
+    if t_next < 0:
+        return x_0
+    alpha, alpha_next = _alphas(diffusion, t, t_next)
+    beta = 1 - alpha / alpha_next
+    mean = (alpha_next**0.5 * beta * x_0 + (alpha / alpha_next) ** 0.5 * (1 - alpha_next) * x_t) / (1 - alpha)
+    variance = (1 - alpha_next) / (1 - alpha) * beta
+    return mean + variance**0.5 * noise.next()
+
+
+def on_images(denoiser: Denoiser, patch_size: int, grid: Grid, labels: Tensor | None = None) -> ImageDenoiser:
+    """Let a network that works on visible patches work on whole images."""
+
+    def predict(x_t: Tensor, t: Tensor) -> Tensor:
+        visible_idx = all_visible(len(x_t), grid, x_t.device)
+        return unpatchify(denoiser(patchify(x_t, patch_size), t, visible_idx, labels).float(), patch_size, grid)
+
+    return predict
+
+
+def batches_of(count: int, batch_size: int) -> Iterator[range]:
+    """Image ids 0 … count−1 in batches."""
+    for start in range(0, count, batch_size):
+        yield range(start, min(start + batch_size, count))
+
+
+def _alphas(diffusion: Diffusion, t: int, t_next: int) -> tuple[float, float]:
+    return float(diffusion.alphas_cumprod[t]), float(diffusion.alphas_cumprod[t_next])

@@ -1,0 +1,95 @@
+"""Stage `evaluate`: score the samples of every milestone against the real images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maskdm import device, paths
+from maskdm.config import Params
+from maskdm.errors import UserError
+from maskdm.evaluation import check_counts, compute_metrics
+from maskdm.extractors import FeatureExtractor
+from maskdm.publishing import publish_json
+from maskdm.records import stage_record
+from maskdm.stages import features, finetune
+from maskdm.stages.inputs import open_data, require
+from maskdm.tracking import publish_arm, stage_run
+
+
+def run(params: Params, arm: str, seed: int) -> None:
+    """Score an arm into results/metrics/ARM-seed-SEED.json.
+
+    Raises:
+        UserError: samples or features are missing, do not belong together, or are too few.
+    """
+    compute, images = device.resolve(params.compute), open_data()
+    samples = require(paths.samples(arm, seed), "sample", arm, seed)
+    reference = require(paths.FEATURES, "features")
+    milestones = json.loads(
+        (require(paths.finetune(arm, seed), "finetune", arm, seed) / finetune.MILESTONES).read_text(encoding="utf-8")
+    )
+    info = json.loads((reference / features.INFO_FILE).read_text(encoding="utf-8"))
+    real = np.load(reference / features.REFERENCE_FILE)
+    check_counts(params.sampling.num_samples, len(real), params.evaluation)
+    with (
+        stage_run(params, "evaluate", arm, seed) as tracked,
+        stage_record(params, "evaluate", arm, seed) as record,
+    ):
+        extractor = _same_extractor(features.open_extractor(params, reference, compute), info)
+        for key, milestone in milestones.items():
+            name = finetune.milestone_name(float(key))
+            milestone.update(
+                _score(params, samples / f"{name}.npy", extractor, real, f"score {arm} at {float(key):.0%}")
+            )
+            tracked.log(round(100 * float(key)), **{k: v for k, v in milestone.items() if k != "step"})
+        metrics = {
+            **_about(params, arm, seed, images.sha256, info),
+            **_final(milestones),
+            "milestones": milestones,
+        }
+        publish_json(paths.metrics(arm, seed), metrics)
+        record.update(compute.describe())
+    publish_arm(params, arm, seed)
+
+
+def _score(params: Params, file: Path, extractor: FeatureExtractor, real: np.ndarray, title: str) -> dict[str, float]:
+    try:
+        images = np.load(file, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} can't be read ({error}); run the sample stage again") from None
+    drawn = extractor.features(images, params.evaluation.batch_size, title)
+    return compute_metrics(drawn, real, params.evaluation).as_dict()
+
+
+def _same_extractor(extractor: FeatureExtractor, info: dict[str, Any]) -> FeatureExtractor:
+    """Features of two extractors must never be compared."""
+    if extractor.sha256 != info["extractor_sha256"]:
+        raise UserError(
+            f"results/features was made with {info['extractor']} ({info['extractor_sha256'][:12]}), but params name "
+            f"{extractor.name} ({extractor.sha256[:12]}); run first: maskdm features"
+        )
+    return extractor
+
+
+def _about(params: Params, arm: str, seed: int, data_sha256: str, info: dict[str, Any]) -> dict[str, Any]:
+    """What the numbers are of, and the scale beside them."""
+    config = params.arm(arm)
+    return {
+        "arm": arm,
+        "seed": seed,
+        "strategy": config.strategy,
+        "mask_rate": config.mask_rate,
+        "block_size": config.block_size,
+        "realised_mask_rate": params.visible_of(arm).realised_mask_rate(params.grid),
+        "data_sha256": data_sha256,
+        **{k: info[k] for k in ("extractor", "extractor_sha256", "fid_floor", "kid_floor", "floor_num_samples")},
+    }
+
+
+def _final(milestones: dict[str, dict[str, float]]) -> dict[str, float]:
+    last = milestones[max(milestones, key=float)]
+    return {k: last[k] for k in ("fid", "kid", "kid_std", "precision", "recall", "num_samples", "flops")}

@@ -1,0 +1,90 @@
+"""Stage `features`: the feature extractor, the real images' features, and the floor of the metrics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from maskdm import device, paths
+from maskdm.config import Params
+from maskdm.data.arrays import ImageArrays
+from maskdm.errors import UserError
+from maskdm.evaluation import check_counts, floor_metrics
+from maskdm.extractors import FeatureExtractor, open_classifier, open_pretrained, save_classifier
+from maskdm.publishing import publish_folder, publish_json
+from maskdm.records import stage_record
+from maskdm.stages.inputs import open_data
+from maskdm.tracking import stage_run
+
+CLASSIFIER_FILE = "classifier.safetensors"
+REFERENCE_FILE = "reference.npy"
+INFO_FILE = "features.json"
+
+
+def run(params: Params) -> None:
+    """Compute the reference features of the dataset into results/features.
+
+    Raises:
+        UserError: no labels for a classifier, no weights for a pretrained extractor, or too few images.
+    """
+    compute = device.resolve(params.compute)
+    images = open_data()
+    check_counts(params.sampling.num_samples, len(images), params.evaluation)
+    with stage_run(params, "features") as tracked, stage_record(params, "features") as record:
+        with publish_folder(paths.FEATURES) as folder:
+            accuracy = None
+            if params.evaluation.features == "classifier":
+                accuracy = _train_classifier(params, images, folder / CLASSIFIER_FILE)
+            extractor = open_extractor(params, folder, compute)
+            real = extractor.features(images.all(), params.evaluation.batch_size, "real features")
+            np.save(folder / REFERENCE_FILE, real)
+            info = _describe(params, extractor, real, accuracy)
+            publish_json(folder / INFO_FILE, info)
+        record.update(info)
+        tracked.params(extractor=extractor.name, extractor_sha256=extractor.sha256)
+        tracked.log(0, **{k: v for k, v in info.items() if isinstance(v, float)})
+
+
+def open_extractor(params: Params, folder: Path, compute: device.Compute) -> FeatureExtractor:
+    """The extractor that params name; the classifier is read from `folder`.
+
+    Raises:
+        UserError: its weights can't be had.
+    """
+    if params.evaluation.features == "classifier":
+        return open_classifier(folder / CLASSIFIER_FILE, compute.device)
+    return open_pretrained(params.evaluation, compute.device)
+
+
+def _train_classifier(params: Params, images: ImageArrays, path: Path) -> float:
+    if images.labels is None or images.num_classes < 2:
+        raise UserError(
+            "evaluation.features: classifier needs a dataset with labels of at least two classes, and this one has "
+            "none: sort the images into class folders, or name a torch-fidelity extractor, e.g. inception-v3-compat"
+        )
+    from maskdm.classifier import train_classifier
+
+    epochs = params.evaluation.classifier_epochs
+    trained = train_classifier(images.all(), images.labels, images.num_classes, epochs)
+    save_classifier(path, trained)
+    return trained.accuracy
+
+
+def _describe(
+    params: Params, extractor: FeatureExtractor, real: np.ndarray, accuracy: float | None
+) -> dict[str, str | int | float | None]:
+    half = params.evaluation.model_copy(
+        update={"kid_subset_size": min(params.evaluation.kid_subset_size, len(real) // 2)}
+    )
+    floor = floor_metrics(real, half)
+    return {
+        "extractor": extractor.name,
+        "extractor_sha256": extractor.sha256,
+        "num_features": real.shape[1],
+        "num_real": len(real),
+        "classifier_accuracy": accuracy,
+        "fid_floor": floor.fid,
+        "kid_floor": floor.kid,
+        "floor_num_samples": floor.num_samples,
+    }

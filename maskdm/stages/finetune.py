@@ -1,0 +1,92 @@
+"""Stage `finetune`: ordinary denoising score matching, from the pretrained checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from maskdm import paths, tracking
+from maskdm.checkpoint import architecture_of, file_sha256, load_weights
+from maskdm.compute import ArmPlan, plan_arm
+from maskdm.config import Params
+from maskdm.data.arrays import ImageArrays
+from maskdm.masking import Masking
+from maskdm.publishing import publish_folder, publish_json
+from maskdm.records import stage_record
+from maskdm.stages import pretrain
+from maskdm.stages.inputs import open_data, require
+from maskdm.stages.training import Spent, Trainer, TrainingJob, write_curve
+from maskdm.training import TrainState
+
+MILESTONES = "milestones.json"
+CURVE = "curve.csv"
+
+
+def run(params: Params, arm: str, seed: int) -> None:
+    """Finetune an arm into results/finetune/ARM/seed-SEED, keeping the weights of every milestone.
+
+    Raises:
+        UserError: the dataset or the checkpoint is missing or does not fit, or the loss is not finite.
+    """
+    images, plan = open_data(), plan_arm(params, arm)
+    job = _job(params, arm, seed, images, plan)
+    trainer = Trainer(job, images)
+    kept = paths.work(job.output).with_name(job.output.name + ".milestones")
+    with (
+        tracking.stage_run(params, "finetune", arm, seed) as tracked,
+        stage_record(params, "finetune", arm, seed) as record,
+    ):
+        state = trainer.run(tracked, record, keep=lambda good: _keep(trainer, good, kept))
+        with publish_folder(job.output) as folder:
+            for fraction, step in plan.milestones:
+                shutil.copyfile(kept / f"{step}.safetensors", folder / milestone_file(fraction))
+            publish_json(folder / MILESTONES, _describe(job, plan))
+            write_curve(folder / CURVE, state)
+    trainer.store.clear()
+    shutil.rmtree(kept, ignore_errors=True)
+    tracking.publish_arm(params, arm, seed, through="finetune")
+
+
+def milestone_file(fraction: float) -> str:
+    """The weights at a fraction of the budget."""
+    return f"{milestone_name(fraction)}.safetensors"
+
+
+def milestone_name(fraction: float) -> str:
+    """`milestone-0.500`: files of a milestone start with it."""
+    return f"milestone-{fraction:.3f}"
+
+
+def _job(params: Params, arm: str, seed: int, images: ImageArrays, plan: ArmPlan) -> TrainingJob:
+    checkpoint = require(paths.pretrain(arm, seed), "pretrain", arm, seed) / pretrain.CHECKPOINT
+    config = params.finetune_of(arm)
+    init, _ = load_weights(checkpoint, config.init_from, architecture_of(params, images.num_classes))
+    return TrainingJob(
+        params=params,
+        stage="finetune",
+        arm=arm,
+        seed=seed,
+        config=config,
+        plan=plan.finetune,
+        masking=Masking("none", params.grid),
+        output=paths.finetune(arm, seed),
+        milestones=tuple(step for _, step in plan.milestones),
+        spent=Spent().after(plan.pretrain.num_steps, plan.pretrain),
+        init=init,
+        init_sha256=file_sha256(checkpoint),
+    )
+
+
+def _keep(trainer: Trainer, state: TrainState, kept: Path) -> None:
+    kept.mkdir(parents=True, exist_ok=True)
+    building = kept / "building"
+    trainer.save_weights(building, state)
+    building.replace(kept / f"{state.step}.safetensors")
+
+
+def _describe(job: TrainingJob, plan: ArmPlan) -> dict[str, dict[str, int]]:
+    """Fraction of the budget → step and compute spent by then, pretraining included."""
+    return {
+        f"{fraction:.3f}": {"step": step, **job.spent.after(step, job.plan).as_dict()}
+        for fraction, step in plan.milestones
+    }

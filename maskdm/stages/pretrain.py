@@ -1,0 +1,45 @@
+"""Stage `pretrain`: masked denoising score matching on the visible patches alone."""
+
+from __future__ import annotations
+
+from maskdm import paths
+from maskdm.compute import plan_arm
+from maskdm.config import Params
+from maskdm.masking import Masking
+from maskdm.publishing import publish_folder
+from maskdm.records import stage_record
+from maskdm.stages.inputs import open_data
+from maskdm.stages.training import Trainer, TrainingJob, write_curve
+from maskdm.tracking import stage_run
+
+CHECKPOINT = "checkpoint.safetensors"
+CURVE = "curve.csv"
+
+
+def run(params: Params, arm: str, seed: int) -> None:
+    """Pretrain an arm into results/pretrain/ARM/seed-SEED; `scratch` publishes its initialisation.
+
+    Raises:
+        UserError: the dataset is missing, or the loss is not finite.
+    """
+    images, config = open_data(), params.arm(arm)
+    job = TrainingJob(
+        params=params,
+        stage="pretrain",
+        arm=arm,
+        seed=seed,
+        config=params.pretrain_of(arm),
+        plan=plan_arm(params, arm).pretrain,
+        masking=Masking(config.strategy, params.grid, config.mask_rate or 0.0, config.block_size),
+        output=paths.pretrain(arm, seed),
+    )
+    trainer = Trainer(job, images)
+    with (
+        stage_run(params, "pretrain", arm, seed) as tracked,
+        stage_record(params, "pretrain", arm, seed) as record,
+    ):
+        state = trainer.run(tracked, record, keep=lambda _: None)
+        with publish_folder(job.output) as folder:
+            trainer.save_weights(folder / CHECKPOINT, state)
+            write_curve(folder / CURVE, state)
+    trainer.store.clear()

@@ -1,0 +1,25 @@
+"""Stage `report`: tables, figures and the page over all arms."""
+
+from __future__ import annotations
+
+from maskdm import paths
+from maskdm.config import Params
+from maskdm.report import format_final, write_report
+from maskdm.tracking import publish_arm, stage_run
+
+
+def run(params: Params) -> None:
+    """Write results/report from the metrics of all arms, and bring MLflow up to date with results/.
+
+    Raises:
+        UserError: an arm's result is missing.
+    """
+    with stage_run(params, "report") as tracked:
+        final = write_report(params)
+        for figure in sorted(paths.REPORT.glob("*.png")):
+            tracked.figure(figure)
+    for arm in params.arms:
+        for seed in params.seeds:
+            publish_arm(params, arm, seed)
+    print(format_final(final))
+    print(f"\nreport: {paths.REPORT / 'index.html'}")

@@ -1,0 +1,18 @@
+"""Versions of what the stages compute, carried in the engines' command lines.
+
+The engines rerun a stage when its command changes. A stage's version is raised when its code changes what it
+computes (not when a comment changes: a training run of days must survive that), here and in the command lines of
+dvc.yaml and the Snakemake rules; the tests pin what each version computes and that all three agree.
+"""
+
+from __future__ import annotations
+
+STAGE_VERSIONS = {
+    "prepare": 1,
+    "features": 1,
+    "pretrain": 1,
+    "finetune": 1,
+    "sample": 1,
+    "evaluate": 1,
+    "report": 1,
+}

@@ -1,0 +1,210 @@
+"""The MLflow store: opened once, and its runs found or created under a lock.
+
+One **arm run** per (experiment, arm, seed) carries what is compared; each of its stages is a child run.
+Without the lock, processes that start together on a fresh database crash in its migration or make runs twice.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from maskdm import paths
+from maskdm.config import Params, fingerprint
+from maskdm.tracking.arm_content import pretrain_params
+from maskdm.tracking.saved_view import VIEW_TAG, view_json
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+PARENT = "mlflow.parentRunId"
+# Changes no arm's results, or only other arms'; `pretrain` and `finetune` count as the arm merges them.
+NOT_OF_AN_ARM = {"name", "seeds", "arms", "tracking", "saving", "pretrain", "finetune"}
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+# Only where the user set nothing: mlflow's own retries of a refused connection take minutes.
+ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+
+class ArmKey(NamedTuple):
+    """What identifies an arm run: another fingerprint is another run, since MLflow's params can't change."""
+
+    experiment: str
+    arm: str
+    seed: int
+    fingerprint: str
+
+    @property
+    def run_name(self) -> str:
+        """The name that MLflow shows."""
+        return f"{self.arm}-seed-{self.seed}"
+
+
+def arm_key(params: Params, arm: str, seed: int) -> ArmKey:
+    """The key of an arm's run.
+
+    Raises:
+        ParamsError: there is no such arm.
+    """
+    shared = params.model_dump(mode="json", exclude=NOT_OF_AN_ARM)
+    own = params.arm(arm).model_dump(mode="json", exclude={"pretrain", "finetune"})
+    stages = (pretrain_params(params, arm), params.finetune_of(arm))
+    return ArmKey(params.name, arm, seed, fingerprint(shared, own, *stages, seed))
+
+
+def store_uri() -> str:
+    """MLflow's tracking URI: MLFLOW_TRACKING_URI, else a database at the project's root."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{paths.project_root() / 'mlflow.db'}"
+
+
+def shown(uri: str) -> str:
+    """A tracking URI as it may be printed: without user and password."""
+    return re.sub(r"//[^/@]*@", "//", uri)
+
+
+def artifacts_folder(root: Path) -> Path:
+    """Where the artifacts of a local database go."""
+    return root / "mlartifacts"
+
+
+def open_store(uri: str, root: Path) -> Store:
+    """Import mlflow and open the store, creating or migrating its database.
+
+    Raises:
+        Exception: whatever mlflow raises when it can't.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    if "MLFLOW_LOGGING_LEVEL" not in os.environ:
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # our warning is enough
+    lock = root / paths.WORK / "mlflow.lock"
+    with locked(lock):
+        return Store(MlflowClient(tracking_uri=uri), uri, root, lock)
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Hold an exclusive lock; the kernel frees it when the process dies."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+class Store:
+    """An open store. Methods that find or create expect `lock` to be held.
+
+    Args:
+        client: mlflow's client of `uri`.
+        uri: the tracking URI.
+        root: the project's root.
+        lock: the lock file.
+    """
+
+    def __init__(self, client: MlflowClient, uri: str, root: Path, lock: Path) -> None:
+        self.client, self._uri, self._root, self._lock = client, uri, root, lock
+        self._experiments: dict[str, str] = {}
+
+    def lock(self) -> AbstractContextManager[None]:
+        """The lock around find-or-create; not reentrant."""
+        return locked(self._lock)
+
+    def experiment(self, name: str) -> str:
+        """The id of the experiment of that name, created or restored where need be."""
+        if name not in self._experiments:
+            self._experiments[name] = self._ensure_experiment(name)
+        return self._experiments[name]
+
+    def find_experiment(self, name: str) -> str | None:
+        """The id of the experiment of that name, if there is one."""
+        found = self.client.get_experiment_by_name(name)
+        return None if found is None else str(found.experiment_id)
+
+    def _ensure_experiment(self, name: str) -> str:
+        found = self.client.get_experiment_by_name(name)
+        if found is None:
+            created = self.client.create_experiment(name, self._artifact_location())
+            self.client.set_experiment_tag(created, VIEW_TAG, view_json())
+            return str(created)
+        experiment_id = str(found.experiment_id)
+        if found.lifecycle_stage == "deleted":
+            self.client.restore_experiment(experiment_id)
+        if found.tags.get(VIEW_TAG) != view_json():
+            self.client.set_experiment_tag(experiment_id, VIEW_TAG, view_json())
+        return experiment_id
+
+    def _artifact_location(self) -> str | None:
+        """Beside a local database: mlflow's own default is the folder where a stage happens to run."""
+        return artifacts_folder(self._root).as_uri() if self._uri.startswith(DATABASES) else None
+
+    def arm_run(self, key: ArmKey) -> str:
+        """The id of the arm's run, created where need be; runs of other params go, stages and all."""
+        runs = self._search(key.experiment, kind="arm", arm=key.arm, seed=str(key.seed))
+        current = [run for run in runs if run.data.tags.get("maskdm.fingerprint") == key.fingerprint]
+        kept = current[0].info.run_id if current else self.new_arm_run(key)
+        for twin in current[1:]:  # replace_arm_run was killed half-way
+            self._adopt_stages(key, twin.info.run_id, kept)
+        for run in runs:
+            if run.info.run_id != kept:
+                self._delete_with_stages(key.experiment, run.info.run_id)
+        return kept
+
+    def new_arm_run(self, key: ArmKey) -> str:
+        """Create an arm run."""
+        tags = {"maskdm.arm": key.arm, "maskdm.seed": str(key.seed), "maskdm.fingerprint": key.fingerprint}
+        return self.new_run(key.experiment, key.run_name, {"maskdm.kind": "arm", **tags})
+
+    def replace_arm_run(self, key: ArmKey, old: str) -> str:
+        """Supersede an arm run whose points are wrong by an empty one, which takes over its stages."""
+        new = self.new_arm_run(key)
+        self._adopt_stages(key, old, new)
+        self.client.delete_run(old)
+        return new
+
+    def new_run(self, experiment: str, name: str, tags: dict[str, str]) -> str:
+        """Create a run."""
+        run = self.client.create_run(self.experiment(experiment), tags=tags, run_name=name)
+        return str(run.info.run_id)
+
+    def stages_of(self, experiment: str, arm_run: str, stage: str | None = None) -> list[Run]:
+        """The stage runs of an arm run: all, or those of one stage."""
+        tags = {} if stage is None else {"stage": stage}
+        return self._search(experiment, parent=arm_run, kind="stage", **tags)
+
+    def top_level_stages(self, experiment: str, stage: str) -> list[Run]:
+        """The runs of a stage that belongs to no arm."""
+        return [run for run in self._search(experiment, kind="stage", stage=stage) if PARENT not in run.data.tags]
+
+    def _search(self, experiment: str, parent: str | None = None, **tags: str) -> list[Run]:
+        """Active runs with those maskdm.* tags, the newest first."""
+        wanted = {f"maskdm.{name}": value for name, value in tags.items()}
+        if parent is not None:
+            wanted[PARENT] = parent
+        query = " and ".join(f"tags.`{name}` = '{value}'" for name, value in wanted.items())
+        found = self.client.search_runs(
+            [self.experiment(experiment)], query, order_by=["attributes.start_time DESC"], max_results=1000
+        )
+        return list(found)
+
+    def _adopt_stages(self, key: ArmKey, old: str, new: str) -> None:
+        for stage in self.stages_of(key.experiment, old):
+            self.client.set_tag(stage.info.run_id, PARENT, new)
+
+    def _delete_with_stages(self, experiment: str, arm_run: str) -> None:
+        for stage in self.stages_of(experiment, arm_run):
+            self.client.delete_run(stage.info.run_id)
+        self.client.delete_run(arm_run)

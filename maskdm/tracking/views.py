@@ -1,0 +1,58 @@
+"""URLs of MLflow's UI that compare the arms."""
+
+from __future__ import annotations
+
+from urllib.parse import urlencode
+
+from maskdm import paths
+from maskdm.config import Params
+from maskdm.errors import UserError
+from maskdm.tracking.saved_view import VIEW_NAME
+from maskdm.tracking.store import open_store, shown, store_uri
+
+LOCAL_UI = "http://127.0.0.1:5000"
+
+
+def compare_url(params: Params, base: str = LOCAL_UI) -> str:
+    """The table of arms, best FID first.
+
+    Args:
+        params: their `name` is the experiment.
+        base: where the UI is served.
+
+    Raises:
+        UserError: the store can't be read, or holds nothing of this experiment.
+    """
+    return f"{_runs_url(params, base)}?{urlencode({'viewStateShareKey': VIEW_NAME})}"
+
+
+def chart_url(params: Params, base: str = LOCAL_UI) -> str:
+    """The charts of arms: scores over the budget and losses, a line per arm.
+
+    Args:
+        params: their `name` is the experiment.
+        base: where the UI is served.
+
+    Raises:
+        UserError: the store can't be read, or holds nothing of this experiment.
+    """
+    query = {"compareRunsMode": "CHART", "viewStateShareKey": VIEW_NAME}
+    return f"{_runs_url(params, base)}?{urlencode(query)}"
+
+
+def _runs_url(params: Params, base: str) -> str:
+    return f"{base.rstrip('/')}/#/experiments/{_experiment_id(params)}/runs"
+
+
+def _experiment_id(params: Params) -> str:
+    uri = store_uri()
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        found = open_store(uri, paths.project_root()).find_experiment(params.name)
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        raise UserError(f"cannot read the MLflow store {shown(uri)}: {error}") from error
+    if found is None:
+        raise UserError(f"MLflow at {shown(uri)} has no experiment {params.name!r} yet: run `dvc repro` first")
+    return found

@@ -1,0 +1,221 @@
+"""The training loop: masked pretraining and unmasked finetuning are the same loop with another mask."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskdm import rng
+from maskdm.config import StageConfig, TrainingConfig
+from maskdm.data.batches import Batches
+from maskdm.device import Compute
+from maskdm.diffusion import Diffusion, Draws, draw_step, masked_dsm_loss
+from maskdm.errors import UserError
+from maskdm.masking import Masking
+from maskdm.optimization import Ema, clip_gradients, lr_at
+
+
+class NonFiniteLossError(UserError):
+    """The loss became NaN or infinite; the update of that step, and every later one, was not made."""
+
+
+@dataclass
+class TrainState:
+    """Everything that training changes.
+
+    Attributes:
+        model: the network.
+        ema: its averaged weights.
+        optimizer: AdamW over the network's parameters.
+        step: optimizer updates done.
+        curve: one row per logging interval: step, mean loss, lr.
+        seconds: device seconds spent in steps so far.
+    """
+
+    model: nn.Module
+    ema: Ema
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    curve: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class TrainRun:
+    """What a training stage is, fixed for its whole length.
+
+    Attributes:
+        name: for messages, e.g. "pretrain patch-m50 seed 0".
+        stage: lr, batch size, warm-up.
+        training: what both stages share.
+        num_steps: how long.
+        milestones: steps after which a row is logged and the state offered for saving, whatever log_every says.
+        seed: of the experiment.
+        stream: of the randomness, e.g. "pretrain/patch-m50".
+        masking: how M is drawn; strategy `none` for finetuning.
+        diffusion: the process.
+        patch_size: p in pixels.
+        patch_dim: p·p·C.
+    """
+
+    name: str
+    stage: StageConfig
+    training: TrainingConfig
+    num_steps: int
+    milestones: tuple[int, ...]
+    seed: int
+    stream: str
+    masking: Masking
+    diffusion: Diffusion
+    patch_size: int
+    patch_dim: int
+
+
+def train(
+    state: TrainState,
+    run: TrainRun,
+    batches: Batches,
+    compute: Compute,
+    log: Callable[[dict[str, float]], None],
+    save: Callable[[TrainState], None],
+) -> None:
+    """Train from `state.step` to `run.num_steps`; calling it again with a restored state goes on exactly.
+
+    Every step's randomness is a function of (seed, stream, step) alone. Losses stay on the device until they are
+    logged. A non-finite loss makes no update: the fused optimizer is told on the device (`found_inf`), so that
+    finding out costs no synchronisation.
+
+    Args:
+        state: changed in place.
+        run: what to do.
+        batches: step → images and labels.
+        compute: device, precision, attention kernel.
+        log: gets each row of the curve.
+        save: called when each row has been logged, with a state known to be good.
+
+    Raises:
+        NonFiniteLossError: naming step, run and learning rate.
+    """
+    device = compute.device
+    monitor = LossMonitor(run, device)
+    generator = torch.Generator(device)
+    parameters = list(state.model.parameters())
+    started = time.perf_counter()
+    for step in range(state.step, run.num_steps):
+        generator.manual_seed(rng.derive_seed(run.seed, run.stream, step))
+        x_0, labels = batches(step)
+        draws = draw_step(
+            len(x_0), run.patch_dim, run.masking, run.diffusion.num_timesteps, run.training.flip, generator
+        )
+        set_lr(state.optimizer, lr := lr_at(step, run.num_steps, run.stage))
+        # entered anew each step: autocast keeps its bfloat16 copies of the weights until it is left
+        with compute.context():
+            loss = accumulate_gradients(state.model, run, x_0, draws, labels)
+        clip_gradients(parameters, run.training.grad_clip)
+        monitor.observe(step, loss, state.optimizer)
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        state.ema.update(step)
+        state.step = step + 1
+        if state.step % run.training.log_every == 0 or state.step in (run.num_steps, *run.milestones):
+            row = {"step": state.step, "loss": monitor.read(lr), "lr": lr}
+            state.seconds += time.perf_counter() - started
+            state.curve.append(row)
+            log(row)
+            save(state)
+            started = time.perf_counter()
+
+
+def accumulate_gradients(model: nn.Module, run: TrainRun, x_0: Tensor, draws: Draws, labels: Tensor | None) -> Tensor:
+    """Add up the gradients of a batch, in micro-batches if the stage says so; the result is the same.
+
+    Returns:
+        the batch's mean loss, a detached scalar on the device.
+    """
+    batch_size = len(x_0)
+    micro = run.stage.micro_batch_size or batch_size
+    total = torch.zeros((), device=x_0.device)
+    for start in range(0, batch_size, micro):
+        part = slice(start, start + micro)
+        part_labels = None if labels is None else labels[part]
+        loss = masked_dsm_loss(model, run.diffusion, x_0[part], draws.chunk(part), run.patch_size, part_labels)
+        loss = loss * (micro / batch_size)
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+class LossMonitor:
+    """Adds up losses and watches for non-finite ones, all on the device.
+
+    Args:
+        run: for messages.
+        device: where losses live.
+    """
+
+    def __init__(self, run: TrainRun, device: torch.device) -> None:
+        self._run = run
+        self._sum = torch.zeros((), device=device)
+        self._count = 0
+        self._bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+        self._found_inf = torch.zeros((), device=device)
+
+    def observe(self, step: int, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """Take in a step's loss before its update; from the first bad one on, tell the optimizer to skip."""
+        is_new = ~torch.isfinite(loss) & (self._bad_step < 0)
+        self._bad_step = torch.where(is_new, step, self._bad_step)
+        self._found_inf = (self._bad_step >= 0).float()
+        optimizer.found_inf = self._found_inf  # type: ignore[attr-defined]  # read by the fused kernel
+        self._sum += loss
+        self._count += 1
+
+    def read(self, lr: float) -> float:
+        """The mean loss since the last read; here the host waits for the device.
+
+        Raises:
+            NonFiniteLossError: there was a bad one.
+        """
+        if (bad_step := int(self._bad_step)) >= 0:
+            raise NonFiniteLossError(
+                f"{self._run.name}: the loss is not finite at step {bad_step} (learning rate {lr:g}). "
+                "The weights were not updated with it; lower the learning rate, clip gradients "
+                "(training.grad_clip), or use compute.precision: fp32"
+            )
+        mean = float(self._sum) / self._count
+        self._sum.zero_()
+        self._count = 0
+        return mean
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def state_tensors(state: TrainState) -> dict[str, dict[str, Tensor]]:
+    """All tensors of a state by kind and parameter name: raw, ema, exp_avg, exp_avg_sq, step."""
+    named = dict(state.model.named_parameters())
+    tensors: dict[str, dict[str, Tensor]] = {"raw": named, "ema": state.ema.state_dict()}  # type: ignore[dict-item]
+    for key in ("exp_avg", "exp_avg_sq", "step"):
+        moments = {n: state.optimizer.state[p][key] for n, p in named.items() if key in state.optimizer.state[p]}
+        tensors[key] = moments
+    return tensors
+
+
+def restore_state(state: TrainState, tensors: dict[str, dict[str, Tensor]], info: dict[str, Any]) -> None:
+    """Make `state` what it was when `state_tensors` was taken."""
+    state.model.load_state_dict(tensors["raw"])
+    state.ema.load_state_dict(tensors["ema"])
+    for name, parameter in state.model.named_parameters():
+        if name in tensors["exp_avg"]:
+            state.optimizer.state[parameter] = {
+                key: tensors[key][name].to(parameter.device if key != "step" else "cpu").clone()
+                for key in ("exp_avg", "exp_avg_sq", "step")
+            }
+    state.step, state.curve, state.seconds = info["step"], list(info["curve"]), info["seconds"]

@@ -1,0 +1,456 @@
+"""MLflow: nothing lost, nothing twice, nothing that takes a stage down."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from maskdm import paths, publishing, tracking, ui
+from maskdm.config import Params, parse_params
+from maskdm.errors import UserError
+from maskdm.tracking import arm_content
+from maskdm.tracking.saved_view import VIEW_TAG
+from maskdm.tracking.store import Store, arm_key, open_store, shown
+
+# SQLAlchemy's pool closes its connections only when the process ends; Python 3.13 notices.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed database:ResourceWarning")
+
+ARM, SEED = "patch-m50", 0
+CONTENT: dict[str, Any] = {
+    "name": "tracking-test",
+    "seeds": [0, 1],
+    "dataset": {"source": "digits", "image_size": 8, "channels": 1},
+    "model": {"patch_size": 2, "dim": 64, "depth": 5, "num_heads": 4},
+    "diffusion": {"num_timesteps": 1000, "schedule": "cosine", "prediction": "x_0"},
+    "budget": {"match": "flops", "unmasked_steps": 1000, "milestones": [0.5, 1.0]},
+    "training": {},
+    "pretrain": {"share": 0.3, "lr": 2e-3, "batch_size": 128},
+    "finetune": {"lr": 2e-3, "batch_size": 128},
+    "sampling": {},
+    "evaluation": {},
+    "arms": {"scratch": {"strategy": "none"}, ARM: {"strategy": "patch", "mask_rate": 0.5}},
+}
+
+
+def params_with(**sections: Any) -> Params:
+    return parse_params({**CONTENT, **sections})
+
+
+PARAMS = params_with()
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with mlflow's tables: creating them takes seconds, copying does not."""
+    root = tmp_path_factory.mktemp("store")
+    open_store(f"sqlite:///{root / 'mlflow.db'}", root)
+    return root / "mlflow.db"
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty project, the working directory."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / ".dvc").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def store(project: Path, empty_database: Path) -> Store:
+    """The project's store, for looking at what was logged."""
+    shutil.copy(empty_database, project / "mlflow.db")
+    return open_store(tracking.store_uri(), project)
+
+
+def write_results(arm: str = ARM, seed: int = SEED, fid: float = 20.0, losses: int = 30) -> None:
+    """What the stages leave of an arm; `scratch` has no pretraining."""
+    stages = ["finetune", "sample", "evaluate"] if arm == "scratch" else [*arm_content.ARM_STAGES]
+    for stage, folder in (("pretrain", paths.pretrain(arm, seed)), ("finetune", paths.finetune(arm, seed))):
+        if stage in stages:
+            rows = [f"{100 * i},{1 / i:.6f},0.002,{12800 * i},{51200 * i},{1e9 * i}" for i in range(1, losses + 1)]
+            text = "\n".join(["step,loss,lr,images_seen,tokens_seen,flops", *rows]) + "\n"
+            publishing.publish_text(folder / "curve.csv", text)
+    scores = {"kid": 0.01, "kid_std": 0.001, "precision": 0.7, "recall": 0.6, "images_seen": 1, "step": 1}
+    milestones = {
+        "0.500": {"fid": fid + 5, "flops": 5e11, **scores},
+        "1.000": {"fid": fid, "flops": 1e12, **scores},
+    }
+    metrics = {"milestones": milestones, "fid_floor": 1.5, "num_samples": 1000, "extractor": "classifier"}
+    publishing.publish_json(paths.metrics(arm, seed), {**metrics, "data_sha256": "ab12"})
+    for number, stage in enumerate(stages, start=1):
+        record = {"wall_seconds": 10.0 * number, "peak_memory_gib": 0.5 * number, "git_commit": "c0ffee"}
+        publishing.publish_json(paths.record(stage, arm, seed), {**record, "versions": {"torch": "2.7"}})
+    paths.samples(arm, seed).mkdir(parents=True, exist_ok=True)
+    (paths.samples(arm, seed) / "grid-1.000.png").write_bytes(b"PNG")
+
+
+def arm_runs(store: Store, arm: str = ARM) -> list[Any]:
+    return store._search(PARAMS.name, kind="arm", arm=arm)
+
+
+def all_runs(store: Store) -> list[Any]:
+    return list(store.client.search_runs([store.experiment(PARAMS.name)]))
+
+
+def history(store: Store, run: Any, key: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in store.client.get_metric_history(run.info.run_id, key)]
+
+
+def snapshot(store: Store) -> dict[str, Any]:
+    """Everything that could change."""
+    return {
+        run.info.run_id: (
+            run.to_dictionary(),
+            {
+                key: [m.to_dictionary() for m in store.client.get_metric_history(run.info.run_id, key)]
+                for key in run.data.metrics
+            },
+        )
+        for run in all_runs(store)
+    }
+
+
+def run_python(code: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """Start code in a process of its own, with PARAMS as `params`."""
+    preamble = """
+        import json, sys
+        from maskdm.config import parse_params
+        params = parse_params(json.loads(sys.argv[1]))
+    """
+    root = str(Path(tracking.__file__).parents[2])
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            textwrap.dedent(preamble) + textwrap.dedent(code),
+            json.dumps(CONTENT),
+            *arguments,
+        ],
+        env={**os.environ, "PYTHONPATH": root, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.workflow
+def test_processes_on_a_fresh_database_lose_and_duplicate_nothing(project: Path) -> None:
+    code = """
+        from maskdm.tracking import stage_run
+        seed = int(sys.argv[2])
+        with stage_run(params, sys.argv[3], "scratch", seed) as run:
+            for step in range(200):
+                run.log(step, loss=1.0 / (step + 1))
+    """
+    stages = ["finetune", "sample", "evaluate", "pretrain"]
+    processes = [run_python(code, str(seed), stage) for seed in (0, 1) for stage in stages]
+    outputs = [process.communicate(timeout=120) for process in processes]
+
+    assert [output for output in outputs if output != ("", "")] == []
+    store = open_store(tracking.store_uri(), project)
+    assert sorted(run.info.run_name for run in arm_runs(store, "scratch")) == [
+        "scratch-seed-0",
+        "scratch-seed-1",
+    ]
+    children = [run for arm in arm_runs(store, "scratch") for run in store.stages_of(PARAMS.name, arm.info.run_id)]
+    assert sorted(run.info.run_name for run in children) == sorted(2 * stages)
+    assert {run.info.status for run in all_runs(store)} == {"FINISHED"}
+    for run in children:
+        assert history(store, run, "loss") == [(step, 1.0 / (step + 1)) for step in range(200)]
+
+
+def test_an_arm_carries_its_curves_scores_timings_and_provenance(store: Store) -> None:
+    write_results(losses=1500)  # more than fits one batch
+    tracking.publish_arm(PARAMS, ARM, SEED)
+
+    (run,) = arm_runs(store)
+    assert run.info.run_name == "patch-m50-seed-0"
+    assert run.info.status == "FINISHED"
+    expected = [(100 * i, float(f"{1 / i:.6f}")) for i in range(1, 1501)]
+    assert history(store, run, "pretrain/loss") == history(store, run, "finetune/loss") == expected
+    assert history(store, run, "fid") == [(50, 25.0), (100, 20.0)]
+    assert run.data.metrics.items() >= {"fid": 20.0, "flops": 1e12, "fid_floor": 1.5, "recall": 0.6}.items()
+    timings = {
+        "pretrain_seconds": 10.0,
+        "evaluate_seconds": 40.0,
+        "train_seconds": 30.0,
+        "peak_memory_gib": 2.0,
+    }
+    assert run.data.metrics.items() >= timings.items()
+    own = {"strategy": "patch", "mask_rate": "0.5", "realised_mask_rate": "0.5", "num_visible": "8"}
+    sections = {"model.dim": "64", "pretrain.lr": "0.002", "num_samples": "1000", "extractor": "classifier"}
+    assert run.data.params.items() >= (own | sections).items()
+    provenance = {"git_commit": "c0ffee", "data_sha256": "ab12", "version.torch": "2.7"}
+    tags = {"maskdm.kind": "arm", "maskdm.fingerprint": arm_key(PARAMS, ARM, SEED).fingerprint}
+    assert run.data.tags.items() >= (provenance | tags).items()
+    (image,) = store.client.list_artifacts(run.info.run_id, "samples")
+    assert image.path == "samples/grid-1.000.png"
+
+
+def test_scratch_trains_without_pretraining(store: Store) -> None:
+    write_results("scratch")
+    tracking.publish_arm(PARAMS, "scratch", SEED)
+
+    (run,) = arm_runs(store, "scratch")
+    assert run.data.metrics["train_seconds"] == run.data.metrics["finetune_seconds"]
+    assert run.data.params.items() >= {"strategy": "none", "mask_rate": "0.0", "pretrain.share": "0.0"}.items()
+    assert not {"pretrain/loss", "pretrain_seconds"} & set(run.data.metrics)
+    assert not {"pretrain.lr", "block_size"} & set(run.data.params)
+
+
+def test_publishing_twice_changes_nothing(store: Store) -> None:
+    write_results()
+    tracking.publish_arm(PARAMS, ARM, SEED)
+    before = snapshot(store)
+    tracking.publish_arm(PARAMS, ARM, SEED)
+    assert snapshot(store) == before
+
+
+def test_only_missing_points_are_added(store: Store) -> None:
+    write_results(losses=10)
+    tracking.publish_arm(PARAMS, ARM, SEED)
+    (before,) = arm_runs(store)
+    write_results(losses=20)
+    tracking.publish_arm(PARAMS, ARM, SEED)
+
+    (after,) = arm_runs(store)
+    assert after.info.run_id == before.info.run_id
+    assert [step for step, _ in history(store, after, "finetune/loss")] == [100 * i for i in range(1, 21)]
+
+
+def test_another_timing_is_no_contradiction(store: Store) -> None:
+    write_results()
+    tracking.publish_arm(PARAMS, ARM, SEED)
+    (before,) = arm_runs(store)
+    for seconds in (7.0, 12.0, 7.0):
+        time.sleep(0.002)  # of two points at one step, mlflow takes the later millisecond
+        publishing.publish_json(paths.record("evaluate", ARM, SEED), {"wall_seconds": seconds})
+        tracking.publish_arm(PARAMS, ARM, SEED)
+        (after,) = arm_runs(store)
+        assert after.info.run_id == before.info.run_id
+        assert after.data.metrics["evaluate_seconds"] == seconds
+
+
+@pytest.mark.parametrize("changed", [{"fid": 19.0}, {"losses": 20}])
+def test_a_contradicting_result_supersedes_the_run_and_keeps_its_stages(store: Store, changed: dict[str, Any]) -> None:
+    write_results()
+    with tracking.stage_run(PARAMS, "evaluate", ARM, SEED):
+        tracking.publish_arm(PARAMS, ARM, SEED)
+        (before,) = arm_runs(store)
+        write_results(**changed)
+        tracking.publish_arm(PARAMS, ARM, SEED)
+
+    (after,) = arm_runs(store)
+    assert after.info.run_id != before.info.run_id
+    assert after.data.metrics["fid"] == changed.get("fid", 20.0)
+    assert len(history(store, after, "pretrain/loss")) == changed.get("losses", 30)
+    assert [run.info.run_name for run in store.stages_of(PARAMS.name, after.info.run_id)] == ["evaluate"]
+    assert len(all_runs(store)) == 2
+
+
+def test_other_params_supersede_the_run_and_its_stages(store: Store) -> None:
+    with tracking.stage_run(PARAMS, "pretrain", ARM, SEED):
+        pass
+    write_results("scratch")
+    tracking.publish_arm(PARAMS, "scratch", SEED)
+    (scratch,) = arm_runs(store, "scratch")
+    changed = params_with(arms={**CONTENT["arms"], ARM: {"strategy": "patch", "mask_rate": 0.75}})
+    with tracking.stage_run(changed, "pretrain", ARM, SEED):
+        pass
+
+    (run,) = arm_runs(store)
+    assert run.data.tags["maskdm.fingerprint"] == arm_key(changed, ARM, SEED).fingerprint
+    assert [child.info.run_name for child in store.stages_of(PARAMS.name, run.info.run_id)] == ["pretrain"]
+    assert [other.info.run_id for other in arm_runs(store, "scratch")] == [scratch.info.run_id]
+    assert len(all_runs(store)) == 3
+
+
+def test_the_fingerprint_is_of_what_the_arm_does() -> None:
+    key = arm_key(PARAMS, ARM, SEED)
+    fewer = params_with(name="other", seeds=[0], arms={ARM: CONTENT["arms"][ARM]}, tracking={"enabled": False})
+    assert arm_key(fewer, ARM, SEED).fingerprint == key.fingerprint
+    slower = params_with(pretrain={**CONTENT["pretrain"], "lr": 1e-3})
+    assert arm_key(slower, ARM, SEED).fingerprint != key.fingerprint
+    assert arm_key(slower, "scratch", SEED).fingerprint == arm_key(PARAMS, "scratch", SEED).fingerprint
+    assert arm_key(PARAMS, ARM, 1).fingerprint != key.fingerprint
+
+
+def test_a_stage_does_not_publish_what_later_stages_left_of_an_older_run(store: Store) -> None:
+    write_results()
+    tracking.publish_arm(PARAMS, ARM, SEED, through="finetune")
+    (run,) = arm_runs(store)
+    assert {"pretrain/loss", "finetune/loss", "train_seconds"} <= set(run.data.metrics)
+    assert not {"fid", "evaluate_seconds"} & set(run.data.metrics)
+    assert store.client.list_artifacts(run.info.run_id) == []
+
+
+def test_nothing_to_publish_makes_no_run(store: Store) -> None:
+    tracking.publish_arm(PARAMS, ARM, SEED)
+    assert all_runs(store) == []
+
+
+def test_a_stage_logs_params_tags_and_a_figure_that_moves_at_once(store: Store, project: Path) -> None:
+    figure = project / "curve.png"
+    figure.write_bytes(b"PNG")
+    with tracking.stage_run(PARAMS, "report") as run:
+        run.params(arms=2)
+        run.tags(git_commit="c0ffee")
+        run.figure(figure)
+        figure.unlink()
+        run.log(3, seconds=1.5)
+    (logged,) = all_runs(store)
+    assert (logged.info.run_name, logged.info.status) == ("report", "FINISHED")
+    assert logged.data.params == {"arms": "2"}
+    assert logged.data.tags.items() >= {"maskdm.kind": "stage", "git_commit": "c0ffee"}.items()
+    assert history(store, logged, "seconds") == [(3, 1.5)]
+    assert [file.path for file in store.client.list_artifacts(logged.info.run_id)] == ["curve.png"]
+
+
+def test_a_rerun_of_a_stage_takes_the_place_of_the_older(store: Store) -> None:
+    for arm, seed in ((ARM, SEED), (None, None)):
+        for stage in ("pretrain", "finetune", "pretrain"):
+            with tracking.stage_run(PARAMS, stage, arm, seed):
+                pass
+    (arm_run,) = arm_runs(store)
+    children = store.stages_of(PARAMS.name, arm_run.info.run_id)
+    assert sorted(run.info.run_name for run in children) == ["finetune", "pretrain"]
+    assert len(all_runs(store)) == 5
+
+
+@pytest.mark.parametrize(("error", "status"), [(ValueError("loss is nan"), "FAILED"), (KeyboardInterrupt(), "KILLED")])
+def test_a_failing_stage_is_marked_and_its_exception_is_unchanged(
+    store: Store, error: BaseException, status: str
+) -> None:
+    with pytest.raises(type(error)) as raised, tracking.stage_run(PARAMS, "finetune", ARM, SEED) as run:
+        run.log(100, loss=2.0)
+        raise error
+    assert raised.value is error
+    (arm_run,) = arm_runs(store)
+    (child,) = store.stages_of(PARAMS.name, arm_run.info.run_id)
+    assert (child.info.status, arm_run.info.status) == (status, status)
+    assert history(store, child, "loss") == [(100, 2.0)]
+
+
+def test_an_unreachable_server_costs_one_warning_and_seconds(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{_free_port()}")
+    write_results()
+    started = time.monotonic()
+    with tracking.stage_run(PARAMS, "finetune", ARM, SEED) as run:
+        run.log(1, loss=1.0)
+    tracking.publish_arm(PARAMS, ARM, SEED)
+    assert time.monotonic() - started < 15
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("warning: not logged to MLflow") and "stage finetune of patch-m50-seed-0" in line
+    assert "maskdm report" in line
+    with pytest.raises(UserError, match="cannot read the MLflow store"):
+        tracking.compare_url(PARAMS)
+
+
+def test_a_hanging_store_holds_up_no_stage(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tracking.worker.Worker.wait, "__defaults__", (0.2,))
+    with store.lock():
+        with tracking.stage_run(PARAMS, "prepare"):
+            pass
+        assert "no answer within" in capfd.readouterr().err
+        monkeypatch.setattr(tracking.worker.Worker.wait, "__defaults__", (60.0,))
+        started = time.monotonic()
+        tracking.publish_arm(PARAMS, ARM, SEED)
+        assert time.monotonic() - started < 5
+    assert capfd.readouterr().err == ""
+
+
+def test_a_password_in_the_uri_is_not_printed() -> None:
+    assert shown("https://me:secret@host:80/path") == "https://host:80/path"
+    assert shown("sqlite:////a/b.db") == "sqlite:////a/b.db"
+
+
+def test_disabled_tracking_imports_no_mlflow_and_writes_nothing(project: Path) -> None:
+    code = """
+        from pathlib import Path
+        from maskdm.tracking import publish_arm, stage_run
+        off = params.model_copy(update={"tracking": params.tracking.model_copy(update={"enabled": False})})
+        with stage_run(off, "finetune", "scratch", 0) as run:
+            run.log(1, loss=1.0)
+            run.params(a=1)
+            run.tags(b=2)
+            run.figure(Path("missing.png"))
+        publish_arm(off, "scratch", 0)
+        print([name for name in ("mlflow", "torch", "sqlalchemy") if name in sys.modules])
+    """
+    assert run_python(code).communicate(timeout=60) == ("[]\n", "")
+    assert [file.name for file in project.iterdir()] == [".dvc"]
+
+
+def test_the_view_of_arms_is_saved_and_its_urls_name_it(store: Store) -> None:
+    with tracking.stage_run(PARAMS, "prepare"):
+        pass
+    experiment = store.client.get_experiment_by_name(PARAMS.name)
+    view = json.loads(experiment.tags[VIEW_TAG])
+    assert view["searchFilter"] == "tags.`maskdm.kind` = 'arm'"
+    assert "metrics.`fid`" in view["selectedColumns"]
+    base = f"http://127.0.0.1:5000/#/experiments/{experiment.experiment_id}/runs?"
+    assert tracking.compare_url(PARAMS) == base + "viewStateShareKey=arms"
+    charts = tracking.chart_url(PARAMS, "http://host:1/")
+    assert charts.startswith("http://host:1/#/experiments/")
+    assert charts.endswith("/runs?compareRunsMode=CHART&viewStateShareKey=arms")
+    with pytest.raises(UserError, match="has no experiment 'other' yet"):
+        tracking.compare_url(params_with(name="other"))
+
+
+def test_a_deleted_experiment_comes_back(store: Store) -> None:
+    store.client.delete_experiment(store.experiment(PARAMS.name))
+    with tracking.stage_run(PARAMS, "prepare"):
+        pass
+    assert [run.info.run_name for run in all_runs(store)] == ["prepare"]
+
+
+def test_the_ui_says_what_is_missing(project: Path) -> None:
+    with pytest.raises(UserError, match="dvc repro"):
+        ui.open_ui(PARAMS)
+    (project / "mlflow.db").touch()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(UserError, match="--port"):
+            ui.open_ui(PARAMS, taken.getsockname()[1])
+
+
+@pytest.mark.workflow
+def test_the_ui_answers_and_leaves_no_process(store: Store) -> None:
+    with tracking.stage_run(PARAMS, "prepare"):
+        pass
+    port = _free_port()
+    process = run_python("from maskdm.ui import open_ui\nopen_ui(params, int(sys.argv[2]))", str(port))
+    assert process.stdout is not None
+    assert f"127.0.0.1:{port}/#/experiments/1/runs?viewStateShareKey=arms" in process.stdout.readline()
+    assert [process.stdout.readline() for _ in range(2)][-1] == "Ctrl-C stops it.\n"
+    server = psutil.Process(process.pid).children(recursive=True)
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10) as answer:
+        assert answer.status == 200
+    process.terminate()
+    assert process.communicate(timeout=60) == ("", "")
+    assert process.returncode == 143
+    assert server and not any(helper.is_running() for helper in server)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,40 @@
+# What the rules share: the validated parameters, and which of them each stage depends on.
+import yaml
+from snakemake.exceptions import WorkflowError
+
+from maskdm.config import parse_params
+from maskdm.errors import ParamsError
+
+try:
+    PARAMS = parse_params(config)
+except ParamsError as error:
+    raise WorkflowError(str(error))
+
+ARMS = list(PARAMS.arms)
+SEEDS = list(PARAMS.seeds)
+
+# dvc.yaml names the parameters that make a stage stale; a change of their values reruns it here as well.
+with open(workflow.source_path("../../dvc.yaml")) as _file:
+    STAGES = yaml.safe_load(_file)["stages"]
+
+
+def depends_on(stage):
+    """The values of the parameters that the stage depends on, as an input to its `params:`."""
+
+    def values(wildcards):
+        names = [name.replace("${item.arm}", wildcards.get("arm", "")) for name in STAGES[stage]["params"]]
+        return {name: _value(name) for name in names}
+
+    return values
+
+
+def _value(name):
+    value = config
+    for key in name.split("."):
+        value = value.get(key) if value is not None else None
+    return value
+
+
+wildcard_constraints:
+    arm="[a-z0-9-]+",
+    seed=r"\d+",

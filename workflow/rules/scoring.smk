@@ -1,0 +1,66 @@
+# Samples of every arm and seed, their scores, and the report over all of them.
+rule sample:
+    input:
+        "results/data",
+        "results/finetune/{arm}/seed-{seed}",
+    output:
+        directory("results/samples/{arm}/seed-{seed}"),
+        "results/records/sample-{arm}-seed-{seed}.json",
+    log:
+        "logs/sample-{arm}-seed-{seed}.log",
+    conda:
+        "../envs/maskdm.yaml"
+    threads: PARAMS.compute.threads
+    params:
+        depends_on=depends_on("sample"),
+    shell:
+        "maskdm sample --arm {wildcards.arm} --seed {wildcards.seed} --stage-version 1 > {log} 2>&1"
+
+
+rule evaluate:
+    input:
+        "results/data",
+        "results/features",
+        "results/finetune/{arm}/seed-{seed}",
+        "results/samples/{arm}/seed-{seed}",
+    output:
+        "results/metrics/{arm}-seed-{seed}.json",
+        "results/records/evaluate-{arm}-seed-{seed}.json",
+    log:
+        "logs/evaluate-{arm}-seed-{seed}.log",
+    conda:
+        "../envs/maskdm.yaml"
+    threads: PARAMS.compute.threads
+    params:
+        depends_on=depends_on("evaluate"),
+    shell:
+        "maskdm evaluate --arm {wildcards.arm} --seed {wildcards.seed} --stage-version 1 > {log} 2>&1"
+
+
+rule report:
+    input:
+        "results/data",
+        "results/features",
+        "results/records/prepare.json",
+        "results/records/features.json",
+        expand("results/pretrain/{arm}/seed-{seed}", arm=ARMS, seed=SEEDS),
+        expand("results/finetune/{arm}/seed-{seed}", arm=ARMS, seed=SEEDS),
+        expand("results/samples/{arm}/seed-{seed}", arm=ARMS, seed=SEEDS),
+        expand("results/metrics/{arm}-seed-{seed}.json", arm=ARMS, seed=SEEDS),
+        expand(
+            "results/records/{stage}-{arm}-seed-{seed}.json",
+            stage=["pretrain", "finetune", "sample", "evaluate"],
+            arm=ARMS,
+            seed=SEEDS,
+        ),
+    output:
+        directory("results/report"),
+    log:
+        "logs/report.log",
+    conda:
+        "../envs/maskdm.yaml"
+    threads: PARAMS.compute.threads
+    params:
+        depends_on=depends_on("report"),
+    shell:
+        "maskdm report --stage-version 1 > {log} 2>&1"

@@ -1,0 +1,34 @@
+# Masked pretraining and unmasked finetuning of every arm and seed.
+rule pretrain:
+    input:
+        "results/data",
+    output:
+        directory("results/pretrain/{arm}/seed-{seed}"),
+        "results/records/pretrain-{arm}-seed-{seed}.json",
+    log:
+        "logs/pretrain-{arm}-seed-{seed}.log",
+    conda:
+        "../envs/maskdm.yaml"
+    threads: PARAMS.compute.threads
+    params:
+        depends_on=depends_on("pretrain"),
+    shell:
+        "maskdm pretrain --arm {wildcards.arm} --seed {wildcards.seed} --stage-version 1 > {log} 2>&1"
+
+
+rule finetune:
+    input:
+        "results/data",
+        "results/pretrain/{arm}/seed-{seed}",
+    output:
+        directory("results/finetune/{arm}/seed-{seed}"),
+        "results/records/finetune-{arm}-seed-{seed}.json",
+    log:
+        "logs/finetune-{arm}-seed-{seed}.log",
+    conda:
+        "../envs/maskdm.yaml"
+    threads: PARAMS.compute.threads
+    params:
+        depends_on=depends_on("finetune"),
+    shell:
+        "maskdm finetune --arm {wildcards.arm} --seed {wildcards.seed} --stage-version 1 > {log} 2>&1"
