@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from maskdm.backbone import UViT
-from maskdm.config import Params, StageConfig
+from maskdm.config import ModelConfig, Params, StageConfig
 
 
 @dataclass(frozen=True)
@@ -86,19 +87,26 @@ def count_step_flops(params: Params, batch_size: int, num_visible: int) -> int:
     """FLOPs of one training step: forward and backward, attention included, optimizer excluded.
 
     Counted by `torch.utils.flop_counter` on the real network without data (the meta device), with attention as
-    plain matrix products, so that the number does not depend on the kernel or the machine.
+    plain matrix products, so that the number does not depend on the kernel or the machine. Every product has the
+    batch as a factor, so one image is counted, once per S.
 
     Args:
         params: gives the architecture.
         batch_size: B.
         num_visible: S.
     """
+    shape = (params.grid.num_patches, patch_dim(params), num_visible)
+    return batch_size * _count_image_flops(params.model, *shape)
+
+
+@cache
+def _count_image_flops(config: ModelConfig, num_patches: int, patch_dim: int, num_visible: int) -> int:
     with torch.device("meta"):
-        model = build_model(params, num_classes=1)
-        patches = torch.empty(batch_size, num_visible, patch_dim(params))
-        t = torch.empty(batch_size, dtype=torch.int64)
-        visible_idx = torch.empty(batch_size, num_visible, dtype=torch.int64)
-        labels = torch.empty(batch_size, dtype=torch.int64)
+        model = UViT(config, num_patches, patch_dim, num_classes=1)
+        patches = torch.empty(1, num_visible, patch_dim)
+        t = torch.empty(1, dtype=torch.int64)
+        visible_idx = torch.empty(1, num_visible, dtype=torch.int64)
+        labels = torch.empty(1, dtype=torch.int64)
         with FlopCounterMode(display=False) as counter, sdpa_kernel([SDPBackend.MATH]):
             model(patches, t, visible_idx, labels).sum().backward()
     return counter.get_total_flops()

@@ -8,7 +8,7 @@ RESULTS = Path("results")
 DATA = RESULTS / "data"
 FEATURES = RESULTS / "features"
 REPORT = RESULTS / "report"
-WORK = Path(".work")  # resumable state and half-built outputs: never an output of a stage
+WORK = Path(".work")  # resumable state: never an output of a stage
 
 
 def pretrain(arm: str, seed: int) -> Path:
@@ -40,6 +40,12 @@ def record(stage: str, arm: str | None = None, seed: int | None = None) -> Path:
 def work(output: Path) -> Path:
     """The work folder that belongs to an output."""
     return WORK / output
+
+
+def building(output: Path) -> Path:
+    """Where an output is built: on its filesystem, so that it can be moved, and in no folder that a stage reads."""
+    place = RESULTS / ".building" / output
+    return place.with_name(output.name + ".building")
 
 
 def project_root(start: Path | None = None) -> Path:

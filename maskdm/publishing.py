@@ -24,7 +24,7 @@ def publish_folder(output: Path) -> Iterator[Path]:
     Raises:
         UserError: the place can't be written.
     """
-    building = paths.work(output).with_name(output.name + ".building")
+    building = paths.building(output)
     try:
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -241,7 +241,10 @@ class Trainer:
 
 def write_curve(path: Path, state: TrainState) -> None:
     """The curve as CSV, full precision: equal runs give equal bytes."""
-    pd.DataFrame(state.curve, columns=CURVE_COLUMNS).to_csv(path, index=False, lineterminator="\n")
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, CURVE_COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(state.curve)
 
 
 def num_parameters(model: nn.Module) -> int:
