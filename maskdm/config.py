@@ -81,7 +81,12 @@ class DatasetConfig(Section):
     )
     image_size: Count = Field(description="side of the square images in pixels")
     channels: Literal[1, 3] = 3
-    crop: Literal["none", "center"] = Field(default="center", description="the largest centred square, or stretch")
+    crop: Literal["none", "center", "box"] = Field(
+        default="center", description="largest centred square; none stretches"
+    )
+    crop_box: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=3, max_length=3)] | None = Field(
+        default=None, description="crop box: top row, left column and side of the square, in pixels"
+    )
     resize_filter: Literal["lanczos", "bicubic"] = Field(default="lanczos", description="antialiased, never nearest")
     on_bad_image: Literal["error", "skip"] = "error"
     max_pixels: Count = Field(default=64_000_000, description="an image with more is bad: guards against image bombs")
@@ -94,6 +99,8 @@ class DatasetConfig(Section):
             raise ValueError("source image_folder needs root: the folder, .zip or .tar with your images")
         if self.source == "digits" and self.root:
             raise ValueError("source digits is embedded and takes no root; did you mean source: image_folder?")
+        if (self.crop == "box") != (self.crop_box is not None):
+            raise ValueError("crop_box (top row, left column, side) belongs to crop: box, and crop: box needs it")
         return self
 
 

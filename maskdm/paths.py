@@ -8,6 +8,7 @@ RESULTS = Path("results")
 DATA = RESULTS / "data"
 FEATURES = RESULTS / "features"
 REPORT = RESULTS / "report"
+BUILDING = RESULTS / ".building"  # outputs while they are built
 WORK = Path(".work")  # resumable state: never an output of a stage
 
 
@@ -44,7 +45,7 @@ def work(output: Path) -> Path:
 
 def building(output: Path) -> Path:
     """Where an output is built: on its filesystem, so that it can be moved, and in no folder that a stage reads."""
-    place = RESULTS / ".building" / output
+    place = BUILDING / output
     return place.with_name(output.name + ".building")
 
 

@@ -41,6 +41,17 @@ def publish_folder(output: Path) -> Iterator[Path]:
         raise cannot_write(output, error) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
+        _remove_empty(building.parent)
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove the folders made to build in, as far as nobody else builds there."""
+    while paths.BUILDING in (folder, *folder.parents):
+        try:
+            folder.rmdir()
+        except OSError:
+            return
+        folder = folder.parent
 
 
 def publish_text(output: Path, text: str) -> None:

@@ -19,9 +19,10 @@ import pytest
 from PIL import Image
 
 from maskdm.config import DatasetConfig, parse_params
-from maskdm.data import image_folder
+from maskdm.data import image_folder, sources
 from maskdm.data.arrays import ImageArrays
-from maskdm.data.image_folder import BadImageError, decode, labels_from_folders
+from maskdm.data.decoding import BadImageError, decode
+from maskdm.data.image_folder import labels_from_folders
 from maskdm.data.prepare import prepare
 from maskdm.errors import UserError
 
@@ -256,7 +257,7 @@ def test_labels_of_class_folders() -> None:
     assert arrays.labels is not None
     assert arrays.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert manifest["protocol"] == {
-        "crop": "center", "resize_filter": "lanczos", "channels": 3, "image_size": SIZE
+        "crop": "center", "crop_box": None, "resize_filter": "lanczos", "channels": 3, "image_size": SIZE
     }  # fmt: skip
 
 
@@ -369,8 +370,8 @@ def test_of_equal_names_the_last_counts(mode: str) -> None:
 def test_only_a_compressed_tar_is_read_in_its_own_order(monkeypatch: pytest.MonkeyPatch) -> None:
     files, read = shuffled(make_folder()), []
     make_tar("photos.tar.gz", files, "w:gz")
-    load = image_folder._Tar.load
-    monkeypatch.setattr(image_folder._Tar, "load", lambda self, name: read.append(name) or load(self, name))
+    load = sources._Tar.load
+    monkeypatch.setattr(sources._Tar, "load", lambda self, name: read.append(name) or load(self, name))
     run("photos.tar.gz")
     assert read == list(files) != sorted(files)
     read.clear()
@@ -635,3 +636,17 @@ def test_a_file_that_makes_the_decoder_fail_oddly(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Image, "open", fail)
     with pytest.raises(BadImageError, match="IndexError"):
         decode(picture(), config())
+
+
+def test_a_crop_box_keeps_exactly_its_pixels() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    put("photos/1.png", encode(Image.fromarray(pixels)))
+    run("photos", crop="box", crop_box=[5, 11, SIZE])
+    kept = ImageArrays.open(Path("out")).all()[0]
+    assert np.array_equal(kept, pixels[5 : 5 + SIZE, 11 : 11 + SIZE])
+
+
+def test_an_image_that_does_not_hold_the_crop_box_is_bad() -> None:
+    put("photos/1.png", picture())
+    with pytest.raises(UserError, match=r"1\.png.*do not hold dataset\.crop_box \(top 5, left 1000"):
+        run("photos", crop="box", crop_box=[5, 1000, SIZE])

@@ -9,7 +9,7 @@ from PIL import Image
 
 from maskdm.config import DatasetConfig
 from maskdm.data.arrays import Images, LabelledImages
-from maskdm.data.image_folder import fit
+from maskdm.data.decoding import fit
 
 MAX_VALUE = 16  # the digits count the dark pixels of 4×4 blocks
 

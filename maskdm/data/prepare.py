@@ -64,6 +64,6 @@ def _write(source: LabelledImages, dataset: DatasetConfig, folder: Path) -> dict
         return writer.finish(
             source.class_names,
             source={"kind": dataset.source, "root": dataset.root, "limit": dataset.limit},
-            protocol=dataset.model_dump(include={"crop", "resize_filter", "channels", "image_size"}),
+            protocol=dataset.model_dump(include={"crop", "crop_box", "resize_filter", "channels", "image_size"}),
             skipped=source.skipped,
         )

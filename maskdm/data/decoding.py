@@ -1,0 +1,99 @@
+"""One image file, of whatever format, as an array of the dataset's size and channels."""
+
+from __future__ import annotations
+
+from io import BytesIO
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from maskdm.config import DatasetConfig
+from maskdm.data.arrays import Images
+
+FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM")  # Pillow's names for the suffixes we read
+FILTERS = {"lanczos": Image.Resampling.LANCZOS, "bicubic": Image.Resampling.BICUBIC}
+
+
+class BadImageError(Exception):
+    """A file that should be an image but is none, or a damaged one; the message is the reason."""
+
+
+def decode(content: bytes, dataset: DatasetConfig) -> Images:
+    """An image file as (image_size, image_size, channels) uint8.
+
+    The first frame is taken, turned upright by its EXIF orientation; an embedded colour profile is ignored.
+    Transparent images are laid over white: it is what they are mostly drawn for and shown on, while dropping
+    alpha would uncover whatever colour the transparent pixels happen to hold. 16-bit grey is scaled to 8.
+
+    Raises:
+        BadImageError: it can't be decoded, has no 8- or 16-bit values, or more than `max_pixels` pixels.
+    """
+    if not content:
+        raise BadImageError("the file is empty")
+    try:
+        with Image.open(BytesIO(content), formats=FORMATS) as file:
+            image: Image.Image = file
+            _check_pixels(image, dataset.max_pixels)  # from the header: nothing is decoded yet
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return fit(_over_white(_to_8_bits(image)), dataset)
+    except (BadImageError, MemoryError):
+        raise
+    except UnidentifiedImageError:
+        raise BadImageError("not an image of a known format, or its header is damaged") from None
+    except Exception as error:  # damaged files make Pillow's decoders raise almost anything
+        raise BadImageError(str(error) or type(error).__name__) from error
+
+
+def fit(image: Image.Image, dataset: DatasetConfig) -> Images:
+    """An opaque 8-bit image as (image_size, image_size, channels) uint8: converted, cropped, resized.
+
+    Grey is the luma 0.299 R + 0.587 G + 0.114 B; RGB of a grey image repeats it.
+    """
+    image = image.convert("L" if dataset.channels == 1 else "RGB")
+    if dataset.crop != "none":
+        left, top, side = _square(image, dataset)
+        image = image.crop((left, top, left + side, top + side))
+    target = (dataset.image_size, dataset.image_size)
+    if image.size != target:
+        image = image.resize(target, FILTERS[dataset.resize_filter])
+    return np.array(image, dtype=np.uint8).reshape(*target, dataset.channels)
+
+
+def _square(image: Image.Image, dataset: DatasetConfig) -> tuple[int, int, int]:
+    """Left, top and side of the square that is kept."""
+    if dataset.crop_box is None:
+        side = min(image.size)
+        return (image.width - side) // 2, (image.height - side) // 2, side
+    top, left, side = dataset.crop_box
+    if left + side > image.width or top + side > image.height:
+        raise BadImageError(
+            f"{image.width}×{image.height} pixels do not hold dataset.crop_box (top {top}, left {left}, side {side})"
+        )
+    return left, top, side
+
+
+def _check_pixels(image: Image.Image, max_pixels: int) -> None:
+    if image.width * image.height > max_pixels:
+        size = f"{image.width}×{image.height}"
+        raise BadImageError(f"{size} pixels are more than dataset.max_pixels {max_pixels}")
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits as 8; Pillow's own conversion would clip it to white."""
+    if image.mode == "F":
+        raise BadImageError("floating-point pixels have no fixed range; expected 8 or 16 bits")
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise BadImageError(f"values from {values.min()} to {values.max()}; expected 8 or 16 bits")
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))  # rounded: 65535 = 255·257
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image
+    white = Image.new("RGBA", image.size, "white")
+    white.alpha_composite(image.convert("RGBA"))
+    return white
