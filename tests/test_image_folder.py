@@ -341,7 +341,7 @@ def test_archives_read_regular_members_alone() -> None:
         "photos.tar",
         "photos.zip",
         "out",
-        ".work",
+        "results",
     }
 
 
