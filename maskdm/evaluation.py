@@ -14,6 +14,8 @@ from maskdm import rng
 from maskdm.config import EvaluationConfig
 from maskdm.errors import UserError
 
+PRC_BLOCK = 1000  # rows of the distance matrix held at a time: 8 MB per 1,000 real images
+
 
 @dataclass(frozen=True)
 class Metrics:
@@ -69,9 +71,13 @@ def compute_metrics(samples: np.ndarray, real: np.ndarray, config: EvaluationCon
         kid_subset_size=config.kid_subset_size,
         verbose=False,
     )
-    # cdist of torch-fidelity goes over blocks of 10,000: the memory stays bounded
     prc = prc_features_to_metric(
-        generated, reference, prc_neighborhood=config.prc_neighborhood, save_cpu_ram=True, verbose=False
+        generated,
+        reference,
+        prc_neighborhood=config.prc_neighborhood,
+        prc_batch_size=PRC_BLOCK,
+        save_cpu_ram=True,
+        verbose=False,
     )
     return Metrics(
         fid=fid["frechet_inception_distance"],
