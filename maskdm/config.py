@@ -28,7 +28,7 @@ from maskdm.errors import ParamsError
 from maskdm.mask_geometry import Grid, Strategy, VisibleShape, visible_shape
 
 PARAMS_FILE = Path("params.yaml")
-ARM_KEY = re.compile(r"^[a-z0-9-]+$")
+ARM_KEY = re.compile(r"[a-z0-9][a-z0-9-]*")
 
 # torch-fidelity's extractors by name, and the one that is trained on the dataset's own labels.
 Extractor = Literal[
@@ -333,16 +333,24 @@ class Params(Section):
             )
 
     def _arm_is_possible(self, key: str) -> None:
-        if not ARM_KEY.match(key):
-            raise ValueError(f"arms.{key}: an arm's key may hold only a-z, 0-9 and '-' (it names files and stages)")
+        if not ARM_KEY.fullmatch(key):
+            raise ValueError(
+                f"arms.{key}: an arm's key may hold only a-z, 0-9 and '-', and not start with '-' "
+                "(it names files and stages)"
+            )
         try:
             self.visible_of(key)
-            share = self.pretrain_of(key).share
-            self.finetune_of(key)
-        except ValidationError as error:
-            raise ValueError(f"arms.{key}: {_first_message(error)}") from None
         except ValueError as error:
             raise ValueError(f"arms.{key}: {error}") from None
+        for section, model, merge in (
+            ("pretrain", PretrainConfig, self.pretrain_of),
+            ("finetune", FinetuneConfig, self.finetune_of),
+        ):
+            try:
+                merge(key)
+            except ValidationError as error:
+                raise ValueError(f"arms.{key}.{section}.{_message(error.errors()[0], model)}") from None
+        share = self.pretrain_of(key).share
         if self.budget.milestones[0] <= share:
             raise ValueError(
                 f"arms.{key}: the first milestone ({self.budget.milestones[0]} of the budget) falls into "
@@ -361,7 +369,7 @@ def load_params(path: Path = PARAMS_FILE) -> Params:
             f"no {path} in {Path.cwd()}: run this where a params.yaml is (the project's root or experiments/<name>)"
         )
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)  # a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ParamsError(f"{path} is not plain YAML: {' '.join(str(error).split())}") from None
     return parse_params(content, source=str(path))
@@ -387,16 +395,23 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _first_message(error: ValidationError) -> str:
-    return _message(error.errors()[0])
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice: otherwise the last one wins in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
-def _message(error: Any) -> str:
+def _message(error: Any, root: type[BaseModel] = Params) -> str:
     """One validation error of pydantic's as one line: where, what, what would be right."""
     loc = [str(part) for part in error["loc"]]
     where = ".".join(loc)
     if error["type"] == "extra_forbidden":
-        return f"{where}: unknown key{_suggest(loc[-1], _sibling_keys(loc))}"
+        return f"{where}: unknown key{_suggest(loc[-1], _sibling_keys(loc, root))}"
     if error["type"] == "missing":
         return f"{where}: is missing"
     message = error["msg"].removeprefix("Value error, ")
@@ -405,18 +420,18 @@ def _message(error: Any) -> str:
     return f"{where}: {message[0].lower()}{message[1:]}, got {error['input']!r}"
 
 
-def _sibling_keys(loc: list[str]) -> list[str]:
-    """The keys the schema knows at the place of `loc`."""
-    sections: list[type[BaseModel]] = [Params]
+def _sibling_keys(loc: list[str], root: type[BaseModel]) -> list[str]:
+    """The keys that the schema knows where `loc` points, starting from `root`."""
+    model = root
     for part in loc[:-1]:
-        annotations = [s.model_fields[part].annotation for s in sections if part in s.model_fields]
-        sections = [m for a in annotations for m in (a, *get_args(a)) if isinstance(m, type)] or sections
-        sections = [m for m in sections if issubclass(m, BaseModel)] or sections
-        if annotations and part == "arms":
-            sections = [ArmConfig]
-    owner = sections[0] if sections and issubclass(sections[0], BaseModel) else PretrainConfig
-    # an arm's `pretrain` and `finetune` are validated merged, with a loc of their own
-    return list(owner.model_fields) + (list(PretrainConfig.model_fields) if len(loc) == 1 else [])
+        if part in model.model_fields:  # else the key of an arm
+            annotation = model.model_fields[part].annotation
+            model = next(m for m in (annotation, *get_args(annotation)) if _is_model(m))
+    return list(model.model_fields)
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _suggest(word: str, known: list[str]) -> str:

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from maskdm import paths
 from maskdm.errors import UserError
+
+# What the disk may refuse; any other OSError in the block is not about the output.
+REFUSALS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EFBIG,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+}
 
 
 @contextmanager
@@ -24,34 +38,13 @@ def publish_folder(output: Path) -> Iterator[Path]:
     Raises:
         UserError: the place can't be written.
     """
-    building = paths.building(output)
-    try:
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(parents=True)
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(output, error) from error
-    try:
+    with _building(output) as building:
+        building.mkdir()
         yield building
         for file in sorted(building.rglob("*")):
             if file.is_file():
                 _sync(file)
-        _replace_folder(building, output)
-    except OSError as error:
-        raise cannot_write(output, error) from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-        _remove_empty(building.parent)
-
-
-def _remove_empty(folder: Path) -> None:
-    """Remove the folders made to build in, as far as nobody else builds there."""
-    while paths.BUILDING in (folder, *folder.parents):
-        try:
-            folder.rmdir()
-        except OSError:
-            return
-        folder = folder.parent
+        _replace(output, building)
 
 
 def publish_text(output: Path, text: str) -> None:
@@ -60,14 +53,10 @@ def publish_text(output: Path, text: str) -> None:
     Raises:
         UserError: the place can't be written.
     """
-    building = output.with_name(output.name + ".building")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
+    with _building(output) as building:
         building.write_text(text, encoding="utf-8")
         _sync(building)
         building.replace(output)
-    except OSError as error:
-        raise cannot_write(output, error) from error
 
 
 def publish_json(output: Path, content: Any) -> None:
@@ -86,15 +75,59 @@ def cannot_write(output: Path, error: OSError) -> UserError:
     )
 
 
-def _replace_folder(building: Path, output: Path) -> None:
-    if output.exists():
-        old = building.with_name(output.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        output.rename(old)
+@contextmanager
+def _building(output: Path) -> Iterator[Path]:
+    """A free path to build `output` at; removed afterwards if it is still there."""
+    building = paths.building(output)
+    try:
+        _remove(building)
+        building.parent.mkdir(parents=True, exist_ok=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        yield building
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        raise cannot_write(output, error) from error
+    finally:
+        _remove(building)
+        _remove_empty(building.parent)
+
+
+def _replace(output: Path, building: Path) -> None:
+    """Put the built folder in the place of the old output, which comes back if that fails."""
+    if not output.is_dir() or output.is_symlink():
+        if output.is_symlink():  # a cache's link: only the link goes
+            output.unlink()
         building.rename(output)
-        shutil.rmtree(old)
+        return
+    old = building.with_name(output.name + ".old")
+    _remove(old)
+    output.rename(old)
+    try:
+        building.rename(output)
+    except OSError:
+        old.rename(output)
+        raise
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, a file or a link, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
     else:
-        building.rename(output)
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.unlink()
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove the folders made to build in, as far as nobody else builds there."""
+    while paths.BUILDING in (folder, *folder.parents):
+        try:
+            folder.rmdir()
+        except OSError:
+            return
+        folder = folder.parent
 
 
 def _sync(file: Path) -> None:

@@ -19,6 +19,8 @@ from maskdm.errors import UserError
 from maskdm.masking import Masking
 from maskdm.optimization import Ema, clip_gradients, lr_at
 
+REMEDY = "lower the learning rate, clip gradients (training.grad_clip), or use compute.precision: fp32"
+
 
 class NonFiniteLossError(UserError):
     """The loss became NaN or infinite; the update of that step, and every later one, was not made."""
@@ -123,7 +125,8 @@ def train(
         state.ema.update(step)
         state.step = step + 1
         if state.step % run.training.log_every == 0 or state.step in (run.num_steps, *run.milestones):
-            row = {"step": state.step, "loss": monitor.read(lr), "lr": lr}
+            row = {"step": state.step, "loss": monitor.read(), "lr": lr}
+            check_weights_are_finite(state, run, lr)
             state.seconds += time.perf_counter() - started
             state.curve.append(row)
             log(row)
@@ -174,22 +177,35 @@ class LossMonitor:
         self._sum += loss
         self._count += 1
 
-    def read(self, lr: float) -> float:
+    def read(self) -> float:
         """The mean loss since the last read; here the host waits for the device.
 
         Raises:
             NonFiniteLossError: there was a bad one.
         """
         if (bad_step := int(self._bad_step)) >= 0:
+            lr = lr_at(bad_step, self._run.num_steps, self._run.stage)
             raise NonFiniteLossError(
                 f"{self._run.name}: the loss is not finite at step {bad_step} (learning rate {lr:g}). "
-                "The weights were not updated with it; lower the learning rate, clip gradients "
-                "(training.grad_clip), or use compute.precision: fp32"
+                f"The weights were not updated with it; {REMEDY}"
             )
         mean = float(self._sum) / self._count
         self._sum.zero_()
         self._count = 0
         return mean
+
+
+def check_weights_are_finite(state: TrainState, run: TrainRun, lr: float) -> None:
+    """Gradients can overflow while the loss is finite: such weights must never be saved.
+
+    Raises:
+        NonFiniteLossError: naming step, run and learning rate.
+    """
+    finite = torch.stack([torch.isfinite(p).all() for p in state.model.parameters()]).all()
+    if not bool(finite):
+        raise NonFiniteLossError(
+            f"{run.name}: the weights are not finite after step {state.step - 1} (learning rate {lr:g}); {REMEDY}"
+        )
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from maskdm.extractors import FeatureExtractor
 from maskdm.publishing import publish_json
 from maskdm.records import stage_record
 from maskdm.stages import features, finetune
-from maskdm.stages.inputs import open_data, require
+from maskdm.stages.inputs import open_data, read_array, read_json, require
 from maskdm.tracking import publish_arm, stage_run
 
 
@@ -26,20 +25,19 @@ def run(params: Params, arm: str, seed: int) -> None:
     Raises:
         UserError: samples or features are missing, do not belong together, or are too few.
     """
-    compute, images = device.resolve(params.compute), open_data()
+    compute, images = device.resolve(params.compute), open_data(params)
     samples = require(paths.samples(arm, seed), "sample", arm, seed)
     reference = require(paths.FEATURES, "features")
-    milestones = json.loads(
-        (require(paths.finetune(arm, seed), "finetune", arm, seed) / finetune.MILESTONES).read_text(encoding="utf-8")
-    )
-    info = json.loads((reference / features.INFO_FILE).read_text(encoding="utf-8"))
-    real = np.load(reference / features.REFERENCE_FILE)
+    weights = require(paths.finetune(arm, seed), "finetune", arm, seed)
+    milestones = read_json(weights / finetune.MILESTONES, "finetune")
+    info = read_json(reference / features.INFO_FILE, "features")
+    real = read_array(reference / features.REFERENCE_FILE, "features")
+    extractor = _open_same_extractor(params, reference, compute, info)
     check_counts(params.sampling.num_samples, len(real), params.evaluation)
     with (
         stage_run(params, "evaluate", arm, seed) as tracked,
         stage_record(params, "evaluate", arm, seed) as record,
     ):
-        extractor = _same_extractor(features.open_extractor(params, reference, compute), info)
         for key, milestone in milestones.items():
             name = finetune.milestone_name(float(key))
             milestone.update(
@@ -57,22 +55,25 @@ def run(params: Params, arm: str, seed: int) -> None:
 
 
 def _score(params: Params, file: Path, extractor: FeatureExtractor, real: np.ndarray, title: str) -> dict[str, float]:
-    try:
-        images = np.load(file, mmap_mode="r")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} can't be read ({error}); run the sample stage again") from None
+    images = read_array(file, "sample")
     drawn = extractor.features(images, params.evaluation.batch_size, title)
     return compute_metrics(drawn, real, params.evaluation).as_dict()
 
 
-def _same_extractor(extractor: FeatureExtractor, info: dict[str, Any]) -> FeatureExtractor:
-    """Features of two extractors must never be compared."""
-    if extractor.sha256 != info["extractor_sha256"]:
-        raise UserError(
-            f"results/features was made with {info['extractor']} ({info['extractor_sha256'][:12]}), but params name "
-            f"{extractor.name} ({extractor.sha256[:12]}); run first: maskdm features"
-        )
-    return extractor
+def _open_same_extractor(
+    params: Params, reference: Path, compute: device.Compute, info: dict[str, Any]
+) -> FeatureExtractor:
+    """The extractor that made the reference: features of two extractors must never be compared."""
+    wanted: str = params.evaluation.features
+    if info["extractor"].split("/")[0] == wanted:
+        extractor = features.open_extractor(params, reference, compute)
+        if extractor.sha256 == info["extractor_sha256"]:
+            return extractor
+        wanted = f"{extractor.name} ({extractor.sha256[:12]})"
+    raise UserError(
+        f"results/features was made with {info['extractor']} ({info['extractor_sha256'][:12]}), but params.yaml "
+        f"names {wanted}; run first: maskdm features"
+    )
 
 
 def _about(params: Params, arm: str, seed: int, data_sha256: str, info: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def run(params: Params) -> None:
         UserError: no labels for a classifier, no weights for a pretrained extractor, or too few images.
     """
     compute = device.resolve(params.compute)
-    images = open_data()
+    images = open_data(params)
     check_counts(params.sampling.num_samples, len(images), params.evaluation)
     with stage_run(params, "features") as tracked, stage_record(params, "features") as record:
         with publish_folder(paths.FEATURES) as folder:

@@ -28,10 +28,10 @@ def run(params: Params, arm: str, seed: int) -> None:
     Raises:
         UserError: the dataset or the checkpoint is missing or does not fit, or the loss is not finite.
     """
-    images, plan = open_data(), plan_arm(params, arm)
+    images, plan = open_data(params), plan_arm(params, arm)
     job = _job(params, arm, seed, images, plan)
     trainer = Trainer(job, images)
-    kept = paths.work(job.output).with_name(job.output.name + ".milestones")
+    kept = trainer.store.folder / "milestones"
     with (
         tracking.stage_run(params, "finetune", arm, seed) as tracked,
         stage_record(params, "finetune", arm, seed) as record,
@@ -43,7 +43,6 @@ def run(params: Params, arm: str, seed: int) -> None:
             publish_json(folder / MILESTONES, _describe(job, plan))
             write_curve(folder / CURVE, state)
     trainer.store.clear()
-    shutil.rmtree(kept, ignore_errors=True)
     tracking.publish_arm(params, arm, seed, through="finetune")
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from maskdm import paths
+from maskdm.config import Params
 from maskdm.data.arrays import ImageArrays
 from maskdm.errors import UserError
 
@@ -21,11 +26,52 @@ def require(path: Path, stage: str, arm: str | None = None, seed: int | None = N
     return path
 
 
-def open_data() -> ImageArrays:
+def open_data(params: Params) -> ImageArrays:
     """The prepared dataset.
 
     Raises:
-        UserError: it is missing or damaged.
+        UserError: it is missing, damaged, or of another shape than params say.
     """
     require(paths.DATA, "prepare")
-    return ImageArrays.open(paths.DATA)
+    images = ImageArrays.open(paths.DATA)
+    expected = (params.dataset.image_size, params.dataset.image_size, params.dataset.channels)
+    if images.shape != expected:
+        raise UserError(
+            f"the images in {paths.DATA} are {_times(images.shape)}, but params.yaml says {_times(expected)}; "
+            "run first: maskdm prepare"
+        )
+    return images
+
+
+def read_json(path: Path, stage: str) -> Any:
+    """The content of a small file of an earlier stage.
+
+    Raises:
+        UserError: it is missing or damaged; names the stage that makes it.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(path, stage, error) from None
+
+
+def read_array(path: Path, stage: str) -> np.ndarray:
+    """An array of an earlier stage, memory-mapped.
+
+    Raises:
+        UserError: it is missing or damaged; names the stage that makes it.
+    """
+    try:
+        array: np.ndarray = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise _damaged(path, stage, error) from None
+    return array
+
+
+def _damaged(path: Path, stage: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return UserError(f"{path} can't be read ({reason}); delete its folder and run the {stage} stage again")
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return "×".join(str(side) for side in shape)

@@ -22,7 +22,7 @@ def run(params: Params, arm: str, seed: int) -> None:
     Raises:
         UserError: the dataset is missing, or the loss is not finite.
     """
-    images, config = open_data(), params.arm(arm)
+    images, config = open_data(params), params.arm(arm)
     job = TrainingJob(
         params=params,
         stage="pretrain",

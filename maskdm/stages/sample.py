@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from maskdm.publishing import publish_folder, publish_json
 from maskdm.records import stage_record
 from maskdm.sampling import batches_of, on_images, sample
 from maskdm.stages import finetune
-from maskdm.stages.inputs import open_data, require
+from maskdm.stages.inputs import open_data, read_json, require
 from maskdm.tracking import publish_arm, stage_run
 
 INFO = "samples.json"
@@ -38,8 +37,8 @@ def run(params: Params, arm: str, seed: int) -> None:
     """
     compute = device.resolve(params.compute)
     weights = require(paths.finetune(arm, seed), "finetune", arm, seed)
-    milestones = json.loads((weights / finetune.MILESTONES).read_text(encoding="utf-8"))
-    images = open_data()
+    milestones = read_json(weights / finetune.MILESTONES, "finetune")
+    images = open_data(params)
     with (
         stage_run(params, "sample", arm, seed) as tracked,
         stage_record(params, "sample", arm, seed) as record,

@@ -1,0 +1,171 @@
+"""An experiment in a folder of its own, and what the command line does in it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from maskdm.cli import main
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "experiments" / "tiny" / "params.yaml"
+ARM = "patch-m50"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Experiment:
+    """A folder with a params.yaml, tracking off, and the commands run in it.
+
+    Args:
+        folder: an existing folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.file = folder, folder / "params.yaml"
+
+    def change(self, **sections: Any) -> Experiment:
+        """Change keys of sections (a dict is merged into its section), or whole values."""
+        content = yaml.safe_load(self.file.read_text(encoding="utf-8"))
+        for name, value in sections.items():
+            content[name] = {**content.get(name, {}), **value} if isinstance(value, dict) else value
+        self.file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+        return self
+
+    def run(self, *words: str) -> Outcome:
+        """Run a command in this process."""
+        out, err = io.StringIO(), io.StringIO()
+        with (
+            contextlib.chdir(self.folder),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            _signals_restored(),
+        ):
+            try:
+                code = main(words)
+            except SystemExit as leaving:
+                code = int(leaving.code or 0)
+        return Outcome(code, out.getvalue(), err.getvalue())
+
+    def stage(self, name: str, arm: str = ARM, seed: int = 0) -> Outcome:
+        """Run a stage of an arm in this process."""
+        return self.run(name, "--arm", arm, "--seed", str(seed))
+
+    def succeed(self, *words: str) -> Outcome:
+        """Run a command that must end well."""
+        outcome = self.run(*words)
+        assert outcome.code == 0, outcome.err
+        return outcome
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        """Start a command as a process of its own."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "maskdm", *words],
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def path(self, *parts: str) -> Path:
+        """A path in the folder."""
+        return self.folder.joinpath(*parts)
+
+    def hashes(self, place: str) -> dict[str, str]:
+        """The sha256 of every file at or below a path."""
+        top = self.path(place)
+        files = [top] if top.is_file() else sorted(f for f in top.rglob("*") if f.is_file())
+        assert files, f"nothing in {top}"
+        return {str(f.relative_to(self.folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+    def copy_to(self, folder: Path) -> Experiment:
+        """The same experiment, results included, elsewhere."""
+        shutil.copytree(self.folder, folder, dirs_exist_ok=True)
+        return Experiment(folder)
+
+
+@contextlib.contextmanager
+def _signals_restored() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _tiny_in(folder: Path) -> Experiment:
+    shutil.copyfile(TINY, folder / "params.yaml")
+    return Experiment(folder).change(tracking={"enabled": False}, compute={"device": "cpu"})
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Experiment:
+    """The tiny experiment, nothing run yet."""
+    return _tiny_in(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def prepared_once(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    """The tiny experiment with its data; not to be changed."""
+    experiment = _tiny_in(tmp_path_factory.mktemp("prepared"))
+    experiment.succeed("prepare")
+    return experiment
+
+
+@pytest.fixture
+def prepared(prepared_once: Experiment, tmp_path: Path) -> Experiment:
+    """A copy of the tiny experiment with its data."""
+    return prepared_once.copy_to(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def finished_once(prepared_once: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    """The tiny experiment with every stage of every arm run; not to be changed."""
+    experiment = prepared_once.copy_to(tmp_path_factory.mktemp("finished"))
+    experiment.succeed("features")
+    for arm in yaml.safe_load(experiment.file.read_text(encoding="utf-8"))["arms"]:
+        for stage in ("pretrain", "finetune", "sample", "evaluate"):
+            experiment.succeed(stage, "--arm", arm, "--seed", "0")
+    experiment.succeed("report")
+    return experiment
+
+
+@pytest.fixture
+def finished(finished_once: Experiment, tmp_path: Path) -> Experiment:
+    """A copy of the finished tiny experiment."""
+    return finished_once.copy_to(tmp_path)
+
+
+@pytest.fixture
+def stop_when() -> Callable[[subprocess.Popen[str], Callable[[], bool], signal.Signals], Outcome]:
+    """Send a signal to a process as soon as something is so, and see how it ends."""
+
+    def stop(process: subprocess.Popen[str], is_so: Callable[[], bool], number: signal.Signals) -> Outcome:
+        deadline = time.monotonic() + 60
+        while not is_so() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+        return Outcome(process.returncode, out, err)
+
+    return stop

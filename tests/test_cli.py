@@ -1,0 +1,321 @@
+"""The command line: exit codes, messages, what it imports, how it ends when it is stopped."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from maskdm import __version__
+from maskdm.cli import ARM_STAGES, STAGES
+from maskdm.config import load_params
+from maskdm.stages.versions import STAGE_VERSIONS
+
+if TYPE_CHECKING:
+    from tests.conftest import Experiment, Outcome
+
+ARM = "patch-m50"
+OF_ARM = ["--arm", ARM, "--seed", "0"]
+HEAVY = {"torch", "mlflow", "pandas", "matplotlib", "numpy", "scipy", "sklearn", "PIL", "torch_fidelity", "torchvision"}
+
+
+def words_of(stage: str) -> list[str]:
+    return [stage, *(OF_ARM if stage in ARM_STAGES else [])]
+
+
+def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+
+
+def modules_after(words: list[str], folder: Path) -> set[str]:
+    """The modules that are imported when a command has ended well, in a process of its own."""
+    code = f"""
+import sys
+from maskdm.cli import main
+try:
+    code = main({words!r})
+except SystemExit as leaving:
+    code = leaving.code
+assert not code, code
+print("MODULES", *sys.modules)
+"""
+    done = python(code, folder)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.splitlines()[-1].split()[1:])
+
+
+def assert_message(outcome: Outcome, code: int, *says: str) -> None:
+    """The command ended with this code and one message, which holds all of `says`."""
+    assert outcome.code == code, outcome.err
+    assert "Traceback" not in outcome.err
+    for part in says:
+        assert part in outcome.err
+
+
+# --- what it says ---------------------------------------------------------------------------------------------
+
+
+def test_validate_of_a_good_file_says_what_is_in_it(tiny: Experiment) -> None:
+    outcome = tiny.succeed("validate")
+    assert outcome.out == "params.yaml is valid: experiment 'tiny', 3 arms × 1 seeds, 4×4 patches\n"
+    assert outcome.err == ""
+    assert [f.name for f in tiny.folder.iterdir()] == ["params.yaml"]
+
+
+def test_plan_has_a_row_per_arm_and_runs_nothing(tiny: Experiment) -> None:
+    outcome = tiny.succeed("plan")
+    rows = {line.split()[0]: line.split() for line in outcome.out.splitlines() if line}
+    assert rows["scratch"][1:4] == ["-", "0", "16/16"]
+    assert rows["patch-m50"][1:4] == ["0.5", "0.5", "8/16"]
+    assert rows["block2-m75"][1:4] == ["0.75", "0.75", "4/16"]
+    assert rows["scratch"][4:7] == ["0", "×", "32"]
+    totals = [float(rows[arm][-1]) for arm in ("scratch", "patch-m50", "block2-m75")]
+    step = float(rows["scratch"][-1]) / 20
+    assert max(totals) - min(totals) <= step
+    assert not tiny.path("results").exists()
+
+
+def test_plan_shows_the_window_of_a_crop(tiny: Experiment) -> None:
+    tiny.change(arms={"crop-m75": {"strategy": "crop", "mask_rate": 0.75}})
+    assert "4/16 (2×2)" in tiny.succeed("plan").out
+
+
+@pytest.mark.parametrize("command", [*map(words_of, STAGES), ["validate"], ["plan"], ["summary"], ["ui"]], ids=" ".join)
+def test_bad_params_are_exit_2_before_anything_is_written(tiny: Experiment, command: list[str]) -> None:
+    tiny.change(model={"depth": 4})
+    assert_message(tiny.run(*command), 2, "maskdm: error: params.yaml: model: depth 4 is even")
+    assert [f.name for f in tiny.folder.iterdir()] == ["params.yaml"]
+
+
+@pytest.mark.parametrize("command", [["validate"], ["prepare"], words_of("pretrain"), ["ui"]], ids=" ".join)
+def test_missing_params_file_is_exit_2_and_says_where_to_run(tiny: Experiment, command: list[str]) -> None:
+    tiny.file.unlink()
+    assert_message(tiny.run(*command), 2, f"no params.yaml in {tiny.folder.resolve()}", "experiments/<name>")
+
+
+@pytest.mark.parametrize("stage", sorted(ARM_STAGES))
+def test_unknown_arm_is_exit_2_with_a_suggestion(tiny: Experiment, stage: str) -> None:
+    outcome = tiny.run(stage, "--arm", "patch-m5", "--seed", "0")
+    assert_message(outcome, 2, "there is no arm 'patch-m5' in params.yaml; did you mean 'patch-m50'?")
+
+
+def test_arm_like_no_other_is_exit_2_with_the_list(tiny: Experiment) -> None:
+    outcome = tiny.run("pretrain", "--arm", "zzz", "--seed", "0")
+    assert_message(outcome, 2, "no arm 'zzz'", "expected one of: block2-m75, patch-m50, scratch")
+
+
+@pytest.mark.parametrize("stage", sorted(ARM_STAGES))
+def test_seed_that_params_do_not_name_is_exit_2(tiny: Experiment, stage: str) -> None:
+    outcome = tiny.run(stage, "--arm", ARM, "--seed", "7")
+    assert_message(outcome, 2, "seed 7 is not in `seeds` of params.yaml: [0]")
+
+
+@pytest.mark.parametrize("stage", list(STAGES))
+def test_wrong_stage_version_is_exit_2_and_says_what_both_are(tiny: Experiment, stage: str) -> None:
+    wrong = STAGE_VERSIONS[stage] + 1
+    outcome = tiny.run(*words_of(stage), "--stage-version", str(wrong))
+    expected = f"the workflow expects version {wrong} of stage {stage}, this maskdm has {STAGE_VERSIONS[stage]}"
+    assert_message(outcome, 2, expected, "different commits")
+    assert not tiny.path("results").exists()
+
+
+def test_right_stage_version_runs_the_stage(tiny: Experiment) -> None:
+    tiny.succeed("prepare", "--stage-version", str(STAGE_VERSIONS["prepare"]))
+    assert tiny.path("results/data/manifest.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["pretrian"],
+        ["pretrain"],
+        ["pretrain", "--arm", ARM],
+        ["pretrain", "--seed", "0"],
+        ["pretrain", "--arm", ARM, "--seed", "zero"],
+        ["prepare", *OF_ARM],
+        ["validate", "--stage-version", "1"],
+        ["ui", "--port", "http"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_command_line_is_exit_2_with_the_usage(tiny: Experiment, words: list[str]) -> None:
+    assert_message(tiny.run(*words), 2, "usage: ", "error: ")
+
+
+FIRST = {
+    "features": (["results/data"], "maskdm prepare"),
+    "pretrain": (["results/data"], "maskdm prepare"),
+    "finetune": (["results/data"], "maskdm prepare"),
+    "sample": (["results/data"], "maskdm prepare"),
+    "evaluate": (["results/data"], "maskdm prepare"),
+    "report": (["results/data"], "maskdm prepare"),
+    "finetune without pretrain": ([f"results/pretrain/{ARM}"], f"maskdm pretrain --arm {ARM} --seed 0"),
+    "sample without finetune": ([f"results/finetune/{ARM}"], f"maskdm finetune --arm {ARM} --seed 0"),
+    "evaluate without sample": ([f"results/samples/{ARM}"], f"maskdm sample --arm {ARM} --seed 0"),
+    "evaluate without finetune": ([f"results/finetune/{ARM}"], f"maskdm finetune --arm {ARM} --seed 0"),
+    "evaluate without features": (["results/features"], "maskdm features"),
+    "report without evaluate": ([f"results/metrics/{ARM}-seed-0.json"], f"maskdm evaluate --arm {ARM} --seed 0"),
+    "report without finetune": ([f"results/finetune/{ARM}"], f"maskdm finetune --arm {ARM} --seed 0"),
+    "report without sample": ([f"results/samples/{ARM}"], f"maskdm sample --arm {ARM} --seed 0"),
+}
+
+
+@pytest.mark.parametrize("case", FIRST)
+def test_missing_earlier_stage_is_exit_1_and_names_the_command(finished: Experiment, case: str) -> None:
+    missing, command = FIRST[case]
+    stage = case.split()[0]
+    output = finished.hashes("results/report")
+    for place in missing:
+        path = finished.path(place)
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    assert_message(finished.run(*words_of(stage)), 1, "maskdm: error: ", missing[0], command)
+    assert finished.hashes("results/report") == output
+
+
+def test_summary_before_any_result_is_exit_1(tiny: Experiment) -> None:
+    assert_message(tiny.run("summary"), 1, "is missing; run first: dvc repro")
+
+
+def test_summary_shows_every_arm(finished_once: Experiment) -> None:
+    out = finished_once.succeed("summary").out
+    assert all(arm in out for arm in ("scratch", "patch-m50", "block2-m75"))
+
+
+def test_ui_before_any_result_is_exit_1(tiny: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert_message(tiny.run("ui"), 1, "there is no MLflow store", "dvc repro")
+
+
+def test_data_that_is_not_readable_any_more_is_exit_1(prepared: Experiment) -> None:
+    shard = prepared.path("results/data/images-00000.npy")
+    shard.write_bytes(shard.read_bytes()[:100])
+    outcome = prepared.stage("pretrain")
+    assert_message(outcome, 1, "results/data/images-00000.npy", "run `maskdm prepare` again")
+
+
+# --- help -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", list(STAGES))
+def test_help_of_a_stage_shows_what_it_takes(tiny: Experiment, stage: str) -> None:
+    outcome = tiny.run(stage, "--help")
+    assert outcome.code == 0
+    assert "--stage-version" in outcome.out
+    for option in ("--arm", "--seed"):
+        assert (option in outcome.out) == (stage in ARM_STAGES)
+
+
+def test_help_lists_every_command_and_the_exit_codes(tiny: Experiment) -> None:
+    outcome = tiny.run("--help")
+    assert outcome.code == 0
+    for command in (*STAGES, "validate", "plan", "summary", "ui"):
+        assert f"\n    {command} " in outcome.out
+    for part in ("0 done", "1 a stage failed", "2 wrong params.yaml", "130 interrupted"):
+        assert part in outcome.out
+
+
+def test_version_is_that_of_the_package(tiny: Experiment) -> None:
+    outcome = tiny.run("--version")
+    assert (outcome.code, outcome.out) == (0, f"maskdm {__version__}\n")
+    assert metadata.version("maskdm") == __version__
+
+
+def test_every_stage_has_a_version() -> None:
+    assert list(STAGE_VERSIONS) == list(STAGES)
+
+
+# --- as a process ---------------------------------------------------------------------------------------------
+
+
+def run_process(command: list[str], folder: Path) -> tuple[int, str, str]:
+    environment = {**os.environ, "COLUMNS": "100"}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [(["validate"], 0), (["--help"], 0), (["ui"], 1), (["pretrain", "--arm", "x", "--seed", "0"], 2), ([], 2)],
+    ids=str,
+)
+def test_command_and_module_are_the_same(tiny: Experiment, words: list[str], code: int) -> None:
+    command = Path(sys.executable).with_name("maskdm")
+    if not command.is_file():
+        pytest.skip("the command is installed elsewhere")
+    as_command = run_process([str(command), *words], tiny.folder)
+    as_module = run_process([sys.executable, "-m", "maskdm", *words], tiny.folder)
+    assert as_command == as_module
+    assert as_command[0] == code
+    assert "Traceback" not in as_command[2]
+
+
+def test_package_imports_only_itself(tmp_path: Path) -> None:
+    code = "import sys; before = set(sys.modules); import maskdm; print(*sorted(set(sys.modules) - before))"
+    assert python(code, tmp_path).stdout.split() == ["maskdm"]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["pretrain", "--help"], ["validate"], ["--version"]], ids=" ".join)
+def test_commands_that_compute_nothing_import_nothing_heavy(tiny: Experiment, words: list[str]) -> None:
+    modules = modules_after(words, tiny.folder)
+    assert not modules & HEAVY
+    assert len(modules) < 400
+
+
+NOT_IMPORTED = {
+    "prepare": {"torch", "torch_fidelity", "torchvision", "matplotlib", "mlflow"},  # scikit-learn imports pandas
+    "features": {"matplotlib", "pandas", "mlflow", "sklearn"},
+    "pretrain": {"torch_fidelity", "torchvision", "sklearn", "scipy", "matplotlib", "mlflow"},
+    "sample": {"torch_fidelity", "torchvision", "sklearn", "scipy", "matplotlib", "pandas", "mlflow"},
+    "evaluate": {"sklearn", "matplotlib", "pandas", "mlflow"},
+    "report": {"torch", "torch_fidelity", "torchvision", "sklearn", "scipy", "mlflow"},
+}
+
+
+@pytest.mark.parametrize("stage", list(NOT_IMPORTED))
+def test_stage_imports_no_more_than_it_uses(finished: Experiment, stage: str) -> None:
+    assert not modules_after(words_of(stage), finished.folder) & NOT_IMPORTED[stage]
+
+
+@pytest.mark.parametrize(("stage", "number"), [("pretrain", signal.SIGTERM), ("finetune", signal.SIGINT)])
+def test_stopped_training_is_exit_130_and_publishes_nothing(
+    finished: Experiment, stop_when: Callable[..., Outcome], stage: str, number: signal.Signals
+) -> None:
+    finished.change(training={"log_every": 1}, saving={"every_seconds": 0.01}, budget={"unmasked_steps": 20_000})
+    output = finished.path("results", stage, ARM)
+    shutil.rmtree(output)
+    record = finished.path(f"results/records/{stage}-{ARM}-seed-0.json")
+    record.unlink()
+    state = finished.path(".work/results", stage, ARM, "seed-0/state.safetensors")
+    process = finished.start(*words_of(stage))
+    outcome = stop_when(process, state.exists, number)
+    assert_message(outcome, 130, "maskdm: interrupted")
+    assert not [f for f in output.rglob("*") if f.is_file()] and not record.exists()
+    assert state.is_file(), "the training goes on from here"
+
+
+def test_stopped_stage_leaves_its_old_output(finished: Experiment, stop_when: Callable[..., Outcome]) -> None:
+    finished.change(training={"log_every": 1}, saving={"every_seconds": 0.01}, budget={"unmasked_steps": 20_000})
+    before = finished.hashes("results")
+    state = finished.path(".work/results/pretrain", ARM, "seed-0/state.safetensors")
+    outcome = stop_when(finished.start(*words_of("pretrain")), state.exists, signal.SIGTERM)
+    assert outcome.code == 130
+    assert finished.hashes("results") == before
+
+
+def test_threads_of_the_numerical_libraries_are_those_of_params(
+    tiny: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for library in ("OMP", "OPENBLAS", "MKL"):
+        monkeypatch.setenv(f"{library}_NUM_THREADS", "7")
+    tiny.change(compute={"threads": 2}).succeed("prepare")
+    assert {os.environ[f"{library}_NUM_THREADS"] for library in ("OMP", "OPENBLAS", "MKL")} == {"2"}
+    assert load_params(tiny.file).compute.threads == 2

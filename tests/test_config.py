@@ -1,0 +1,429 @@
+"""params.yaml: every default is valid, every mistake is one line that says where, what and what would be right."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from maskdm import config
+from maskdm.config import ArmConfig, Params, fingerprint, load_params, parse_params
+from maskdm.errors import ParamsError
+
+ROOT = Path(__file__).parents[1]
+PARAMS_FILES = [ROOT / "params.yaml", *sorted((ROOT / "experiments").glob("*/params.yaml"))]
+TINY: dict[str, Any] = yaml.safe_load((ROOT / "experiments" / "tiny" / "params.yaml").read_text(encoding="utf-8"))
+SECTIONS = sorted(
+    (s for s in vars(config).values() if isinstance(s, type) and issubclass(s, config.Section)),
+    key=lambda s: s.__name__,
+)
+FIELDS = [(s.__name__, name) for s in SECTIONS if s is not config.Section for name in s.model_fields]
+REQUIRED = [n for n, f in Params.model_fields.items() if f.is_required()]
+
+
+def content_with(path: str, value: Any) -> dict[str, Any]:
+    """The tiny experiment's content with the value at `section/key/…` replaced or added."""
+    content = copy.deepcopy(TINY)
+    *sections, key = path.split("/")
+    place = content
+    for section in sections:
+        place = place.setdefault(section, {})
+    place[key] = value
+    return content
+
+
+def content_without(path: str) -> dict[str, Any]:
+    """The tiny experiment's content without what is at `section/key/…`."""
+    content = copy.deepcopy(TINY)
+    *sections, key = path.split("/")
+    place = content
+    for section in sections:
+        place = place[section]
+    del place[key]
+    return content
+
+
+def error_of(content: Any) -> str:
+    """The one line that refuses the content, without the file's name."""
+    with pytest.raises(ParamsError) as caught:
+        parse_params(content)
+    message = str(caught.value)
+    assert "\n" not in message and message.startswith("params.yaml: ")
+    return message.removeprefix("params.yaml: ")
+
+
+def test_tiny_content_is_valid_so_that_the_errors_below_have_one_cause() -> None:
+    assert list(parse_params(TINY).arms) == ["scratch", "patch-m50", "block2-m75"]
+
+
+@pytest.mark.parametrize("file", PARAMS_FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_every_params_file_of_the_project_is_valid(file: Path) -> None:
+    params = load_params(file)
+    for arm in params.arms:
+        assert 1 <= params.visible_of(arm).num_visible <= params.grid.num_patches
+
+
+def test_only_what_describes_the_experiment_is_required() -> None:
+    content = {key: TINY[key] for key in REQUIRED}
+    assert parse_params({**content, "sampling": {}, "evaluation": {}, "training": {}, "diffusion": {}}).arms
+    assert set(Params.model_fields) - set(REQUIRED) == {"compute", "tracking", "saving"}
+
+
+@pytest.mark.parametrize(
+    ("path", "where", "advice"),
+    [
+        ("modle", "modle", "did you mean 'model'?"),
+        ("model/dime", "model.dime", "did you mean 'dim'?"),
+        ("dataset/chanels", "dataset.chanels", "did you mean 'channels'?"),
+        ("pretrain/warmup_step", "pretrain.warmup_step", "did you mean 'warmup_steps'?"),
+        ("finetune/init_fron", "finetune.init_fron", "did you mean 'init_from'?"),
+        ("arms/patch-m50/mask_rat", "arms.patch-m50.mask_rat", "did you mean 'mask_rate'?"),
+        ("saving/every_second", "saving.every_second", "did you mean 'every_seconds'?"),
+        ("tracking/zzz", "tracking.zzz", "expected one of: enabled"),
+    ],
+)
+def test_unknown_key_is_refused_with_a_suggestion(path: str, where: str, advice: str) -> None:
+    assert error_of(content_with(path, 1)) == f"{where}: unknown key; {advice}"
+
+
+@pytest.mark.parametrize(
+    ("stage", "key", "advice"),
+    [
+        ("pretrain", "lrr", "did you mean 'lr'?"),
+        ("pretrain", "batchsize", "did you mean 'batch_size'?"),
+        ("finetune", "lrr", "did you mean 'lr'?"),
+        pytest.param("finetune", "init_fron", "did you mean 'init_from'?"),
+    ],
+)
+def test_unknown_key_in_an_arms_override_is_refused_with_a_suggestion(stage: str, key: str, advice: str) -> None:
+    message = error_of(content_with(f"arms/patch-m50/{stage}", {key: 1}))
+    assert message.startswith("arms.patch-m50") and key in message
+    assert advice in message
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_mistake_in_an_arms_override_names_the_stage(stage: str) -> None:
+    assert stage in error_of(content_with(f"arms/patch-m50/{stage}", {"lr": "abc"}))
+
+
+@pytest.mark.parametrize("key", ["lr", "shar"])
+def test_suggestion_at_the_top_is_a_key_of_the_top(key: str) -> None:
+    message = error_of(content_with(key, 1))
+    suggested = re.findall(r"'(\w+)'", message) or message.partition("expected one of: ")[2].split(", ")
+    assert suggested and set(suggested) <= set(Params.model_fields)
+
+
+@pytest.mark.parametrize("section", REQUIRED)
+def test_missing_section_is_named(section: str) -> None:
+    assert error_of(content_without(section)) == f"{section}: is missing"
+
+
+@pytest.mark.parametrize(
+    "path", ["dataset/source", "model/dim", "budget/unmasked_steps", "pretrain/lr", "arms/scratch/strategy"]
+)
+def test_missing_key_is_named(path: str) -> None:
+    assert error_of(content_without(path)) == f"{path.replace('/', '.')}: is missing"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "where", "expected"),
+    [
+        ("model/dim", "16", "model.dim", "valid integer"),
+        ("model/dim", 16.0, "model.dim", "valid integer"),
+        ("model/dim", True, "model.dim", "valid integer"),
+        ("model", 3, "model", "valid dictionary"),
+        ("model", None, "model", "valid dictionary"),
+        ("name", 3, "name", "valid string"),
+        ("name", "two words", "name", "match pattern"),
+        ("seeds", 0, "seeds", "valid list"),
+        ("seeds", [], "seeds", "at least 1 item"),
+        ("seeds", ["0"], "seeds.0", "valid integer"),
+        ("seeds", [0, -1], "seeds.1", "greater than or equal to 0"),
+        ("pretrain/lr", "abc", "pretrain.lr", "valid number"),
+        ("pretrain/lr", True, "pretrain.lr", "valid number"),
+        ("pretrain/lr", 0, "pretrain.lr", "greater than 0"),
+        ("pretrain/lr", float("nan"), "pretrain.lr", "finite number"),
+        ("pretrain/lr", float("inf"), "pretrain.lr", "finite number"),
+        ("pretrain/share", 1.0, "pretrain.share", "less than 1"),
+        ("tracking/enabled", "yes", "tracking.enabled", "valid boolean"),
+        ("compute/threads", 0, "compute.threads", "greater than or equal to 1"),
+        ("saving/every_seconds", 0, "saving.every_seconds", "greater than 0"),
+        ("dataset/source", "cifar", "dataset.source", "'digits' or 'image_folder'"),
+        ("dataset/channels", 2, "dataset.channels", "1 or 3"),
+        ("training/betas", [0.9], "training.betas", "at least 2 items"),
+        ("training/betas", [0.9, 1.0], "training.betas.1", "less than 1"),
+        ("arms", {}, "arms", "at least 1 item"),
+        ("arms/scratch", "none", "arms.scratch", "valid dictionary"),
+        ("arms/patch-m50/pretrain", None, "arms.patch-m50.pretrain", "valid dictionary"),
+        ("arms/patch-m50/strategy", "patches", "arms.patch-m50.strategy", "'none', 'patch', 'block' or 'crop'"),
+        ("arms/patch-m50/mask_rate", 1.0, "arms.patch-m50.mask_rate", "less than 1"),
+        ("arms/patch-m50/mask_rate", -0.1, "arms.patch-m50.mask_rate", "greater than or equal to 0"),
+    ],
+)
+def test_wrong_type_or_range_says_where_what_was_expected_and_got(
+    path: str, value: Any, where: str, expected: str
+) -> None:
+    message = error_of(content_with(path, value))
+    assert message.startswith(f"{where}: ")
+    assert expected in message
+    assert message.endswith(f", got {value[-1] if where[-1].isdigit() else value!r}") or repr(value) in message
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "where", "says"),
+    [
+        ("model/patch_size", 3, "model.patch_size", "3 does not divide dataset.image_size 8"),
+        ("model/patch_size", 16, "model.patch_size", "16 does not divide dataset.image_size 8"),
+        ("model/num_heads", 3, "model", "num_heads 3 does not divide dim 16"),
+        ("model/depth", 4, "model", "depth 4 is even"),
+        ("model", {"patch_size": 2, "dim": 15, "depth": 3, "num_heads": 3}, "model", "dim 15 is odd"),
+        ("arms/block2-m75/block_size", 5, "arms.block2-m75", "block_size 5 is larger than the 4×4"),
+        ("arms/block2-m75/block_size", None, "arms.block2-m75", "strategy block needs it"),
+        ("arms/patch-m50/block_size", 2, "arms.patch-m50", "belongs to strategy block"),
+        ("arms/patch-m50/mask_rate", None, "arms.patch-m50", "strategy patch needs mask_rate"),
+        ("arms/patch-m50/mask_rate", 0.01, "arms.patch-m50", "masks nothing on a 4×4 grid"),
+        ("arms/patch-m50/mask_rate", 0.99, "arms.patch-m50", "the highest possible is 0.9375"),
+        ("arms/scratch/mask_rate", 0.5, "arms.scratch", "remove mask_rate"),
+        ("arms/scratch/pretrain", {"lr": 1.0}, "arms.scratch", "remove mask_rate and pretrain"),
+        ("budget/milestones", [1.0, 0.6], "budget.milestones", "increasing"),
+        ("budget/milestones", [0.6, 0.6, 1.0], "budget.milestones", "increasing"),
+        ("budget/milestones", [0.6, 0.9], "budget.milestones", "end with 1.0, got [0.6, 0.9]"),
+        ("budget/milestones", [0.0, 1.0], "budget.milestones", "(0, 1]"),
+        ("budget/milestones", [0.6, 1.0, 1.5], "budget.milestones", "end with 1.0"),
+        ("budget/milestones", [0.3, 1.0], "arms.patch-m50", "the first milestone (0.3 of the budget) falls into"),
+        ("arms/patch-m50/pretrain", {"share": 0.7}, "arms.patch-m50", "(share 0.7)"),
+        ("sampling/num_samples", 49, "sampling.num_samples", "49 is fewer than the metrics need: 50"),
+        ("evaluation/prc_neighborhood", 64, "sampling.num_samples", "64 is fewer than the metrics need: 65"),
+        ("sampling/num_steps", 101, "sampling.num_steps", "101 is more than diffusion.num_timesteps 100"),
+        ("seeds", [1, 0, 1], "seeds", "different numbers, got [1, 0, 1]"),
+        ("dataset/source", "image_folder", "dataset", "needs root"),
+        ("dataset/root", "images", "dataset", "takes no root; did you mean source: image_folder?"),
+        ("evaluation/weights", "x.pth", "evaluation", "takes no weights"),
+        ("pretrain/micro_batch_size", 5, "pretrain", "micro_batch_size 5 does not divide batch_size 32"),
+        ("arms/patch-m50/pretrain", {"micro_batch_size": 5}, "arms.patch-m50", "5 does not divide batch_size 32"),
+        ("arms/block.2", {"strategy": "none"}, "arms.block.2", "only a-z, 0-9 and '-'"),
+        ("arms/Block2", {"strategy": "none"}, "arms.Block2", "only a-z, 0-9 and '-'"),
+        ("arms/block_2", {"strategy": "none"}, "arms.block_2", "only a-z, 0-9 and '-'"),
+        ("arms/a b", {"strategy": "none"}, "arms.a b", "only a-z, 0-9 and '-'"),
+    ],
+)
+def test_impossible_combination_says_where_and_why(path: str, value: Any, where: str, says: str) -> None:
+    message = error_of(content_with(path, value))
+    assert message.startswith(where)
+    assert says in message
+
+
+@pytest.mark.parametrize("key", ["-m50", "--help", "m50\n"])
+def test_arm_key_that_the_command_line_could_not_take_is_refused(key: str) -> None:
+    content = copy.deepcopy(TINY)
+    content["arms"][key] = {"strategy": "none"}
+    with pytest.raises(ParamsError):
+        parse_params(content)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("model/patch_size", 8),
+        ("arms/block2-m75/block_size", 4),
+        ("arms/patch-m50/mask_rate", 0.9375),
+        ("arms/patch-m50/mask_rate", 0.0),
+        ("budget/milestones", [0.31, 1]),
+        ("sampling/num_samples", 50),
+        ("sampling/num_steps", 100),
+        ("pretrain/micro_batch_size", 32),
+        ("pretrain/share", 0),
+    ],
+)
+def test_what_is_only_just_possible_is_accepted(path: str, value: Any) -> None:
+    content = content_with(path, value)
+    if path == "model/patch_size":  # one patch: nothing to mask
+        content["arms"] = {"scratch": {"strategy": "none"}}
+    parse_params(content)
+
+
+def test_every_mistake_gets_a_line_of_its_own() -> None:
+    content = content_with("model/dim", "16")
+    del content["dataset"]["source"]
+    with pytest.raises(ParamsError) as caught:
+        parse_params(content)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 2
+    assert lines[0] == "params.yaml: dataset.source: is missing"
+    assert lines[1].startswith("params.yaml: model.dim: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("2e-4", 2e-4), ("2E-4", 2e-4), ("2.e-4", 2e-4), ("1e1", 10.0), ("0.5", 0.5), ("3", 3.0)]
+)
+@pytest.mark.parametrize("place", ["pretrain", "arms/patch-m50/pretrain"])
+def test_number_that_yaml_1_1_reads_as_a_string_is_a_number(
+    tmp_path: Path, place: str, text: str, value: float
+) -> None:
+    file = tmp_path / "params.yaml"
+    content = content_with(f"{place}/lr", "LR")
+    file.write_text(yaml.safe_dump(content).replace("LR", text), encoding="utf-8")
+    assert load_params(file).pretrain_of("patch-m50").lr == value
+
+
+def test_python_tag_is_refused_and_not_executed(tmp_path: Path) -> None:
+    victim, file = tmp_path / "executed", tmp_path / "params.yaml"
+    file.write_text(f"name: !!python/object/apply:os.system ['touch {victim}']\n", encoding="utf-8")
+    with pytest.raises(ParamsError, match=r"not plain YAML.*python/object/apply:os\.system"):
+        load_params(file)
+    assert not victim.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("- 1\n- 2\n", "expected a mapping of sections, got list"),
+        ("just words\n", "expected a mapping of sections, got str"),
+        ("", "expected a mapping of sections, got NoneType"),
+        ("name: [\n", "is not plain YAML"),
+        ("name: tiny\n\tseeds: [0]\n", "is not plain YAML"),
+        ("1: 2\n", "keys should be strings"),
+    ],
+)
+def test_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, says: str) -> None:
+    file = tmp_path / "params.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ParamsError, match=re.escape(says)):
+        load_params(file)
+
+
+def test_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "params.yaml"
+    file.write_bytes(b"\xff\xfe\x00name")
+    with pytest.raises(ParamsError, match="is not plain YAML"):
+        load_params(file)
+
+
+def test_key_given_twice_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "params.yaml"
+    file.write_text(yaml.safe_dump(TINY) + "seeds: [0, 1, 2]\n", encoding="utf-8")
+    with pytest.raises(ParamsError, match="seeds"):
+        load_params(file)
+
+
+def test_missing_file_says_where_it_was_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ParamsError, match=rf"no params.yaml in {re.escape(str(tmp_path))}"):
+        load_params()
+
+
+@pytest.mark.parametrize(("section", "name"), FIELDS)
+def test_no_key_is_one_that_dvc_takes_for_its_own(section: str, name: str) -> None:
+    assert name not in {"size", "nfiles"}, "a params section with such a key breaks `dvc repro` (iterative/dvc#10296)"
+
+
+@pytest.mark.parametrize(("section", "name"), FIELDS)
+def test_every_key_is_used_by_some_code_outside_the_schema(section: str, name: str) -> None:
+    used = re.compile(rf"\.{name}\b")
+    files = [f for f in (ROOT / "maskdm").rglob("*.py") if f.name != "config.py"]
+    by_schema = len(used.findall((ROOT / "maskdm" / "config.py").read_text(encoding="utf-8")))
+    users = [f.name for f in files if used.search(f.read_text(encoding="utf-8"))]
+    # `pretrain` and `finetune` are read through pretrain_of and finetune_of
+    assert users or (name in {"pretrain", "finetune"} and by_schema), f"{section}.{name} does nothing"
+
+
+@pytest.mark.parametrize(
+    "section", [s for s in SECTIONS if s not in (config.Section, Params)], ids=lambda s: s.__name__
+)
+def test_sections_are_immutable(section: type[BaseModel]) -> None:
+    assert section.model_config["frozen"] and section.model_config["extra"] == "forbid"
+
+
+def test_arms_overrides_are_merged_into_the_stages() -> None:
+    content = content_with("arms/patch-m50/pretrain", {"batch_size": 64, "share": 0.2})
+    content["arms"]["patch-m50"]["finetune"] = {"init_from": "raw"}
+    params = parse_params(content)
+    own, other = params.pretrain_of("patch-m50"), params.pretrain_of("block2-m75")
+    assert own == params.pretrain.model_copy(update={"batch_size": 64, "share": 0.2})
+    assert other == params.pretrain
+    assert params.finetune_of("patch-m50") == params.finetune.model_copy(update={"init_from": "raw"})
+    assert params.finetune_of("scratch") == params.finetune
+
+
+def test_strategy_none_has_no_share_of_pretraining() -> None:
+    params = parse_params(TINY)
+    assert params.pretrain_of("scratch").share == 0.0
+    assert params.visible_of("scratch").num_visible == 16
+
+
+def test_unknown_arm_gets_a_suggestion() -> None:
+    with pytest.raises(ParamsError, match=r"no arm 'patch-m5' in params.yaml; did you mean 'patch-m50'\?"):
+        parse_params(TINY).arm("patch-m5")
+
+
+def test_fingerprint_is_equal_for_equal_params_however_they_were_written() -> None:
+    backwards = {key: TINY[key] for key in reversed(TINY)}
+    with_default = content_with("compute/threads", 1)
+    assert fingerprint(parse_params(TINY)) == fingerprint(parse_params(with_default))
+    assert fingerprint(parse_params(backwards)) == fingerprint(parse_params(copy.deepcopy(TINY)))
+
+
+CHANGES: dict[str, Any] = {
+    "name": "other",
+    "seeds": [1],
+    "dataset/limit": 100,
+    "model/qkv_bias": True,
+    "diffusion/schedule": "linear",
+    "budget/unmasked_steps": 21,
+    "budget/milestones": [0.61, 1.0],
+    "training/weight_decay": 0.0,
+    "pretrain/lr": 2.1e-3,
+    "finetune/init_from": "raw",
+    "sampling/eta": 1e-9,
+    "evaluation/kid_subsets": 11,
+    "compute/precision": "fp32",
+    "tracking/enabled": False,
+    "saving/every_seconds": 61,
+    "arms/patch-m50/mask_rate": 0.75,
+    "arms/patch-m50/pretrain": {"lr": 1e-3},
+    "arms/more": {"strategy": "none"},
+}
+
+
+def test_fingerprint_differs_for_any_change() -> None:
+    prints = {path: fingerprint(parse_params(content_with(path, value))) for path, value in CHANGES.items()}
+    assert len({fingerprint(parse_params(TINY)), *prints.values()}) == len(CHANGES) + 1
+    assert {path.split("/")[0] for path in CHANGES} == set(Params.model_fields), "a change for every section"
+
+
+def test_fingerprint_tells_parts_and_their_order_apart() -> None:
+    params = parse_params(TINY)
+    assert fingerprint(params.pretrain, 1) != fingerprint(params.pretrain, 2)
+    assert fingerprint(1, 2) != fingerprint(2, 1)
+    assert fingerprint(12) != fingerprint(1, 2)
+
+
+SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-3, 3), st.floats(), st.text(max_size=5))
+VALUES: st.SearchStrategy[Any] = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+)
+PLACES = [f"{s}/{k}" for s, v in TINY.items() if isinstance(v, dict) for k in v] + [*TINY]
+
+
+@settings(deadline=None)
+@given(place=st.sampled_from(PLACES), value=VALUES)
+def test_any_value_anywhere_is_valid_or_a_params_error(place: str, value: Any) -> None:
+    try:
+        parse_params(content_with(place, value))
+    except ParamsError as error:
+        assert str(error).startswith("params.yaml: ")
+
+
+def test_arm_config_alone_knows_what_a_mask_needs() -> None:
+    make: Callable[..., ArmConfig] = ArmConfig
+    assert make(strategy="crop", mask_rate=0.5).block_size is None
+    with pytest.raises(ValueError, match="block_size"):
+        make(strategy="crop", mask_rate=0.5, block_size=2)

@@ -1,0 +1,642 @@
+"""The stages on the tiny experiment: what they publish, that it is reproducible, and what they refuse."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import json
+import re
+import shutil
+import signal
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from maskdm import rng
+from maskdm.checkpoint import load_all
+from maskdm.compute import build_model, count_step_flops, plan_arm
+from maskdm.config import Params, fingerprint, load_params
+
+if TYPE_CHECKING:
+    from tests.conftest import Experiment, Outcome
+
+ARM = "patch-m50"
+ARMS = ["scratch", ARM, "block2-m75"]
+MASKED = ARMS[1:]
+MILESTONES = ["0.600", "1.000"]
+NUM_SAMPLES = 64
+OF_ARM = ["--arm", ARM, "--seed", "0"]
+
+
+def folder_of(experiment: Experiment, stage: str, arm: str = ARM, seed: int = 0) -> Path:
+    return experiment.path("results", stage, arm, f"seed-{seed}")
+
+
+def json_of(experiment: Experiment, place: str) -> dict[str, Any]:
+    return json.loads(experiment.path(place).read_text(encoding="utf-8"))
+
+
+def record_of(experiment: Experiment, stage: str, arm: str = ARM) -> dict[str, Any]:
+    return json_of(experiment, f"results/records/{stage}-{arm}-seed-0.json")
+
+
+def curve_of(experiment: Experiment, stage: str, arm: str = ARM) -> pd.DataFrame:
+    return pd.read_csv(folder_of(experiment, stage, arm) / "curve.csv")
+
+
+def weights_of(experiment: Experiment, arm: str, which: str = "raw", seed: int = 0) -> dict[str, Tensor]:
+    return load_all(folder_of(experiment, "pretrain", arm, seed) / "checkpoint.safetensors")[0][which]
+
+
+def params_of(experiment: Experiment) -> Params:
+    return load_params(experiment.file)
+
+
+def assert_equal_weights(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name, tensor in got.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def assert_refused(outcome: Outcome, *says: str) -> None:
+    """The stage failed with one message, which holds all of `says`."""
+    assert outcome.code == 1, outcome.err
+    assert outcome.err.startswith("maskdm: error: ") or "\nmaskdm: error: " in outcome.err
+    for part in says:
+        assert part in outcome.err
+
+
+def write_images(folder: Path, count: int, kind: str = "png") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 16, 16), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{number:03d}.{kind}")
+
+
+# --- what they publish ----------------------------------------------------------------------------------------
+
+
+def test_files_are_those_and_no_others(finished_once: Experiment) -> None:
+    expected = {f"results/data/{name}" for name in ("images-00000.npy", "labels.npy", "manifest.json", "preview.png")}
+    expected |= {f"results/features/{n}" for n in ("classifier.safetensors", "features.json", "reference.npy")}
+    expected |= {"results/records/prepare.json", "results/records/features.json"}
+    for arm in ARMS:
+        expected |= {f"results/pretrain/{arm}/seed-0/{name}" for name in ("checkpoint.safetensors", "curve.csv")}
+        finetuned = ["milestones.json", "curve.csv", *(f"milestone-{m}.safetensors" for m in MILESTONES)]
+        expected |= {f"results/finetune/{arm}/seed-0/{name}" for name in finetuned}
+        drawn = ["samples.json", *(f"milestone-{m}.{kind}" for m in MILESTONES for kind in ("npy", "png"))]
+        expected |= {f"results/samples/{arm}/seed-0/{name}" for name in drawn}
+        expected |= {f"results/metrics/{arm}-seed-0.json"}
+        stages = ("pretrain", "finetune", "sample", "evaluate")
+        expected |= {f"results/records/{stage}-{arm}-seed-0.json" for stage in stages}
+    found = set(finished_once.hashes("results"))
+    assert {f for f in found if not f.startswith("results/report/")} == expected
+    assert {"results/report/index.html", "results/report/summary.csv"} <= found
+    assert not [f for f in finished_once.path(".work").rglob("*") if f.is_file()], "no state of a finished stage"
+    assert not finished_once.path("mlflow.db").exists(), "tracking is off"
+
+
+def test_arms_spend_the_same_to_within_a_step(finished_once: Experiment) -> None:
+    params = params_of(finished_once)
+    step = count_step_flops(params, params.finetune.batch_size, params.grid.num_patches)
+    spent = [json_of(finished_once, f"results/metrics/{arm}-seed-0.json")["flops"] for arm in ARMS]
+    assert spent[0] == params.budget.unmasked_steps * step
+    assert max(spent) - min(spent) <= step
+
+
+def test_milestones_fall_where_the_budget_says(finished_once: Experiment) -> None:
+    params = params_of(finished_once)
+    step = count_step_flops(params, params.finetune.batch_size, params.grid.num_patches)
+    for arm in ARMS:
+        milestones = json_of(finished_once, f"results/finetune/{arm}/seed-0/milestones.json")
+        assert list(milestones) == MILESTONES
+        for key, milestone in milestones.items():
+            assert abs(milestone["flops"] - float(key) * params.budget.unmasked_steps * step) <= step
+
+
+def test_scratch_publishes_its_initialisation_and_a_curve_without_rows(finished_once: Experiment) -> None:
+    model = build_model(params_of(finished_once), num_classes=10)
+    model.initialise(rng.generator(0, "init"))
+    for which in ("raw", "ema"):
+        assert_equal_weights(weights_of(finished_once, "scratch", which), dict(model.state_dict()))
+    text = (folder_of(finished_once, "pretrain", "scratch") / "curve.csv").read_text(encoding="utf-8")
+    assert text == "step,loss,lr,images_seen,tokens_seen,flops\n"
+
+
+def test_arms_of_a_seed_share_the_initial_weights_and_seeds_do_not(prepared: Experiment) -> None:
+    prepared.change(pretrain={"share": 0.0}, seeds=[0, 1])  # no step: what is published is what they start from
+    for arm, seed in [*((arm, 0) for arm in ARMS), ("scratch", 1)]:
+        prepared.succeed("pretrain", "--arm", arm, "--seed", str(seed))
+    initial = weights_of(prepared, "scratch")
+    for arm in MASKED:
+        assert_equal_weights(weights_of(prepared, arm), initial)
+    other = weights_of(prepared, "scratch", seed=1)
+    random_before = [n for n, w in initial.items() if w.unique().numel() > 1]
+    assert random_before and all(not torch.equal(initial[name], other[name]) for name in random_before)
+
+
+def test_pretraining_changes_the_weights_and_their_average_differs(finished_once: Experiment) -> None:
+    initial, trained = weights_of(finished_once, "scratch"), weights_of(finished_once, ARM)
+    average = weights_of(finished_once, ARM, "ema")
+    assert all(torch.isfinite(w).all() for w in trained.values())
+    assert sum(not torch.equal(initial[n], trained[n]) for n in initial) > len(initial) / 2
+    assert any(not torch.equal(average[n], trained[n]) for n in initial)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+@pytest.mark.parametrize("arm", MASKED)
+def test_curve_has_a_row_per_interval_and_milestone(finished_once: Experiment, stage: str, arm: str) -> None:
+    plan, curve = plan_arm(params_of(finished_once), arm), curve_of(finished_once, stage, arm)
+    num_steps = getattr(plan, stage).num_steps
+    steps = {*range(5, num_steps + 1, 5), num_steps} | (
+        {s for _, s in plan.milestones} if stage == "finetune" else set()
+    )
+    assert list(curve.columns) == ["step", "loss", "lr", "images_seen", "tokens_seen", "flops"]
+    assert list(curve["step"]) == sorted(steps)
+    assert np.isfinite(curve["loss"]).all() and (curve["lr"] == 2e-3).all()
+
+
+@pytest.mark.parametrize("arm", MASKED)
+def test_compute_in_the_curve_goes_on_from_pretraining_to_finetuning(finished_once: Experiment, arm: str) -> None:
+    plan = plan_arm(params_of(finished_once), arm)
+    pretrained, finetuned = curve_of(finished_once, "pretrain", arm), curve_of(finished_once, "finetune", arm)
+    for curve, stage, before in (
+        (pretrained, plan.pretrain, (0, 0, 0)),
+        (finetuned, plan.finetune, tuple(pretrained[["images_seen", "tokens_seen", "flops"]].iloc[-1])),
+    ):
+        images = curve["step"] * stage.batch_size
+        assert (curve["images_seen"] == before[0] + images).all()
+        assert (curve["tokens_seen"] == before[1] + images * stage.num_visible).all()
+        assert (curve["flops"] == before[2] + curve["step"] * stage.flops_per_step).all()
+    assert finetuned["flops"].iloc[-1] == plan.flops
+
+
+def test_samples_are_images_of_the_dataset(finished_once: Experiment) -> None:
+    for arm, milestone in itertools.product(ARMS, MILESTONES):
+        folder = folder_of(finished_once, "samples", arm)
+        images = np.load(folder / f"milestone-{milestone}.npy")
+        assert images.shape == (NUM_SAMPLES, 8, 8, 1) and images.dtype == np.uint8
+        assert len(np.unique(images.reshape(NUM_SAMPLES, -1), axis=0)) == NUM_SAMPLES
+        with Image.open(folder / f"milestone-{milestone}.png") as grid:
+            assert min(grid.size) >= 4 * 8  # 16 images
+
+
+def test_samples_say_what_they_were_drawn_from(finished_once: Experiment) -> None:
+    info = json_of(finished_once, f"results/samples/{ARM}/seed-0/samples.json")
+    weights = finished_once.hashes(f"results/finetune/{ARM}")
+    place = f"results/finetune/{ARM}/seed-0"
+    assert info["weights_sha256"] == {m: weights[f"{place}/milestone-{m}.safetensors"] for m in MILESTONES}
+    assert info["num_samples"] == NUM_SAMPLES and info["sampler"] == "ddim" and info["num_steps"] == 5
+
+
+SCORES = ["fid", "kid", "kid_std", "precision", "recall", "num_samples", "flops"]
+ABOUT = ["arm", "seed", "strategy", "mask_rate", "block_size", "realised_mask_rate", "data_sha256"]
+SCALE = ["extractor", "extractor_sha256", "fid_floor", "kid_floor", "floor_num_samples"]
+
+
+@pytest.mark.parametrize(("arm", "rate", "block"), [("scratch", 0.0, None), (ARM, 0.5, None), ("block2-m75", 0.75, 2)])
+def test_metrics_say_what_they_are_of(finished_once: Experiment, arm: str, rate: float, block: int | None) -> None:
+    metrics = json_of(finished_once, f"results/metrics/{arm}-seed-0.json")
+    features = json_of(finished_once, "results/features/features.json")
+    assert set(metrics) == {*SCORES, *ABOUT, *SCALE, "milestones"}
+    assert (metrics["arm"], metrics["seed"], metrics["block_size"]) == (arm, 0, block)
+    assert metrics["realised_mask_rate"] == rate
+    assert metrics["mask_rate"] == (rate or None)
+    assert metrics["data_sha256"] == json_of(finished_once, "results/data/manifest.json")["sha256"]
+    assert {k: metrics[k] for k in SCALE} == {k: features[k] for k in SCALE}
+
+
+def test_metrics_of_the_last_milestone_are_the_arms(finished_once: Experiment) -> None:
+    for arm in ARMS:
+        metrics = json_of(finished_once, f"results/metrics/{arm}-seed-0.json")
+        finetuned = json_of(finished_once, f"results/finetune/{arm}/seed-0/milestones.json")
+        assert list(metrics["milestones"]) == MILESTONES
+        for key, milestone in metrics["milestones"].items():
+            assert set(milestone) == {*SCORES, "step", "images_seen", "tokens_seen"}
+            assert {k: milestone[k] for k in finetuned[key]} == finetuned[key]
+            assert milestone["fid"] > 0 and milestone["num_samples"] == NUM_SAMPLES
+            assert 0 <= milestone["precision"] <= 1 and 0 <= milestone["recall"] <= 1
+        assert {k: metrics[k] for k in SCORES} == {k: metrics["milestones"]["1.000"][k] for k in SCORES}
+        assert metrics["fid"] > metrics["fid_floor"] > 0
+
+
+def test_records_say_what_made_them(finished_once: Experiment) -> None:
+    params = params_of(finished_once)
+    for stage, arm in itertools.product(("pretrain", "finetune", "sample", "evaluate"), ARMS):
+        record = record_of(finished_once, stage, arm)
+        assert (record["stage"], record["arm"], record["seed"]) == (stage, arm, 0)
+        assert record["params_fingerprint"] == fingerprint(params)
+        assert record["versions"]["torch"] == torch.__version__
+        assert record["wall_seconds"] > 0 and record["peak_memory_gib"] > 0 and record["machine"]["cores"] >= 1
+        assert record["git_commit"] is None, "the folder is in no repository"
+        assert (record["device"], record["threads"]) == ("cpu", 1) and record["precision"] in ("fp32", "bf16")
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_records_of_training_account_for_the_compute(finished_once: Experiment, arm: str) -> None:
+    plan, weights = plan_arm(params_of(finished_once), arm), weights_of(finished_once, arm)
+    for stage in ("pretrain", "finetune"):
+        record, planned = record_of(finished_once, stage, arm), getattr(plan, stage)
+        assert (record["steps"], record["num_visible"]) == (planned.num_steps, planned.num_visible)
+        assert record["flops"] == planned.num_steps * planned.flops_per_step
+        assert record["realised_mask_rate"] == 1 - planned.num_visible / 16
+        assert record["num_parameters"] == sum(w.numel() for w in weights.values())
+        assert (record["train_seconds"] > 0) == (planned.num_steps > 0)
+
+
+# --- the same again -------------------------------------------------------------------------------------------
+
+OUTPUTS = {
+    "prepare": "results/data",
+    "features": "results/features",
+    "pretrain": f"results/pretrain/{ARM}",
+    "finetune": f"results/finetune/{ARM}",
+    "sample": f"results/samples/{ARM}",
+    "evaluate": f"results/metrics/{ARM}-seed-0.json",
+    "report": "results/report",
+}
+
+
+@pytest.mark.parametrize("stage", OUTPUTS)
+def test_stage_run_again_gives_equal_bytes(finished: Experiment, stage: str) -> None:
+    output = finished.path(OUTPUTS[stage])
+    before, old_inode = finished.hashes(OUTPUTS[stage]), output.stat().st_ino
+    output.rename(output.with_name("aside"))
+    if stage == "report":
+        shutil.rmtree(output.with_name("aside"))
+    finished.succeed(stage, *(OF_ARM if stage in ("pretrain", "finetune", "sample", "evaluate") else []))
+    assert finished.hashes(OUTPUTS[stage]) == before
+    assert stage == "report" or output.with_name("aside").stat().st_ino == old_inode, "written anew"
+
+
+def test_seed_changes_what_is_trained(prepared: Experiment, finished_once: Experiment) -> None:
+    prepared.change(seeds=[1])
+    prepared.succeed("pretrain", "--arm", ARM, "--seed", "1")
+    assert curve_of(finished_once, "pretrain")["loss"].iloc[0] != pytest.approx(
+        pd.read_csv(folder_of(prepared, "pretrain", seed=1) / "curve.csv")["loss"].iloc[0]
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 1000])
+def test_samples_do_not_depend_on_their_batch(finished: Experiment, finished_once: Experiment, batch_size: int) -> None:
+    if batch_size == 1:
+        finished.change(sampling={"num_samples": 50})
+    finished.change(sampling={"batch_size": batch_size}).succeed("sample", *OF_ARM)
+    for milestone in MILESTONES:
+        name = f"milestone-{milestone}.npy"
+        drawn = np.load(folder_of(finished, "samples") / name)
+        expected = np.load(folder_of(finished_once, "samples") / name)[: len(drawn)]
+        assert (drawn == expected).mean() >= 0.999
+
+
+def test_evaluation_hardly_depends_on_its_batch(finished: Experiment, finished_once: Experiment) -> None:
+    finished.change(evaluation={"batch_size": 5}).succeed("evaluate", *OF_ARM)
+    place = f"results/metrics/{ARM}-seed-0.json"
+    got, expected = json_of(finished, place), json_of(finished_once, place)
+    for score in ("fid", "kid", "precision", "recall"):
+        assert got[score] == pytest.approx(expected[score], rel=1e-3, abs=1e-6)
+
+
+def test_tracking_changes_no_byte_of_the_results_and_mlflow_gets_the_stage(
+    finished_once: Experiment, prepared: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    prepared.change(tracking={"enabled": True})
+    for words in (["pretrain", *OF_ARM], ["sync"]):
+        process = prepared.start(*words)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    assert prepared.hashes(OUTPUTS["pretrain"]) == finished_once.hashes(OUTPUTS["pretrain"])
+    with contextlib.closing(sqlite3.connect(prepared.path("mlflow.db"))) as database:
+        tags = database.execute("select value from tags where key = 'maskdm.stage'").fetchall()
+    assert tags == [("pretrain",)]
+
+
+# --- resuming -------------------------------------------------------------------------------------------------
+
+
+def more_steps(experiment: Experiment) -> Experiment:
+    return experiment.change(
+        budget={"unmasked_steps": 120}, training={"log_every": 1, "flip": 0.5}, saving={"every_seconds": 0.01}
+    )
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(prepared_once: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    """An arm trained for more steps in one go."""
+    experiment = more_steps(prepared_once.copy_to(tmp_path_factory.mktemp("uninterrupted")))
+    for stage in ("pretrain", "finetune"):
+        experiment.succeed(stage, *OF_ARM)
+    return experiment
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_killed_training_goes_on_and_ends_as_if_uninterrupted(
+    uninterrupted: Experiment, tmp_path: Path, stop_when: Callable[..., Outcome], stage: str
+) -> None:
+    experiment = uninterrupted.copy_to(tmp_path)
+    shutil.rmtree(folder_of(experiment, stage))
+    work = experiment.path(".work", "results", stage, ARM)
+    # finetuning is killed after a milestone: its weights must survive too
+    started = (work / "seed-0" / "state.safetensors") if stage == "pretrain" else (work / "seed-0" / "milestones")
+    outcome = stop_when(
+        experiment.start(stage, *OF_ARM),
+        lambda: started.exists() and (started.is_file() or any(started.glob("*.safetensors"))),
+        signal.SIGKILL,
+    )
+    assert outcome.code == -signal.SIGKILL and not folder_of(experiment, stage).exists()
+    again = experiment.succeed(stage, *OF_ARM)
+    step = re.search(rf"{stage} {ARM} seed 0: going on from step (\d+)", again.out)
+    assert step and 0 < int(step[1]) < getattr(plan_arm(params_of(experiment), ARM), stage).num_steps
+    assert experiment.hashes(OUTPUTS[stage]) == uninterrupted.hashes(OUTPUTS[stage])
+    assert not [f for f in work.rglob("*") if f.is_file()]
+
+
+@pytest.fixture
+def stopped(prepared: Experiment, monkeypatch: pytest.MonkeyPatch) -> Experiment:
+    """An arm whose pretraining was interrupted at step 20, in this process."""
+    from maskdm.stages import training
+
+    row_of = training.Progress.update_to
+
+    def interrupt_at_20(self: Any, done: int, note: str = "") -> None:
+        if done > 20:
+            raise KeyboardInterrupt
+        row_of(self, done, note)
+
+    more_steps(prepared).change(saving={"every_seconds": 1e-9})
+    with monkeypatch.context() as patched:
+        patched.setattr(training.Progress, "update_to", interrupt_at_20)
+        assert prepared.stage("pretrain").code == 130
+    return prepared
+
+
+def test_interrupted_training_goes_on_from_its_last_row(stopped: Experiment, uninterrupted: Experiment) -> None:
+    assert "going on from step 20\n" in stopped.succeed("pretrain", *OF_ARM).out
+    assert stopped.hashes(OUTPUTS["pretrain"]) == uninterrupted.hashes(OUTPUTS["pretrain"])
+
+
+@pytest.fixture
+def no_steps(stopped: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage takes no step: it only says what it would start from."""
+    monkeypatch.setattr("maskdm.stages.training.train", lambda *arguments: None)
+
+
+@pytest.mark.usefixtures("no_steps")
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pretrain": {"lr": 1e-3}},
+        {"pretrain": {"batch_size": 16}},
+        {"budget": {"unmasked_steps": 100}},
+        {"training": {"ema_decay": 0.9}},
+        {"diffusion": {"prediction": "v"}},
+        {"model": {"dim": 32}},
+        {"arms": {ARM: {"strategy": "patch", "mask_rate": 0.75}}},
+    ],
+    ids=str,
+)
+def test_state_of_other_params_is_not_gone_on_from(stopped: Experiment, change: dict[str, Any]) -> None:
+    outcome = stopped.change(**change).succeed("pretrain", *OF_ARM)
+    assert "going on from" not in outcome.out
+    assert "starting over: the state in .work/results/pretrain/patch-m50/seed-0 belongs to other params" in outcome.err
+
+
+@pytest.mark.usefixtures("no_steps")
+def test_state_of_other_data_is_not_gone_on_from(stopped: Experiment) -> None:
+    stopped.change(dataset={"limit": 150}).succeed("prepare")
+    assert "starting over" in stopped.succeed("pretrain", *OF_ARM).err
+
+
+@pytest.mark.usefixtures("no_steps")
+@pytest.mark.parametrize("change", [{"saving": {"every_seconds": 5.0}}, {"sampling": {"num_steps": 3}}], ids=str)
+def test_state_survives_what_does_not_change_the_training(stopped: Experiment, change: dict[str, Any]) -> None:
+    assert "going on from step 20\n" in stopped.change(**change).succeed("pretrain", *OF_ARM).out
+
+
+def test_truncated_state_is_started_over_from(stopped: Experiment, uninterrupted: Experiment) -> None:
+    state = stopped.path(".work/results/pretrain", ARM, "seed-0/state.safetensors")
+    state.write_bytes(state.read_bytes()[:-100])
+    assert "starting over" in stopped.succeed("pretrain", *OF_ARM).err
+    assert stopped.hashes(OUTPUTS["pretrain"]) == uninterrupted.hashes(OUTPUTS["pretrain"])
+
+
+def test_loss_that_is_not_finite_ends_the_stage_and_keeps_the_last_good_state(prepared: Experiment) -> None:
+    more_steps(prepared).change(pretrain={"lr": 1e12}, compute={"precision": "fp32"}, saving={"every_seconds": 1e-9})
+    outcome = prepared.stage("pretrain")
+    assert_refused(outcome, f"pretrain {ARM} seed 0: the loss is not finite at step ", "(learning rate 1e+12)")
+    step = int(re.findall(r"not finite at step (\d+)", outcome.err)[0])
+    states, info = load_all(prepared.path(".work/results/pretrain", ARM, "seed-0/state.safetensors"))
+    assert info["step"] == step >= 1
+    assert all(torch.isfinite(w).all() for w in states["raw"].values())
+    assert not folder_of(prepared, "pretrain").exists()
+    assert not prepared.path(f"results/records/pretrain-{ARM}-seed-0.json").exists()
+    again = prepared.change(pretrain={"lr": 2e-3}).succeed("pretrain", *OF_ARM)
+    assert "starting over" in again.err
+
+
+def test_loss_that_is_not_finite_between_two_rows_makes_no_update(
+    prepared: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from maskdm import training
+
+    states: list[training.TrainState] = []
+
+    def train(state: training.TrainState, *arguments: Any) -> None:
+        states.append(state)
+        training.train(state, *arguments)
+
+    monkeypatch.setattr("maskdm.stages.training.train", train)
+    prepared.change(pretrain={"lr": 1e12}, compute={"precision": "fp32"}, training={"log_every": 1000})
+    assert_refused(prepared.stage("pretrain"), "the loss is not finite at step ")
+    assert all(torch.isfinite(weight).all() for weight in states[0].model.parameters())
+    assert not folder_of(prepared, "pretrain").exists()
+
+
+# --- what they refuse -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["finetune", "sample"])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model": {"dim": 32}}, "dim is 16 there and 32 in params.yaml"),
+        ({"model": {"depth": 5}}, "depth is 3 there and 5 in params.yaml"),
+        ({"diffusion": {"prediction": "v"}}, "prediction is 'x_0' there and 'v' in params.yaml"),
+    ],
+    ids=str,
+)
+def test_checkpoint_of_another_architecture_is_refused(
+    finished: Experiment, stage: str, change: dict[str, Any], says: str
+) -> None:
+    before = finished.hashes(OUTPUTS[stage])
+    assert_refused(finished.change(**change).stage(stage), "holds another architecture", says, "Run the pretrain")
+    assert finished.hashes(OUTPUTS[stage]) == before
+
+
+@pytest.mark.parametrize("content", [lambda old: old[: len(old) // 2], lambda old: b"", lambda old: b"\x80" * 99])
+@pytest.mark.parametrize(
+    ("stage", "file"),
+    [
+        ("finetune", f"results/pretrain/{ARM}/seed-0/checkpoint.safetensors"),
+        ("sample", f"results/finetune/{ARM}/seed-0/milestone-0.600.safetensors"),
+        ("evaluate", "results/features/classifier.safetensors"),
+    ],
+)
+def test_damaged_weights_are_refused(
+    finished: Experiment, stage: str, file: str, content: Callable[[bytes], bytes]
+) -> None:
+    before = finished.hashes(OUTPUTS[stage])
+    path = finished.path(file)
+    path.write_bytes(content(path.read_bytes()))
+    assert_refused(finished.stage(stage), f"{file} is not a readable safetensors file")
+    assert finished.hashes(OUTPUTS[stage]) == before
+
+
+def npy_of(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=True)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(lambda old: old[: len(old) // 2], id="cut off"),
+        pytest.param(lambda old: b"no array", id="garbage"),
+        pytest.param(lambda old: npy_of(np.array([{"a": 1}])), id="pickle"),
+        pytest.param(lambda old: b"", id="empty"),
+        pytest.param(None, id="missing"),
+    ],
+)
+def test_damaged_samples_are_refused(finished: Experiment, content: Callable[[bytes], bytes] | None) -> None:
+    file = folder_of(finished, "samples") / "milestone-1.000.npy"
+    file.write_bytes(content(file.read_bytes())) if content else file.unlink()
+    before = finished.hashes(OUTPUTS["evaluate"])
+    assert_refused(finished.stage("evaluate"), f"{file.relative_to(finished.folder)}", "run the sample stage again")
+    assert finished.hashes(OUTPUTS["evaluate"]) == before
+
+
+@pytest.mark.parametrize(
+    ("stage", "file"),
+    [
+        ("evaluate", "results/features/features.json"),
+        ("evaluate", "results/features/reference.npy"),
+        ("evaluate", f"results/finetune/{ARM}/seed-0/milestones.json"),
+        ("sample", f"results/finetune/{ARM}/seed-0/milestones.json"),
+    ],
+)
+def test_cut_off_description_is_refused(finished: Experiment, stage: str, file: str) -> None:
+    path = finished.path(file)
+    path.write_bytes(path.read_bytes()[:20])
+    assert_refused(finished.stage(stage), file)
+
+
+def test_features_of_another_classifier_are_refused(finished: Experiment) -> None:
+    kept = finished.path("results/features/features.json").read_bytes()
+    finished.change(evaluation={"classifier_epochs": 1}).succeed("features")
+    finished.path("results/features/features.json").write_bytes(kept)
+    before = finished.hashes(OUTPUTS["evaluate"])
+    assert_refused(finished.stage("evaluate"), "results/features was made with classifier", "maskdm features")
+    assert finished.hashes(OUTPUTS["evaluate"]) == before
+
+
+def test_features_of_another_extractor_are_refused(finished: Experiment) -> None:
+    outcome = finished.change(evaluation={"features": "vgg16"}).stage("evaluate")
+    assert_refused(outcome, "was made with classifier", "but params.yaml names vgg16", "run first: maskdm features")
+
+
+def test_fewer_samples_than_the_metrics_need_are_refused(finished: Experiment) -> None:
+    finished.change(dataset={"limit": 55}, evaluation={"kid_subset_size": 60}).succeed("prepare")
+    assert_refused(finished.run("features"), "55 real images are fewer than the metrics need: 60")
+
+
+def test_samples_of_another_count_than_params_say_are_scored_as_they_are(finished: Experiment) -> None:
+    finished.change(sampling={"num_samples": 50}).succeed("sample", *OF_ARM)
+    finished.succeed("evaluate", *OF_ARM)
+    assert json_of(finished, OUTPUTS["evaluate"])["num_samples"] == 50
+
+
+@pytest.mark.parametrize("kind", ["cut off", "text"])
+def test_bad_jpeg_stops_prepare_and_leaves_the_old_data(prepared: Experiment, kind: str) -> None:
+    images = prepared.path("images")
+    write_images(images, 3, "jpg")
+    bad = images / "001.jpg"
+    bad.write_bytes(bad.read_bytes()[:200] if kind == "cut off" else b"no picture")
+    prepared.change(dataset={"source": "image_folder", "root": "images"})
+    before = prepared.hashes("results")
+    assert_refused(prepared.run("prepare"), "001.jpg", "on_bad_image")
+    assert prepared.hashes("results") == before
+
+
+def test_bad_jpeg_is_left_out_when_params_say_so(prepared: Experiment) -> None:
+    write_images(prepared.path("images"), 3, "jpg")
+    prepared.path("images/001.jpg").write_bytes(b"no picture")
+    prepared.change(dataset={"source": "image_folder", "root": "images", "on_bad_image": "skip"}).succeed("prepare")
+    manifest = json_of(prepared, "results/data/manifest.json")
+    assert manifest["count"] == 2
+    assert [Path(s["file"]).name for s in manifest["skipped"]] == ["001.jpg"]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_empty_or_missing_image_folder_is_refused(prepared: Experiment, exists: bool) -> None:
+    if exists:
+        prepared.path("images").mkdir()
+    prepared.change(dataset={"source": "image_folder", "root": "images"})
+    before = prepared.hashes("results")
+    assert_refused(prepared.run("prepare"), "dataset.root" if not exists else "images")
+    assert prepared.hashes("results") == before
+
+
+@pytest.fixture
+def unlabelled(tiny: Experiment) -> Experiment:
+    """The tiny experiment on images without classes."""
+    write_images(tiny.path("images"), 60)
+    tiny.change(dataset={"source": "image_folder", "root": "images"}).succeed("prepare")
+    return tiny
+
+
+def test_class_conditional_model_needs_labels(unlabelled: Experiment) -> None:
+    outcome = unlabelled.change(model={"class_conditional": True}).stage("pretrain")
+    assert_refused(outcome, "model.class_conditional needs a dataset with labels")
+    assert not unlabelled.path("results/pretrain").exists()
+
+
+def test_classifier_needs_labels(unlabelled: Experiment) -> None:
+    assert_refused(unlabelled.run("features"), "evaluation.features: classifier needs a dataset with labels")
+    assert not unlabelled.path("results/features").exists()
+
+
+def test_unlabelled_data_trains_an_unconditional_model(unlabelled: Experiment) -> None:
+    unlabelled.succeed("pretrain", *OF_ARM)
+    assert np.isfinite(curve_of(unlabelled, "pretrain")["loss"]).all()
+
+
+@pytest.mark.parametrize("dataset", [{"image_size": 4}, {"image_size": 16}, {"channels": 3}], ids=str)
+def test_data_of_another_shape_than_params_say_is_refused(prepared: Experiment, dataset: dict[str, int]) -> None:
+    assert_refused(prepared.change(dataset=dataset).stage("pretrain"), "maskdm prepare")
+
+
+def test_class_conditional_arm_goes_through_every_stage(finished: Experiment) -> None:
+    finished.change(model={"class_conditional": True})
+    for stage in ("pretrain", "finetune", "sample", "evaluate"):
+        finished.succeed(stage, *OF_ARM)
+    assert np.isfinite(json_of(finished, OUTPUTS["evaluate"])["fid"])
+
+
+@pytest.mark.parametrize("strategy", ["crop", "none"])
+def test_every_strategy_goes_through_training(prepared: Experiment, strategy: str) -> None:
+    config = {"strategy": strategy} if strategy == "none" else {"strategy": strategy, "mask_rate": 0.75}
+    prepared.change(arms={ARM: config})
+    for stage in ("pretrain", "finetune"):
+        prepared.succeed(stage, *OF_ARM)
+    assert curve_of(prepared, "finetune")["flops"].iloc[-1] == plan_arm(params_of(prepared), ARM).flops
