@@ -77,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add(commands, "validate", "check params.yaml alone", _validate)
     _add(commands, "plan", "what every arm would do: visible patches, steps, FLOPs; runs nothing", _plan)
     _add(commands, "summary", "print the result table of a finished experiment", _summary)
+    _add(commands, "sync", "send to MLflow what is still kept on disk", _sync)
     ui = _add(commands, "ui", "open MLflow's UI on the arms of this experiment", _ui)
     ui.add_argument("--port", type=int, default=5000, help="where to listen (default: 5000)")
     return parser
@@ -158,6 +159,12 @@ def _summary(options: argparse.Namespace) -> None:
     from maskdm.report import print_summary
 
     print_summary(params)
+
+
+def _sync(options: argparse.Namespace) -> None:
+    from maskdm.tracking import sync
+
+    sync()
 
 
 def _ui(options: argparse.Namespace) -> None:

@@ -80,7 +80,7 @@ class DatasetConfig(Section):
         default=None, description="image_folder: a folder tree, .zip or .tar, from this params.yaml"
     )
     image_size: Count = Field(description="side of the square images in pixels")
-    channels: Literal[1, 3] = 3
+    channels: Literal[1, 3]
     crop: Literal["none", "center", "box"] = Field(
         default="center", description="largest centred square; none stretches"
     )
@@ -269,7 +269,7 @@ class Params(Section):
     finetune: FinetuneConfig
     sampling: SamplingConfig
     evaluation: EvaluationConfig
-    compute: ComputeConfig = ComputeConfig()
+    compute: ComputeConfig
     tracking: TrackingConfig = TrackingConfig()
     saving: SavingConfig = SavingConfig()
     arms: Annotated[dict[str, ArmConfig], Field(min_length=1)]

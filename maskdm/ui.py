@@ -20,8 +20,8 @@ import psutil
 from maskdm import paths
 from maskdm.config import Params
 from maskdm.errors import UserError
-from maskdm.tracking import chart_url, compare_url, store_uri
-from maskdm.tracking.store import artifacts_folder
+from maskdm.tracking import chart_url, compare_url, flush, store_uri, unsent_note
+from maskdm.tracking.store import artifacts_folder, sqlite_file
 
 HOST = "127.0.0.1"
 START_SECONDS = 90.0
@@ -41,6 +41,8 @@ def open_ui(params: Params, port: int = 5000) -> None:
         UserError: there is no store yet, the port is taken, or the server does not start.
     """
     uri = store_uri()
+    if not flush():
+        print(f"warning: tracking: {unsent_note()}", file=sys.stderr, flush=True)
     if uri.startswith("http"):
         print(_where_to_look(params, uri), flush=True)
         return
@@ -61,8 +63,8 @@ def _where_to_look(params: Params, base: str) -> str:
 
 
 def _check_store(uri: str) -> None:
-    database = Path(uri.removeprefix("sqlite:///"))
-    if uri.startswith("sqlite:///") and not database.is_file():
+    database = sqlite_file(uri)
+    if database is not None and not database.is_file():
         raise UserError(f"there is no MLflow store {database} yet: run `dvc repro` first")
 
 

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import textwrap
 import time
 import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from maskdm import paths, publishing, tracking, ui
+from maskdm import cli, paths, publishing, tracking, ui
 from maskdm.config import Params, parse_params
 from maskdm.errors import UserError
-from maskdm.tracking import arm_content
+from maskdm.tracking import arm_content, background, sender
 from maskdm.tracking.saved_view import VIEW_TAG
+from maskdm.tracking.sender import Sender
+from maskdm.tracking.spool import EVENTS, Spool, SpoolReader, spools, tracking_folder
 from maskdm.tracking.store import Store, arm_key, open_store, shown
 
 # SQLAlchemy's pool closes its connections only when the process ends; Python 3.13 notices.
@@ -49,6 +54,7 @@ def params_with(**sections: Any) -> Params:
 
 
 PARAMS = params_with()
+START_SENDER = background.start_sender
 
 
 @pytest.fixture(scope="session")
@@ -60,12 +66,21 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty project, the working directory."""
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty project, the working directory. No sender starts in the background: `send` does its work here."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (tmp_path / ".dvc").mkdir()
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    monkeypatch.setattr(background, "start_sender", lambda root: False)
+    yield tmp_path
+    stop_sender(tmp_path)
+
+
+@pytest.fixture
+def senders(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The project, with senders in the background; the last one is stopped."""
+    monkeypatch.setattr(background, "start_sender", START_SENDER)
+    return project
 
 
 @pytest.fixture
@@ -95,6 +110,55 @@ def write_results(arm: str = ARM, seed: int = SEED, fid: float = 20.0, losses: i
         publishing.publish_json(paths.record(stage, arm, seed), {**record, "versions": {"torch": "2.7"}})
     paths.samples(arm, seed).mkdir(parents=True, exist_ok=True)
     (paths.samples(arm, seed) / "grid-1.000.png").write_bytes(b"PNG")
+
+
+def send() -> None:
+    """What a sender does, here and now."""
+    assert tracking_folder(Path.cwd()).is_dir()
+    worker = Sender(Path.cwd())
+    worker.send()
+    assert worker._num_failures == 0
+
+
+def publish(params: Params = PARAMS, arm: str = ARM, seed: int = SEED, **through: str) -> None:
+    tracking.publish_arm(params, arm, seed, **through)
+    send()
+
+
+def log_run(stage: str = "prepare", arm: str | None = None, seed: int | None = None, params: Params = PARAMS) -> None:
+    """A stage that does nothing."""
+    with tracking.stage_run(params, stage, arm, seed):
+        pass
+    send()
+
+
+def sender_pid(root: Path) -> int | None:
+    """The process of the project's sender, if it has one."""
+    lock = tracking_folder(root) / background.LOCK
+    if not lock.exists():
+        return None
+    with lock.open() as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            wait_until(lambda: lock.read_text().endswith("\n"))
+            return int(lock.read_text())
+    return None
+
+
+def stop_sender(root: Path) -> None:
+    """Kill the project's sender, if it has one."""
+    pid = sender_pid(root)
+    if pid is not None:
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: sender_pid(root) is None)
+
+
+def wait_until(is_so: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def arm_runs(store: Store, arm: str = ARM) -> list[Any]:
@@ -147,7 +211,7 @@ def run_python(code: str, *arguments: str, **environment: str) -> subprocess.Pop
 
 
 @pytest.mark.workflow
-def test_processes_on_a_fresh_database_lose_and_duplicate_nothing(project: Path) -> None:
+def test_processes_on_a_fresh_database_lose_and_duplicate_nothing(senders: Path) -> None:
     code = """
         from maskdm.tracking import stage_run
         seed = int(sys.argv[2])
@@ -158,9 +222,11 @@ def test_processes_on_a_fresh_database_lose_and_duplicate_nothing(project: Path)
     stages = ["finetune", "sample", "evaluate", "pretrain"]
     processes = [run_python(code, str(seed), stage) for seed in (0, 1) for stage in stages]
     outputs = [process.communicate(timeout=120) for process in processes]
+    assert tracking.flush(60)
+    assert spools(senders) == []
 
     assert [output for output in outputs if output != ("", "")] == []
-    store = open_store(tracking.store_uri(), project)
+    store = open_store(tracking.store_uri(), senders)
     assert sorted(run.info.run_name for run in arm_runs(store, "scratch")) == [
         "scratch-seed-0",
         "scratch-seed-1",
@@ -174,7 +240,7 @@ def test_processes_on_a_fresh_database_lose_and_duplicate_nothing(project: Path)
 
 def test_an_arm_carries_its_curves_scores_timings_and_provenance(store: Store) -> None:
     write_results(losses=1500)  # more than fits one batch
-    tracking.publish_arm(PARAMS, ARM, SEED)
+    publish()
 
     (run,) = arm_runs(store)
     assert run.info.run_name == "patch-m50-seed-0"
@@ -202,7 +268,7 @@ def test_an_arm_carries_its_curves_scores_timings_and_provenance(store: Store) -
 
 def test_scratch_trains_without_pretraining(store: Store) -> None:
     write_results("scratch")
-    tracking.publish_arm(PARAMS, "scratch", SEED)
+    publish(arm="scratch")
 
     (run,) = arm_runs(store, "scratch")
     assert run.data.metrics["train_seconds"] == run.data.metrics["finetune_seconds"]
@@ -213,18 +279,18 @@ def test_scratch_trains_without_pretraining(store: Store) -> None:
 
 def test_publishing_twice_changes_nothing(store: Store) -> None:
     write_results()
-    tracking.publish_arm(PARAMS, ARM, SEED)
+    publish()
     before = snapshot(store)
-    tracking.publish_arm(PARAMS, ARM, SEED)
+    publish()
     assert snapshot(store) == before
 
 
 def test_only_missing_points_are_added(store: Store) -> None:
     write_results(losses=10)
-    tracking.publish_arm(PARAMS, ARM, SEED)
+    publish()
     (before,) = arm_runs(store)
     write_results(losses=20)
-    tracking.publish_arm(PARAMS, ARM, SEED)
+    publish()
 
     (after,) = arm_runs(store)
     assert after.info.run_id == before.info.run_id
@@ -233,12 +299,12 @@ def test_only_missing_points_are_added(store: Store) -> None:
 
 def test_another_timing_is_no_contradiction(store: Store) -> None:
     write_results()
-    tracking.publish_arm(PARAMS, ARM, SEED)
+    publish()
     (before,) = arm_runs(store)
     for seconds in (7.0, 12.0, 7.0):
         time.sleep(0.002)  # of two points at one step, mlflow takes the later millisecond
         publishing.publish_json(paths.record("evaluate", ARM, SEED), {"wall_seconds": seconds})
-        tracking.publish_arm(PARAMS, ARM, SEED)
+        publish()
         (after,) = arm_runs(store)
         assert after.info.run_id == before.info.run_id
         assert after.data.metrics["evaluate_seconds"] == seconds
@@ -248,10 +314,11 @@ def test_another_timing_is_no_contradiction(store: Store) -> None:
 def test_a_contradicting_result_supersedes_the_run_and_keeps_its_stages(store: Store, changed: dict[str, Any]) -> None:
     write_results()
     with tracking.stage_run(PARAMS, "evaluate", ARM, SEED):
-        tracking.publish_arm(PARAMS, ARM, SEED)
+        publish()
         (before,) = arm_runs(store)
         write_results(**changed)
-        tracking.publish_arm(PARAMS, ARM, SEED)
+        publish()
+    send()
 
     (after,) = arm_runs(store)
     assert after.info.run_id != before.info.run_id
@@ -262,14 +329,12 @@ def test_a_contradicting_result_supersedes_the_run_and_keeps_its_stages(store: S
 
 
 def test_other_params_supersede_the_run_and_its_stages(store: Store) -> None:
-    with tracking.stage_run(PARAMS, "pretrain", ARM, SEED):
-        pass
+    log_run("pretrain", ARM, SEED)
     write_results("scratch")
-    tracking.publish_arm(PARAMS, "scratch", SEED)
+    publish(arm="scratch")
     (scratch,) = arm_runs(store, "scratch")
     changed = params_with(arms={**CONTENT["arms"], ARM: {"strategy": "patch", "mask_rate": 0.75}})
-    with tracking.stage_run(changed, "pretrain", ARM, SEED):
-        pass
+    log_run("pretrain", ARM, SEED, changed)
 
     (run,) = arm_runs(store)
     assert run.data.tags["maskdm.fingerprint"] == arm_key(changed, ARM, SEED).fingerprint
@@ -290,7 +355,7 @@ def test_the_fingerprint_is_of_what_the_arm_does() -> None:
 
 def test_a_stage_does_not_publish_what_later_stages_left_of_an_older_run(store: Store) -> None:
     write_results()
-    tracking.publish_arm(PARAMS, ARM, SEED, through="finetune")
+    publish(through="finetune")
     (run,) = arm_runs(store)
     assert {"pretrain/loss", "finetune/loss", "train_seconds"} <= set(run.data.metrics)
     assert not {"fid", "evaluate_seconds"} & set(run.data.metrics)
@@ -298,7 +363,7 @@ def test_a_stage_does_not_publish_what_later_stages_left_of_an_older_run(store: 
 
 
 def test_nothing_to_publish_makes_no_run(store: Store) -> None:
-    tracking.publish_arm(PARAMS, ARM, SEED)
+    publish()
     assert all_runs(store) == []
 
 
@@ -311,6 +376,7 @@ def test_a_stage_logs_params_tags_and_a_figure_that_moves_at_once(store: Store, 
         run.figure(figure)
         figure.unlink()
         run.log(3, seconds=1.5)
+    send()
     (logged,) = all_runs(store)
     assert (logged.info.run_name, logged.info.status) == ("report", "FINISHED")
     assert logged.data.params == {"arms": "2"}
@@ -322,8 +388,7 @@ def test_a_stage_logs_params_tags_and_a_figure_that_moves_at_once(store: Store, 
 def test_a_rerun_of_a_stage_takes_the_place_of_the_older(store: Store) -> None:
     for arm, seed in ((ARM, SEED), (None, None)):
         for stage in ("pretrain", "finetune", "pretrain"):
-            with tracking.stage_run(PARAMS, stage, arm, seed):
-                pass
+            log_run(stage, arm, seed)
     (arm_run,) = arm_runs(store)
     children = store.stages_of(PARAMS.name, arm_run.info.run_id)
     assert sorted(run.info.run_name for run in children) == ["finetune", "pretrain"]
@@ -338,42 +403,328 @@ def test_a_failing_stage_is_marked_and_its_exception_is_unchanged(
         run.log(100, loss=2.0)
         raise error
     assert raised.value is error
+    send()
     (arm_run,) = arm_runs(store)
     (child,) = store.stages_of(PARAMS.name, arm_run.info.run_id)
     assert (child.info.status, arm_run.info.status) == (status, status)
     assert history(store, child, "loss") == [(100, 2.0)]
 
 
-def test_an_unreachable_server_costs_one_warning_and_seconds(
+def test_a_killed_stage_keeps_what_it_logged(store: Store, project: Path) -> None:
+    code = """
+        import time
+        from maskdm.tracking import background, stage_run
+        background.start_sender = lambda root: False
+        with stage_run(params, "finetune", "patch-m50", 0) as run:
+            for step in range(100):
+                run.log(step, loss=float(step))
+            print("logged", flush=True)
+            time.sleep(60)
+    """
+    process = run_python(code)
+    assert process.stdout is not None
+    process.stdout.readline()
+    send()
+    (arm_run,) = arm_runs(store)
+    (child,) = store.stages_of(PARAMS.name, arm_run.info.run_id)
+    assert (child.info.status, arm_run.info.status) == ("RUNNING", "RUNNING")
+    assert len(history(store, child, "loss")) == 100
+    assert tracking.flush(0.2)  # a stage at work has nothing to send just now
+
+    process.kill()
+    process.communicate()
+    (spool,) = spools(project)
+    with (spool / EVENTS).open("ab") as events:
+        events.write(b'{"event": "metrics", "step": 100, "val')  # a line that the kill has torn
+    send()
+    (child,) = store.stages_of(PARAMS.name, arm_run.info.run_id)
+    assert (child.info.status, arm_runs(store)[0].info.status) == ("KILLED", "KILLED")
+    assert history(store, child, "loss") == [(step, float(step)) for step in range(100)]
+    assert spools(project) == []
+
+
+@pytest.mark.workflow
+def test_killed_senders_lose_and_duplicate_nothing(store: Store, senders: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(background, "start_sender", lambda root: False)
+    for stage in ("pretrain", "finetune", "sample"):
+        with tracking.stage_run(PARAMS, stage, ARM, SEED) as run:
+            for step in range(3000):
+                run.log(step, loss=float(step))
+                if step % 100 == 0:
+                    run.tags(step=step)  # ends a batch
+    for _ in range(3):
+        before = _sent_bytes(senders)
+        assert START_SENDER(senders)
+        wait_until(lambda before=before: _sent_bytes(senders) != before)
+        stop_sender(senders)
+    monkeypatch.setattr(background, "start_sender", START_SENDER)
+    assert spools(senders)
+    assert tracking.flush(120)
+
+    (arm_run,) = arm_runs(store)
+    children = store.stages_of(PARAMS.name, arm_run.info.run_id)
+    assert sorted(child.info.run_name for child in children) == ["finetune", "pretrain", "sample"]
+    for child in children:
+        assert child.info.status == "FINISHED"
+        points = store.client.get_metric_history(child.info.run_id, "loss")
+        assert sorted((p.step, p.value) for p in points) == [(step, float(step)) for step in range(3000)]
+
+
+def _sent_bytes(root: Path) -> list[tuple[str, int]]:
+    return [(spool.name, SpoolReader(spool).progress.offset) for spool in spools(root)]
+
+
+@pytest.mark.workflow
+def test_a_stage_that_comes_while_the_sender_ends_is_sent(store: Store, senders: Path) -> None:
+    code = """
+        import fcntl, os
+        from pathlib import Path
+        from maskdm.tracking import background, sender, spool, stage_run
+
+        def run(self):  # to the end, where a stage comes after the last look and finds the lock still held
+            with stage_run(params, "prepare"):
+                assert not background.start_sender(Path.cwd())
+            return True
+
+        sender.Sender.run = run
+        spool.tracking_folder(Path.cwd()).mkdir(parents=True)
+        lock = os.open(spool.tracking_folder(Path.cwd()) / background.LOCK, os.O_CREAT | os.O_WRONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        sys.argv[1:] = [str(Path.cwd()), str(lock)]
+        sender.main()
+    """
+    assert run_python(code).communicate(timeout=60) == ("", "")
+    wait_until(lambda: spools(senders) == [])
+    assert [run.info.run_name for run in all_runs(store)] == ["prepare"]
+
+
+def test_processes_that_start_together_get_one_sender(senders: Path) -> None:
+    with tracking.stage_run(PARAMS, "prepare"):
+        first = sender_pid(senders)
+        assert first is not None
+        assert not START_SENDER(senders)
+    assert sender_pid(senders) == first
+
+
+def test_a_sender_ends_when_there_is_nothing_to_do(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sender, "IDLE_SECONDS", 0.2)
+    monkeypatch.setattr(sender, "LOOK_EVERY_SECONDS", 0.01)
+    assert Sender(project).run()
+
+
+def test_a_replaced_database_is_opened_anew(store: Store, project: Path) -> None:
+    log_run()
+    worker = Sender(project)
+    worker._store(tracking.store_uri())
+    assert not worker._is_outdated()
+    (project / "mlflow.db").unlink()
+    assert worker._is_outdated()
+    assert worker.run()  # at once: main lets another sender open the new one
+
+
+@pytest.mark.workflow
+def test_a_sender_whose_folder_was_cleaned_away_leaves(senders: Path) -> None:
+    with tracking.stage_run(PARAMS, "prepare"):
+        pass
+    first = sender_pid(senders)
+    assert first is not None
+    shutil.rmtree(senders / ".work")
+    with tracking.stage_run(PARAMS, "prepare"):
+        pass
+    second = sender_pid(senders)
+    assert second is not None and second != first
+    wait_until(lambda: psutil.Process(first).status() == psutil.STATUS_ZOMBIE)
+    assert sender_pid(senders) == second
+    assert tracking.flush(60)
+    assert len(all_runs(open_store(tracking.store_uri(), senders))) == 1
+
+
+def test_a_run_that_the_user_deletes_holds_up_nothing(store: Store, project: Path) -> None:
+    with tracking.stage_run(PARAMS, "prepare") as run:
+        run.log(1, seconds=2.0)
+        send()
+        (logged,) = all_runs(store)
+        store.client.delete_run(logged.info.run_id)
+        run.log(2, seconds=2.0)
+    send()
+    assert spools(project) == []
+
+
+def test_an_unreachable_server_costs_no_time_and_is_told_once_by_the_next_stage(
     project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{_free_port()}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{_free_port()}")
     write_results()
     started = time.monotonic()
     with tracking.stage_run(PARAMS, "finetune", ARM, SEED) as run:
         run.log(1, loss=1.0)
     tracking.publish_arm(PARAMS, ARM, SEED)
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 0.5
+    assert capfd.readouterr().err == ""
+
+    monkeypatch.setattr(sender, "GIVE_UP_SECONDS", 0.1)
+    monkeypatch.setattr(sender, "LOOK_EVERY_SECONDS", 0.05)
+    assert not Sender(project).run()
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("warning: not logged to MLflow") and "stage finetune of patch-m50-seed-0" in line
-    assert "maskdm report" in line
+    assert line.startswith("MLflow at http://127.0.0.1:")
+    assert len(spools(project)) == 2
+
+    with tracking.stage_run(PARAMS, "sample", ARM, SEED):
+        pass
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("warning: tracking: MLflow at http://127.0.0.1:") and "could not be reached" in line
+    assert "1 run is kept in .work/tracking and sent by the next stage or by `maskdm sync`" in line
+    assert "secret" not in line
     with pytest.raises(UserError, match="cannot read the MLflow store"):
         tracking.compare_url(PARAMS)
 
 
-def test_a_hanging_store_holds_up_no_stage(
-    store: Store, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+@pytest.mark.workflow
+def test_what_could_not_be_sent_is_sent_by_sync(
+    senders: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(tracking.worker.Worker.wait, "__defaults__", (0.2,))
-    with store.lock():
-        with tracking.stage_run(PARAMS, "prepare"):
-            pass
-        assert "no answer within" in capfd.readouterr().err
-        monkeypatch.setattr(tracking.worker.Worker.wait, "__defaults__", (60.0,))
-        started = time.monotonic()
-        tracking.publish_arm(PARAMS, ARM, SEED)
-        assert time.monotonic() - started < 5
-    assert capfd.readouterr().err == ""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///there/mlflow.db")
+    (senders / "there").touch()  # a file, where the database needs a folder
+    with tracking.stage_run(PARAMS, "prepare") as run:
+        run.log(1, seconds=2.0)
+    assert cli.main(["sync"]) == 1
+    assert "1 run is kept in .work/tracking" in capfd.readouterr().err
+    assert len(spools(senders)) == 1
+
+    (senders / "there").unlink()
+    (senders / "there").mkdir()
+    assert cli.main(["sync"]) == 0
+    assert "everything is in MLflow" in capfd.readouterr().out
+    assert spools(senders) == []
+    assert not (tracking_folder(senders) / background.ERROR).exists()
+    store = open_store(tracking.store_uri(), senders)
+    assert [history(store, run, "seconds") for run in all_runs(store)] == [[(1, 2.0)]]
+
+
+def test_every_store_gets_what_is_meant_for_it(
+    store: Store, project: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log_run()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{_free_port()}")
+    with tracking.stage_run(PARAMS, "features"):
+        pass
+    (project / "sub").mkdir()
+    shutil.copy(empty_database, project / "sub" / "other.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///other.db")  # of the stage's folder
+    monkeypatch.chdir(project / "sub")
+    with tracking.stage_run(PARAMS, "report"):
+        pass
+    other = open_store(tracking.store_uri(), project)
+    Sender(project).send()
+
+    assert [run.info.run_name for run in all_runs(store)] == ["prepare"]
+    assert [run.info.run_name for run in all_runs(other)] == ["report"]
+    assert [spool.name.split("-")[2] for spool in spools(project)] == ["features"]
+
+
+def test_a_wrong_event_holds_up_nothing(store: Store, project: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_results()
+    (paths.finetune(ARM, SEED) / "curve.csv").write_text("step,loss\nten,1.0\n")
+    with tracking.stage_run(PARAMS, "prepare") as run:
+        run.params(seed=1)
+        run.params(seed=2)  # MLflow refuses it
+        run.log(1, seconds=2.0)
+    publish()
+    (logged,) = all_runs(store)
+    assert (logged.info.status, logged.data.params, logged.data.metrics) == ("FINISHED", {"seed": "1"}, {"seconds": 2})
+    assert spools(project) == []
+    assert [line.split(": ")[1] for line in capfd.readouterr().err.splitlines() if ": left out" in line] == [
+        "left out params",
+        "left out publish",
+    ]
+
+
+def test_results_of_another_folder_are_published(store: Store, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = project / "experiments" / "one"
+    experiment.mkdir(parents=True)
+    monkeypatch.chdir(experiment)
+    write_results()
+    tracking.publish_arm(PARAMS, ARM, SEED)
+    monkeypatch.chdir(project)
+    send()
+    (run,) = arm_runs(store)
+    assert run.data.metrics["fid"] == 20.0
+
+
+def test_the_sender_sees_the_params_of_the_stage(project: Path) -> None:
+    params = params_with(arms={**CONTENT["arms"], ARM: {"strategy": "patch", "mask_rate": 0.5, "pretrain": {"lr": 1}}})
+    tracking.publish_arm(params, ARM, SEED)
+    (spool,) = spools(project)
+    event = next(event for event in SpoolReader(spool).unsent() if event.kind == "publish")
+    assert parse_params(event.fields["params"]) == params
+    assert list(arm_key(parse_params(event.fields["params"]), ARM, SEED)) == list(event.fields["arm"].values())
+
+
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_a_full_disk_costs_one_warning(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], when: str
+) -> None:
+    (project / "curve.png").write_bytes(b"PNG")
+    if when == "before":
+        (project / ".work").touch()
+    with tracking.stage_run(PARAMS, "prepare") as run:
+        monkeypatch.setattr("os.write", lambda descriptor, content: 0)
+        run.log(1, seconds=2.0)
+        run.figure(project / "curve.png")
+        run.log(2, seconds=2.0)
+    monkeypatch.undo()
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("warning: tracking: the rest of prepare is not kept for MLflow")
+
+
+def test_a_figure_that_is_missing_costs_only_itself(store: Store, capfd: pytest.CaptureFixture[str]) -> None:
+    with tracking.stage_run(PARAMS, "prepare") as run:
+        run.figure(Path("missing.png"))
+        run.log(2, seconds=2.0)
+    assert "missing.png of prepare" in capfd.readouterr().err
+    send()
+    (logged,) = all_runs(store)
+    assert (logged.info.status, logged.data.metrics) == ("FINISHED", {"seconds": 2.0})
+
+
+def test_an_unreadable_spool_is_removed(store: Store, project: Path) -> None:
+    Spool(project, "prepare", tracking.store_uri()).close()
+    (spool,) = spools(project)
+    (spool / EVENTS).write_bytes(b"\0\0\0")  # what a power cut can leave
+    send()
+    assert spools(project) == []
+
+
+def test_a_stage_imports_no_mlflow_and_spends_next_to_nothing(project: Path) -> None:
+    code = """
+        import time
+        from maskdm.tracking import background, publish_arm, stage_run
+        background.start_sender = lambda root: False
+        started = time.process_time()
+        with stage_run(params, "finetune", "patch-m50", 0) as run:
+            for step in range(1000):
+                run.log(step, loss=1.0, lr=0.1)
+        publish_arm(params, "patch-m50", 0)
+        print(time.process_time() - started < 0.2)
+        print([name for name in ("mlflow", "torch", "sqlalchemy") if name in sys.modules])
+    """
+    assert run_python(code).communicate(timeout=60) == ("True\n[]\n", "")
+
+
+@pytest.mark.workflow
+def test_no_stage_imports_mlflow(project: Path) -> None:
+    code = """
+        from importlib import import_module
+        from pathlib import Path
+        from maskdm import cli
+        for stage in cli.STAGES:
+            import_module(f"maskdm.stages.{stage}")
+        assert cli.main(["prepare"]) == 0
+        print([name for name in sys.modules if name.split(".")[0] in ("mlflow", "sqlalchemy", "alembic")])
+    """
+    shutil.copy(Path(__file__).parents[1] / "experiments" / "tiny" / "params.yaml", project)
+    assert run_python(code).communicate(timeout=60) == ("[]\n", "")
+    assert [spool.name.split("-")[2] for spool in spools(project)] == ["prepare"]
 
 
 def test_a_password_in_the_uri_is_not_printed() -> None:
@@ -399,8 +750,7 @@ def test_disabled_tracking_imports_no_mlflow_and_writes_nothing(project: Path) -
 
 
 def test_the_view_of_arms_is_saved_and_its_urls_name_it(store: Store) -> None:
-    with tracking.stage_run(PARAMS, "prepare"):
-        pass
+    log_run()
     experiment = store.client.get_experiment_by_name(PARAMS.name)
     view = json.loads(experiment.tags[VIEW_TAG])
     assert view["searchFilter"] == "tags.`maskdm.kind` = 'arm'"
@@ -416,8 +766,7 @@ def test_the_view_of_arms_is_saved_and_its_urls_name_it(store: Store) -> None:
 
 def test_a_deleted_experiment_comes_back(store: Store) -> None:
     store.client.delete_experiment(store.experiment(PARAMS.name))
-    with tracking.stage_run(PARAMS, "prepare"):
-        pass
+    log_run()
     assert [run.info.run_name for run in all_runs(store)] == ["prepare"]
 
 
@@ -434,8 +783,7 @@ def test_the_ui_says_what_is_missing(project: Path) -> None:
 
 @pytest.mark.workflow
 def test_the_ui_answers_and_leaves_no_process(store: Store) -> None:
-    with tracking.stage_run(PARAMS, "prepare"):
-        pass
+    log_run()
     port = _free_port()
     process = run_python("from maskdm.ui import open_ui\nopen_ui(params, int(sys.argv[2]))", str(port))
     assert process.stdout is not None

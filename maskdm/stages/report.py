@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 from maskdm import paths
 from maskdm.config import Params
 from maskdm.report import format_final, write_report
-from maskdm.tracking import publish_arm, stage_run
+from maskdm.tracking import flush, publish_arm, stage_run, unsent_note
 
 
 def run(params: Params) -> None:
@@ -21,5 +23,7 @@ def run(params: Params) -> None:
     for arm in params.arms:
         for seed in params.seeds:
             publish_arm(params, arm, seed)
+    if params.tracking.enabled and not flush():
+        print(f"warning: tracking: {unsent_note()}", file=sys.stderr)
     print(format_final(final))
     print(f"\nreport: {paths.REPORT / 'index.html'}")

@@ -236,7 +236,9 @@ class Trainer:
             facts["peak_device_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
         record.update(facts, **self.compute.describe())
         tracked.params(**self.compute.describe())
-        tracked.log(job.plan.num_steps, **{k: v for k, v in facts.items() if v is not None})
+        in_curve = self.job.spent.as_dict()  # cumulative there, and logged with every row
+        once = {name: fact for name, fact in facts.items() if fact is not None and name not in in_curve}
+        tracked.log(job.plan.num_steps, **once)
 
 
 def write_curve(path: Path, state: TrainState) -> None:

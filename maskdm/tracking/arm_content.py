@@ -54,7 +54,7 @@ class ArmContent:
         return any(key == "fid" for key, _ in self.points)
 
 
-def read_arm(params: Params, arm: str, seed: int, through: str = "evaluate") -> ArmContent:
+def read_arm(params: Params, arm: str, seed: int, through: str = "evaluate", base: Path = Path()) -> ArmContent:
     """Gather what results/ holds of an arm; what isn't there is left out.
 
     Args:
@@ -62,6 +62,7 @@ def read_arm(params: Params, arm: str, seed: int, through: str = "evaluate") -> 
         arm: its key.
         seed: its seed.
         through: the last stage whose results to read: those of later ones may still be of an older run.
+        base: the folder that results/ is in.
 
     Raises:
         ValueError: a file is not what its stage writes.
@@ -70,12 +71,12 @@ def read_arm(params: Params, arm: str, seed: int, through: str = "evaluate") -> 
     content = ArmContent(arm_params(params, arm, seed))
     for stage, folder in (("pretrain", paths.pretrain(arm, seed)), ("finetune", paths.finetune(arm, seed))):
         if stage in stages:
-            content.points |= dict(_curve(stage, folder / "curve.csv"))
+            content.points |= dict(_curve(stage, base / folder / "curve.csv"))
     if "sample" in stages:
-        content.images = sorted(paths.samples(arm, seed).glob("*.png"))
+        content.images = sorted((base / paths.samples(arm, seed)).glob("*.png"))
     if "evaluate" in stages:
-        _add_metrics(content, _read_json(paths.metrics(arm, seed)))
-    _add_records(content, {stage: _read_json(paths.record(stage, arm, seed)) for stage in stages})
+        _add_metrics(content, _read_json(base / paths.metrics(arm, seed)))
+    _add_records(content, {stage: _read_json(base / paths.record(stage, arm, seed)) for stage in stages})
     return content
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-import time
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from maskdm.config import Params
+from maskdm import paths
+from maskdm.config import Params, parse_params
 from maskdm.tracking.arm_content import ArmContent, read_arm
-from maskdm.tracking.stage_runs import Point, write_points
-from maskdm.tracking.store import ArmKey, Store, arm_key
-from maskdm.tracking.worker import worker
+from maskdm.tracking.background import wake_sender
+from maskdm.tracking.spool import END, PUBLISH, Spool
+from maskdm.tracking.store import ArmKey, Point, Store, arm_key, store_uri, write_points
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -37,28 +38,44 @@ def publish_arm(params: Params, arm: str, seed: int, through: str = "evaluate") 
     """
     if not params.tracking.enabled:
         return
-    key = arm_key(params, arm, seed)
-    what = f"results of {key.run_name}"
-
-    def publish(store: Store) -> None:
-        content = read_arm(params, arm, seed, through)
-        if content.has_results:
-            with store.lock():
-                _publish(store, key, content)
-
-    worker().wait(what, worker().submit(what, publish))
+    key, root = arm_key(params, arm, seed), paths.project_root()
+    spool = Spool(root, f"publish-{arm}-{seed}", store_uri())
+    dump = params.model_dump(mode="json", exclude_unset=True)
+    spool.append(PUBLISH, params=dump, arm=key._asdict(), through=through, cwd=str(Path.cwd()))
+    spool.append(END, status="FINISHED")
+    spool.close()
+    wake_sender(root, spool)
 
 
-def _publish(store: Store, key: ArmKey, content: ArmContent) -> None:
-    run = store.client.get_run(store.arm_run(key))
+def publish(store: Store, event: dict[str, Any]) -> None:
+    """What the sender does for `publish_arm`.
+
+    Results that have changed since are taken as they are: what changed them publishes again.
+
+    Args:
+        store: where the arm run is or shall be.
+        event: what `publish_arm` has written.
+
+    Raises:
+        ValueError: params or a file of the results can't be read.
+    """
+    params, key = parse_params(event["params"]), ArmKey(**event["arm"])
+    content = read_arm(params, key.arm, key.seed, event["through"], Path(event["cwd"]))
+    if content.has_results:
+        with store.lock():
+            _publish(store, key, content, event["time_ms"])
+
+
+def _publish(store: Store, key: ArmKey, content: ArmContent, time_ms: int) -> None:
+    run = store.client.get_run(store.arm_run(key, time_ms))
     known = _known_points(store, run, content)
     if _contradicts(run, content, known):
         run, known = store.client.get_run(store.replace_arm_run(key, run.info.run_id)), {}
     _add_params_and_tags(store, run, content)
-    _add_points(store, run, content, known)
+    _add_points(store, run, content, known, time_ms)
     _add_images(store, run, content)
     if content.is_complete and run.info.status != "FINISHED":
-        store.client.set_terminated(run.info.run_id, "FINISHED")
+        store.end_run(run, "FINISHED", time_ms)
 
 
 def _known_points(store: Store, run: Run, content: ArmContent) -> Points:
@@ -89,12 +106,12 @@ def _add_params_and_tags(store: Store, run: Run, content: ArmContent) -> None:
         store.client.log_batch(run.info.run_id, params=params[chunk], tags=tags[chunk])
 
 
-def _add_points(store: Store, run: Run, content: ArmContent, known: Points) -> None:
+def _add_points(store: Store, run: Run, content: ArmContent, known: Points, time_ms: int) -> None:
     """Add the missing points, and the measures that changed: of several at a step mlflow shows the newest."""
-    now = time.time_ns() // 1_000_000
-    points = [Point(key, value, now, step) for (key, step), value in content.points.items() if (key, step) not in known]
+    missing = {at: value for at, value in content.points.items() if at not in known}
+    points = [Point(key, value, time_ms, step) for (key, step), value in missing.items()]
     measures = [
-        Point(key, value, now, 0)
+        Point(key, value, time_ms, 0)
         for key, value in content.measures.items()
         if key not in run.data.metrics or not _equal(value, run.data.metrics[key])
     ]

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 PARENT = "mlflow.parentRunId"
 # Changes no arm's results, or only other arms'; `pretrain` and `finetune` count as the arm merges them.
 NOT_OF_AN_ARM = {"name", "seeds", "arms", "tracking", "saving", "pretrain", "finetune"}
+POINTS_PER_BATCH = 1000  # mlflow's limit
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 # Only where the user set nothing: mlflow's own retries of a refused connection take minutes.
 ENVIRONMENT = {
@@ -51,6 +52,15 @@ class ArmKey(NamedTuple):
         return f"{self.arm}-seed-{self.seed}"
 
 
+class Point(NamedTuple):
+    """One value of a metric."""
+
+    key: str
+    value: float
+    timestamp_ms: int
+    step: int
+
+
 def arm_key(params: Params, arm: str, seed: int) -> ArmKey:
     """The key of an arm's run.
 
@@ -64,13 +74,24 @@ def arm_key(params: Params, arm: str, seed: int) -> ArmKey:
 
 
 def store_uri() -> str:
-    """MLflow's tracking URI: MLFLOW_TRACKING_URI, else a database at the project's root."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{paths.project_root() / 'mlflow.db'}"
+    """MLflow's tracking URI: MLFLOW_TRACKING_URI, else a database at the project's root.
+
+    A relative SQLite path is of this folder: the sender works in another one.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{paths.project_root() / 'mlflow.db'}"
+    file = sqlite_file(uri)
+    return uri if file is None else f"sqlite:///{file.absolute()}"
 
 
-def shown(uri: str) -> str:
-    """A tracking URI as it may be printed: without user and password."""
-    return re.sub(r"//[^/@]*@", "//", uri)
+def sqlite_file(uri: str) -> Path | None:
+    """The file of an SQLite store; None for other stores."""
+    prefix = "sqlite:///"
+    return Path(uri.removeprefix(prefix)) if uri.startswith(prefix) else None
+
+
+def shown(text: str) -> str:
+    """A tracking URI, or a message that may hold it, as it may be printed: without user and password."""
+    return re.sub(r"//[^/@\s]*@", "//", text)
 
 
 def artifacts_folder(root: Path) -> Path:
@@ -151,11 +172,11 @@ class Store:
         """Beside a local database: mlflow's own default is the folder where a stage happens to run."""
         return artifacts_folder(self._root).as_uri() if self._uri.startswith(DATABASES) else None
 
-    def arm_run(self, key: ArmKey) -> str:
+    def arm_run(self, key: ArmKey, start_ms: int) -> str:
         """The id of the arm's run, created where need be; runs of other params go, stages and all."""
         runs = self._search(key.experiment, kind="arm", arm=key.arm, seed=str(key.seed))
         current = [run for run in runs if run.data.tags.get("maskdm.fingerprint") == key.fingerprint]
-        kept = current[0].info.run_id if current else self.new_arm_run(key)
+        kept = current[0].info.run_id if current else self.new_arm_run(key, start_ms)
         for twin in current[1:]:  # replace_arm_run was killed half-way
             self._adopt_stages(key, twin.info.run_id, kept)
         for run in runs:
@@ -163,22 +184,27 @@ class Store:
                 self._delete_with_stages(key.experiment, run.info.run_id)
         return kept
 
-    def new_arm_run(self, key: ArmKey) -> str:
+    def new_arm_run(self, key: ArmKey, start_ms: int) -> str:
         """Create an arm run."""
         tags = {"maskdm.arm": key.arm, "maskdm.seed": str(key.seed), "maskdm.fingerprint": key.fingerprint}
-        return self.new_run(key.experiment, key.run_name, {"maskdm.kind": "arm", **tags})
+        return self.new_run(key.experiment, key.run_name, {"maskdm.kind": "arm", **tags}, start_ms)
 
     def replace_arm_run(self, key: ArmKey, old: str) -> str:
         """Supersede an arm run whose points are wrong by an empty one, which takes over its stages."""
-        new = self.new_arm_run(key)
+        start_ms = self.client.get_run(old).info.start_time
+        new = self.new_arm_run(key, start_ms + 1)  # newer, so that it is kept if we are killed before the end
         self._adopt_stages(key, old, new)
         self.client.delete_run(old)
         return new
 
-    def new_run(self, experiment: str, name: str, tags: dict[str, str]) -> str:
+    def new_run(self, experiment: str, name: str, tags: dict[str, str], start_ms: int) -> str:
         """Create a run."""
-        run = self.client.create_run(self.experiment(experiment), tags=tags, run_name=name)
+        run = self.client.create_run(self.experiment(experiment), start_time=start_ms, tags=tags, run_name=name)
         return str(run.info.run_id)
+
+    def end_run(self, run: Run, status: str, end_ms: int) -> None:
+        """End a run, or end it again."""
+        self.client.set_terminated(run.info.run_id, status, max(end_ms, run.info.start_time))
 
     def stages_of(self, experiment: str, arm_run: str, stage: str | None = None) -> list[Run]:
         """The stage runs of an arm run: all, or those of one stage."""
@@ -208,3 +234,12 @@ class Store:
         for stage in self.stages_of(experiment, arm_run):
             self.client.delete_run(stage.info.run_id)
         self.client.delete_run(arm_run)
+
+
+def write_points(store: Store, run_id: str, points: list[Point]) -> None:
+    """Log metrics in as few transactions as mlflow allows."""
+    from mlflow.entities import Metric
+
+    metrics = [Metric(p.key, p.value, p.timestamp_ms, p.step) for p in points]
+    for start in range(0, len(metrics), POINTS_PER_BATCH):
+        store.client.log_batch(run_id, metrics=metrics[start : start + POINTS_PER_BATCH])

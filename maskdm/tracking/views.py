@@ -52,7 +52,7 @@ def _experiment_id(params: Params) -> str:
     try:
         found = open_store(uri, paths.project_root()).find_experiment(params.name)
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        raise UserError(f"cannot read the MLflow store {shown(uri)}: {error}") from error
+        raise UserError(f"cannot read the MLflow store {shown(uri)}: {shown(str(error))}") from error
     if found is None:
         raise UserError(f"MLflow at {shown(uri)} has no experiment {params.name!r} yet: run `dvc repro` first")
     return found

@@ -1,0 +1,130 @@
+"""What the events of a spool do in MLflow."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from itertools import groupby, islice
+from typing import Any
+
+from maskdm.errors import UserError
+from maskdm.tracking.publishing import publish
+from maskdm.tracking.spool import END, FIGURE, METRICS, PARAMS, PUBLISH, RUN, TAGS, Event, SpoolReader
+from maskdm.tracking.store import PARENT, ArmKey, Point, Store, shown, write_points
+
+EVENTS_PER_BATCH = 1000
+# Of an event or a file that is wrong in itself: it would be refused for ever, and everything behind it held up.
+WRONG = (UserError, ValueError, TypeError, KeyError, FileNotFoundError)
+REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE"}
+
+
+class Delivery:
+    """Sends a spool; every event may be sent twice, since the sender may be killed before it has noted the first time.
+
+    Args:
+        store: where to.
+        spool: the spool.
+    """
+
+    def __init__(self, store: Store, spool: SpoolReader) -> None:
+        self._store, self._spool = store, spool
+        self._handlers: dict[str, Callable[[dict[str, Any]], None]] = {
+            RUN: self._start,
+            PARAMS: self._params,
+            TAGS: self._tags,
+            FIGURE: self._figure,
+            PUBLISH: lambda event: publish(store, event),
+            END: self._end,
+        }
+
+    def send(self) -> bool:
+        """Send what there is.
+
+        Returns:
+            whether that was all that will ever be: the spool can go.
+
+        Raises:
+            Exception: whatever mlflow raises when it can't; what was sent until then is noted.
+        """
+        is_live = self._spool.is_live  # asked before reading: what is written until the end is then surely read
+        for events in _batches(self._spool.unsent()):
+            self._send(events)
+            self._spool.mark(offset=events[-1].end, ended=events[-1].kind == END)
+        if not is_live and not self._spool.progress.ended:
+            killed = {"status": "KILLED", "time_ms": self._spool.changed_ms}
+            self._send([Event(END, killed, self._spool.progress.offset)])
+        return not is_live
+
+    def _send(self, events: list[Event]) -> None:
+        try:
+            if events[0].kind == METRICS:
+                self._metrics(events)
+            elif (handler := self._handlers.get(events[0].kind)) is not None:
+                handler(events[0].fields)
+        except Exception as error:
+            if not _is_refusal(error):
+                raise
+            line = f"{self._spool.folder.name}: left out {events[0].kind}: {shown(str(error))}"
+            print(line, file=sys.stderr, flush=True)
+
+    def _start(self, event: dict[str, Any]) -> None:
+        """Create the run in place of older ones of the stage; the arm's status is its latest stage's."""
+        store, experiment, stage = self._store, event["experiment"], event["stage"]
+        tags = {"maskdm.kind": "stage", "maskdm.stage": stage}
+        with store.lock():
+            if event["arm"] is None:
+                older = store.top_level_stages(experiment, stage)
+            else:
+                arm = ArmKey(**event["arm"])
+                parent = store.arm_run(arm, event["time_ms"])
+                store.client.update_run(parent, status="RUNNING")
+                older = store.stages_of(experiment, parent, stage)
+                tags |= {PARENT: parent, "maskdm.arm": arm.arm, "maskdm.seed": str(arm.seed)}
+            for run in older:
+                store.client.delete_run(run.info.run_id)
+            self._spool.mark(run_id=store.new_run(experiment, stage, tags, event["time_ms"]))
+
+    @property
+    def _run_id(self) -> str:
+        if self._spool.progress.run_id is None:
+            raise ValueError("there is no run")
+        return self._spool.progress.run_id
+
+    def _metrics(self, events: list[Event]) -> None:
+        fields = [event.fields for event in events]
+        points = [Point(key, value, e["time_ms"], e["step"]) for e in fields for key, value in e["values"].items()]
+        write_points(self._store, self._run_id, points)
+
+    def _params(self, event: dict[str, Any]) -> None:
+        for key, value in event["values"].items():
+            self._store.client.log_param(self._run_id, key, value)
+
+    def _tags(self, event: dict[str, Any]) -> None:
+        for key, value in event["values"].items():
+            self._store.client.set_tag(self._run_id, key, value)
+
+    def _figure(self, event: dict[str, Any]) -> None:
+        self._store.client.log_artifact(self._run_id, str(self._spool.folder / event["file"]))
+
+    def _end(self, event: dict[str, Any]) -> None:
+        """End the run and its arm's, which may have been superseded since the run was created."""
+        if self._spool.progress.run_id is None:  # an arm was published, or the stage was killed at its start
+            return
+        client, status, time_ms = self._store.client, event["status"], event["time_ms"]
+        run = client.get_run(self._run_id)
+        self._store.end_run(run, status, time_ms)
+        if (parent := run.data.tags.get(PARENT)) is not None:
+            self._store.end_run(client.get_run(parent), status, time_ms)
+
+
+def _batches(events: Iterator[Event]) -> Iterator[list[Event]]:
+    """Metrics that follow each other together, as transactions are what costs; others one by one."""
+    for is_metrics, group in groupby(events, key=lambda event: event.kind == METRICS):
+        while batch := list(islice(group, EVENTS_PER_BATCH if is_metrics else 1)):
+            yield batch
+
+
+def _is_refusal(error: Exception) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    return isinstance(error, WRONG) or (isinstance(error, MlflowException) and error.error_code in REFUSALS)
