@@ -38,7 +38,7 @@ ui: $(INSTALLED)  ## open MLflow's UI and print the address that compares the ar
 
 .PHONY: test
 test: $(INSTALLED)  ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 .PHONY: check
 check: $(INSTALLED)  ## format, lint, types, import contract, workflow lint

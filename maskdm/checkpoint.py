@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +38,9 @@ def save_weights(path: Path, states: dict[str, dict[str, Tensor]], info: dict[st
         path: the file, not there yet.
         states: name of the set → name of the parameter → tensor.
         info: plain values that describe them; must hold `architecture`.
+
+    Raises:
+        OSError: the file can't be written.
     """
     tensors = {
         f"{kind}/{name}": tensor.detach().cpu().contiguous()
@@ -43,7 +48,12 @@ def save_weights(path: Path, states: dict[str, dict[str, Tensor]], info: dict[st
         for name, tensor in state.items()
     }
     # one metadata key: several would be written in random order
-    save_file(tensors, path, {"maskdm": json.dumps({"format": FORMAT, **info}, sort_keys=True)})
+    metadata = {"maskdm": json.dumps({"format": FORMAT, **info}, sort_keys=True)}
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:  # how safetensors reports a full disk: "… (os error 28)"
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
 
 
 def load_weights(path: Path, which: Which, architecture: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -62,6 +72,8 @@ def load_weights(path: Path, which: Which, architecture: dict[str, Any]) -> tupl
     """
     states, info = load_all(path)
     _check_architecture(path, info["architecture"], architecture)
+    if which not in states:
+        raise _unreadable(path, f"it has no {which} weights")
     return states[which], info
 
 
@@ -78,11 +90,8 @@ def load_all(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
             for key in file.keys():  # noqa: SIM118  (no mapping)
                 kind, name = key.split("/", 1)
                 states.setdefault(kind, {})[name] = file.get_tensor(key)
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path} is not a readable safetensors file ({error}): truncated, or not a checkpoint of maskdm. "
-            "Delete it and run the stage that makes it again"
-        ) from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _unreadable(path, str(error)) from None
     return states, info
 
 
@@ -109,13 +118,21 @@ def _info(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
     try:
         info = json.loads((metadata or {})["maskdm"])
     except (KeyError, ValueError):
-        info = {}
-    if info.get("format") != FORMAT:
+        info = None
+    found = info.get("format") if isinstance(info, dict) else None
+    if not isinstance(info, dict) or found != FORMAT or not isinstance(info.get("architecture"), dict):
         raise UserError(
             f"{path} is a safetensors file, but not a checkpoint of this version of maskdm "
-            f"(expected format {FORMAT!r}, got {info.get('format')!r})"
+            f"(expected format {FORMAT!r}, got {found!r}), or damaged"
         )
-    return dict(info)
+    return info
+
+
+def _unreadable(path: Path, reason: str) -> UserError:
+    return UserError(
+        f"{path} is not a readable safetensors file ({reason}): truncated, damaged, or not a checkpoint of maskdm. "
+        "Delete it and run the stage that makes it again"
+    )
 
 
 def _check_architecture(path: Path, got: dict[str, Any], expected: dict[str, Any]) -> None:

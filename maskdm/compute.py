@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from maskdm.backbone import UViT
 from maskdm.config import ModelConfig, Params, StageConfig
+from maskdm.errors import ParamsError
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def plan_arm(params: Params, arm: str) -> ArmPlan:
     spend the same to within half a step.
 
     Raises:
-        ParamsError: there is no such arm.
+        ParamsError: there is no such arm, or the budget is too small to tell its milestones apart.
     """
     pretrain, finetune = params.pretrain_of(arm), params.finetune_of(arm)
     num_visible, num_patches = params.visible_of(arm).num_visible, params.grid.num_patches
@@ -76,6 +77,12 @@ def plan_arm(params: Params, arm: str) -> ArmPlan:
         (fraction, max(1, round((left - (1 - fraction) * budget) / finetune_cost)))
         for fraction in params.budget.milestones
     )
+    steps = [step for _, step in milestones]
+    if steps != sorted(set(steps)) or steps[-1] != finetune_steps:
+        raise ParamsError(
+            f"budget.unmasked_steps {params.budget.unmasked_steps} is too few for arms.{arm}: its milestones "
+            f"{params.budget.milestones} fall on finetuning steps {steps} of {finetune_steps}"
+        )
     return ArmPlan(
         pretrain=_stage_plan(params, pretrain, num_visible, pretrain_steps),
         finetune=_stage_plan(params, finetune, num_patches, finetune_steps),

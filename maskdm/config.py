@@ -134,6 +134,15 @@ class DiffusionConfig(Section):
     schedule: Literal["linear", "cosine"] = "linear"
     prediction: Literal["epsilon", "x_0", "v"] = "epsilon"
 
+    @model_validator(mode="after")
+    def _schedule_keeps_signal(self) -> Self:
+        if self.schedule == "linear" and self.num_timesteps <= 20:
+            raise ValueError(
+                f"num_timesteps {self.num_timesteps} is too few for schedule linear: its last variance would be 1; "
+                "use at least 21, or cosine"
+            )
+        return self
+
 
 class BudgetConfig(Section):
     """What every arm may spend, pretraining and finetuning together."""
@@ -232,6 +241,8 @@ class EvaluationConfig(Section):
     def _weights_are_for_a_pretrained_extractor(self) -> Self:
         if self.features == "classifier" and self.weights:
             raise ValueError("the classifier is trained on the dataset's labels and takes no weights")
+        if self.weights and self.features not in ("inception-v3-compat", "vgg16"):
+            raise ValueError(f"torch-fidelity takes no local weights for {self.features}: remove weights")
         return self
 
 

@@ -106,7 +106,7 @@ def _create(name: str, weights: Path | None) -> tuple[nn.Module, str]:
             f"the weights of {name} can't be downloaded ({error}); give a local file in evaluation.weights, "
             "or use evaluation.features: classifier"
         ) from None
-    except (RuntimeError, KeyError, AttributeError) as error:
+    except (RuntimeError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{path} does not hold the weights of {name}: {' '.join(str(error).split())[:300]}") from None
 
 
@@ -116,7 +116,7 @@ def _check_weights_are_plain(path: Path) -> None:
         torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"evaluation.weights: there is no file {path}") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"evaluation.weights: {path} is not a plain PyTorch weights file: {reason}") from None
 

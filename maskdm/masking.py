@@ -9,6 +9,7 @@ Source: MaskDM (arXiv 2306.11363), section 3.2 "Masking configuration".
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class Masking:
     def __post_init__(self) -> None:
         _ = self.visible
 
-    @property
+    @cached_property
     def visible(self) -> VisibleShape:
         """S, and the window of `crop`."""
         return visible_shape(self.strategy, self.mask_rate, self.grid, self.block_size)

@@ -17,6 +17,7 @@ from maskdm.errors import UserError
 # What the disk may refuse; any other OSError in the block is not about the output.
 REFUSALS = {
     errno.ENOSPC,
+    errno.EIO,
     errno.EDQUOT,
     errno.EACCES,
     errno.EPERM,

@@ -231,7 +231,6 @@ def restore_state(state: TrainState, tensors: dict[str, dict[str, Tensor]], info
     for name, parameter in state.model.named_parameters():
         if name in tensors["exp_avg"]:
             state.optimizer.state[parameter] = {
-                key: tensors[key][name].to(parameter.device if key != "step" else "cpu").clone()
-                for key in ("exp_avg", "exp_avg_sq", "step")
+                key: tensors[key][name].to(parameter.device).clone() for key in ("exp_avg", "exp_avg_sq", "step")
             }
     state.step, state.curve, state.seconds = info["step"], list(info["curve"]), info["seconds"]

@@ -74,7 +74,7 @@ def test_every_params_file_of_the_project_is_valid(file: Path) -> None:
 def test_only_what_describes_the_experiment_is_required() -> None:
     content = {key: TINY[key] for key in REQUIRED}
     assert parse_params({**content, "sampling": {}, "evaluation": {}, "training": {}, "diffusion": {}}).arms
-    assert set(Params.model_fields) - set(REQUIRED) == {"compute", "tracking", "saving"}
+    assert set(Params.model_fields) - set(REQUIRED) == {"tracking", "saving"}
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def make_params(threads: int = 1, **dataset: Any) -> Params:
         {
             "name": "test",
             "seeds": [0],
-            "dataset": {"source": "digits", "image_size": 8, **dataset},
+            "dataset": {"source": "digits", "image_size": 8, "channels": 3, **dataset},
             "model": {"patch_size": 1, "dim": 8, "depth": 3, "num_heads": 2},
             "diffusion": {},
             "budget": {"unmasked_steps": 10},

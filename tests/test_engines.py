@@ -165,15 +165,9 @@ def test_dvc_and_snakemake_give_the_same_bytes_and_rerun_only_what_changed(works
     change_params(workspace, arms={"patch-m50": {"strategy": "patch", "mask_rate": 0.25}})
     of_arm = {stage for stage in everything if "patch-m50" in stage} | {"report"}
     assert executed(command(workspace, *snakemake, "--dry-run")) == of_arm
-    assert changed_in_dvc(workspace) == of_arm
 
     change_params(workspace, arms={"crop-m75": {"strategy": "crop", "mask_rate": 0.75}})
-    added = {stage.replace("patch-m50", "crop-m75") for stage in of_arm}
-    assert executed(command(workspace, *snakemake, "--dry-run")) == of_arm | added
-    assert changed_in_dvc(workspace) == of_arm | added
-
-
-def changed_in_dvc(workspace: Path) -> set[str]:
-    """The stages that `dvc repro` would run; DVC was not told what Snakemake made, so its cache is restored first."""
-    command(workspace, "dvc", "checkout", "--force", "--quiet", check=False)
-    return executed(command(workspace, "dvc", "repro", "--dry", f"{TINY}/dvc.yaml"))
+    changed = of_arm | {stage.replace("patch-m50", "crop-m75") for stage in of_arm}
+    assert executed(command(workspace, *snakemake, "--dry-run")) == changed
+    command(workspace, "dvc", "checkout", "--force", "--quiet", check=False)  # DVC's own, where Snakemake has written
+    assert executed(command(workspace, *repro)) == changed

@@ -39,7 +39,7 @@ def run(root: str | Path, threads: int = 1, output: str = "out", **dataset: Any)
     content = {
         "name": "test",
         "seeds": [0],
-        "dataset": {"source": "image_folder", "root": str(root), "image_size": SIZE, **dataset},
+        "dataset": {"source": "image_folder", "root": str(root), "image_size": SIZE, "channels": 3, **dataset},
         "model": {"patch_size": 1, "dim": 8, "depth": 3, "num_heads": 2},
         "diffusion": {},
         "budget": {"unmasked_steps": 10},
@@ -55,7 +55,9 @@ def run(root: str | Path, threads: int = 1, output: str = "out", **dataset: Any)
 
 
 def config(**changes: Any) -> DatasetConfig:
-    return DatasetConfig(**{"source": "image_folder", "root": "x", "image_size": SIZE, "crop": "none", **changes})
+    return DatasetConfig(
+        **{"source": "image_folder", "root": "x", "image_size": SIZE, "channels": 3, "crop": "none", **changes}
+    )
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:

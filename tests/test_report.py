@@ -57,6 +57,7 @@ def make_params(arms: dict | None = None, seeds: tuple = (0, 1), milestones: tup
             "pretrain": {"share": 0.3, "lr": "2e-3", "batch_size": 128},
             "finetune": {"lr": "2e-3", "batch_size": 128},
             "sampling": {},
+            "compute": {},
             "evaluation": {},
             "arms": ARMS if arms is None else arms,
         }
@@ -395,13 +396,13 @@ def test_a_mask_rate_far_from_what_was_asked_is_cautioned_against(report):
     params = make_params({"scratch": ARMS["scratch"], "crop-m10": {"strategy": "crop", "mask_rate": 0.1}})
     write_results(params)
     write_report(params)
-    assert "crop-m10 masked 0.00 instead of 0.10" in (paths.REPORT / "summary.md").read_text()
+    assert "crop-m10 masked 0.25 instead of 0.10" in (paths.REPORT / "summary.md").read_text()
 
 
 def test_colour_images_and_a_wide_range_of_fids():
     content = {
         **make_params().model_dump(),
-        "dataset": {"source": "image_folder", "root": "x", "image_size": 32},
+        "dataset": {"source": "image_folder", "root": "x", "image_size": 32, "channels": 3},
     }
     params = parse_params(content)
     write_results(params, {**FINAL_FIDS, "scratch": (3.5, 4.0), "crop-m45": (90.0, 120.0)})

@@ -45,6 +45,7 @@ CONTENT: dict[str, Any] = {
     "finetune": {"lr": 2e-3, "batch_size": 128},
     "sampling": {},
     "evaluation": {},
+    "compute": {},
     "arms": {"scratch": {"strategy": "none"}, ARM: {"strategy": "patch", "mask_rate": 0.5}},
 }
 

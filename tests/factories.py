@@ -1,0 +1,83 @@
+"""What several test files build: tiny experiments, in-memory images, networks, and where they compute.
+
+Importing this asks PyTorch for one thread and deterministic kernels, as every stage does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from maskdm import rng
+from maskdm.backbone import UViT
+from maskdm.compute import build_model
+from maskdm.config import ComputeConfig, Params, parse_params
+from maskdm.device import Compute, resolve
+
+CPU = torch.device("cpu")
+FP32 = resolve(ComputeConfig(device="cpu", precision="fp32", threads=1))
+BF16 = Compute(CPU, autocast=True, threads=1)
+
+
+def tiny_params(**changes: Any) -> Params:
+    """A valid experiment on 8×8 digits in 4×4 patches; `changes` are merged into its sections, `arms` replaced."""
+    stage = {"lr": 1e-3, "batch_size": 8}
+    content: dict[str, Any] = {
+        "name": "tiny",
+        "seeds": [0],
+        "dataset": {"source": "digits", "image_size": 8, "channels": 1},
+        "model": {"patch_size": 2, "dim": 16, "depth": 3, "num_heads": 2},
+        "diffusion": {"schedule": "cosine"},
+        "budget": {"unmasked_steps": 100},
+        "training": {},
+        "pretrain": stage,
+        "finetune": stage,
+        "sampling": {},
+        "evaluation": {},
+        "compute": {"device": "cpu", "precision": "fp32"},
+        "tracking": {"enabled": False},
+        "arms": {
+            "scratch": {"strategy": "none"},
+            "patch-m50": {"strategy": "patch", "mask_rate": 0.5},
+            "block2-m75": {"strategy": "block", "block_size": 2, "mask_rate": 0.75},
+        },
+    }
+    for section, change in changes.items():
+        is_merged = isinstance(change, dict) and section != "arms"
+        content[section] = {**content[section], **change} if is_merged else change
+    return parse_params(content)
+
+
+def tiny_model(params: Params, seed: int = 0, num_classes: int = 10) -> UViT:
+    """The network of `params`, initialised."""
+    model = build_model(params, num_classes)
+    model.initialise(rng.generator(seed, "init"))
+    return model
+
+
+@dataclass
+class ArrayImages:
+    """Images in memory, as `Batches` wants them."""
+
+    pixels: np.ndarray
+    labels: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def gather(self, indices: np.ndarray) -> np.ndarray:
+        return self.pixels[indices]
+
+
+@cache
+def digits() -> ArrayImages:
+    """scikit-learn's digits as the pipeline stores them: uint8 (1797, 8, 8, 1), labels int64."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    pixels = np.rint(bunch.images * 255 / 16).astype(np.uint8)[..., None]
+    return ArrayImages(pixels, bunch.target.astype(np.int64))

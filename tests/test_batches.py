@@ -1,0 +1,108 @@
+"""Batches are a pure function of (seed, step), and every epoch shows every image once."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from maskdm.data.batches import Batches, to_model_range, to_uint8
+from tests.factories import CPU, ArrayImages
+
+ALL_VALUES = np.arange(256, dtype=np.uint8)
+
+
+def numbered(count: int, labelled: bool = False) -> ArrayImages:
+    """1×1 RGB images whose red is their number."""
+    pixels = np.zeros((count, 1, 1, 3), dtype=np.uint8)
+    pixels[:, 0, 0, 0] = np.arange(count)
+    return ArrayImages(pixels, np.arange(count, dtype=np.int64) * 10 if labelled else None)
+
+
+def batches_of(
+    count: int, batch_size: int, seed: int = 0, stream: str = "pretrain", with_labels: bool = False
+) -> Batches:
+    return Batches(numbered(count, with_labels), batch_size, seed, stream, CPU, with_labels)
+
+
+sizes = st.tuples(st.integers(1, 40), st.integers(1, 50))
+
+
+@given(sizes, st.integers(0, 5))
+@settings(deadline=None)
+def test_every_epoch_is_a_permutation_of_the_dataset(size: tuple[int, int], seed: int) -> None:
+    count, batch_size = size
+    batches = batches_of(count, batch_size, seed)
+    num_steps = -(-3 * count // batch_size)
+    stream = np.concatenate([batches.indices(step) for step in range(num_steps)])
+    for epoch in range(3):
+        assert sorted(stream[epoch * count : (epoch + 1) * count]) == list(range(count))
+
+
+def test_a_batch_may_cross_the_end_of_an_epoch_and_hold_several() -> None:
+    count, batches = 5, batches_of(5, 12)
+    first = batches.indices(0)
+    assert first.shape == (12,)
+    assert first.dtype == np.int64
+    assert sorted(first[:5]) == sorted(first[5:10]) == list(range(count))
+    assert sorted([*first[10:], *batches.indices(1)[:3]]) == list(range(count))
+
+
+@given(sizes, st.lists(st.integers(0, 200), min_size=1, max_size=10))
+@settings(deadline=None)
+def test_a_batch_depends_on_its_step_and_not_on_what_was_asked_before(size: tuple[int, int], steps: list[int]) -> None:
+    used = batches_of(*size)
+    for step in steps:
+        np.testing.assert_array_equal(used.indices(step), batches_of(*size).indices(step))
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"stream": "finetune"}])
+def test_another_seed_or_stream_is_another_order(other: dict[str, int | str]) -> None:
+    assert not np.array_equal(batches_of(100, 50).indices(0), batches_of(100, 50, **other).indices(0))  # type: ignore[arg-type]
+
+
+def test_epochs_are_in_different_orders() -> None:
+    batches = batches_of(100, 100)
+    assert not np.array_equal(batches.indices(0), batches.indices(1))
+
+
+def test_a_batch_holds_the_images_and_labels_of_its_indices() -> None:
+    batches = batches_of(20, 6, with_labels=True)
+    x_0, labels = batches(3)
+    assert x_0.shape == (6, 3, 1, 1)
+    assert x_0.dtype == torch.float32
+    assert labels is not None
+    assert labels.dtype == torch.int64
+    np.testing.assert_array_equal(to_uint8(x_0)[:, 0, 0, 0], batches.indices(3))
+    np.testing.assert_array_equal(labels, batches.indices(3) * 10)
+
+
+def test_labels_come_only_when_they_are_wanted() -> None:
+    assert Batches(numbered(4, labelled=True), 2, 0, "pretrain", CPU)(0)[1] is None
+    with pytest.raises(ValueError, match="needs a dataset with labels"):
+        Batches(numbered(4), 2, 0, "pretrain", CPU, with_labels=True)
+
+
+def test_all_256_values_survive_the_round_trip() -> None:
+    images = torch.from_numpy(ALL_VALUES).reshape(1, 16, 16, 1)
+    x = to_model_range(images)
+    assert x.shape == (1, 1, 16, 16)
+    assert x.min() == -1
+    assert x.max() == 1
+    assert torch.equal(to_uint8(x), images)
+    np.testing.assert_allclose(x.flatten(), ALL_VALUES / 127.5 - 1, atol=1e-6)
+
+
+def test_pixels_are_rounded_to_the_nearest_and_clamped() -> None:
+    x = torch.tensor([-7.0, -1.0, -1 + 0.49 / 127.5, -1 + 0.51 / 127.5, 0.0, 1.0, 1.001, 50.0]).reshape(1, 1, 2, 4)
+    assert to_uint8(x).flatten().tolist() == [0, 0, 0, 1, 128, 255, 255, 255]
+
+
+def test_channels_move_to_where_the_network_wants_them_and_back() -> None:
+    images = torch.randint(256, (2, 3, 5, 3), generator=torch.Generator().manual_seed(0)).byte()
+    x = to_model_range(images)
+    assert x.shape == (2, 3, 3, 5)
+    assert torch.equal(to_uint8(x), images)
+    assert torch.equal(to_uint8(x)[1, 2, 4], images[1, 2, 4])

@@ -1,0 +1,216 @@
+"""Compute accounting against the closed form of the architecture, and budgets against their promise."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from maskdm.compute import ArmPlan, count_step_flops, plan_arm
+from maskdm.config import Params, StageConfig
+from maskdm.diffusion import Diffusion, draw_step, masked_dsm_loss
+from maskdm.errors import ParamsError
+from maskdm.masking import Masking
+from tests.factories import tiny_model, tiny_params
+
+
+def closed_form_flops(params: Params, batch_size: int, num_visible: int) -> int:
+    """2 FLOPs per multiply-add; backward costs twice the forward, but once where the input needs no gradient."""
+    model, patch_dim = params.model, params.model.patch_size**2 * params.dataset.channels
+    dim, hidden = model.dim, int(model.dim * model.mlp_ratio)
+    tokens = num_visible + 1 + model.class_conditional
+    linear = model.depth * tokens * (4 * dim**2 + 2 * dim * hidden)  # qkv, proj, fc1, fc2
+    skips = model.depth // 2 * tokens * 2 * dim**2
+    attention = model.depth * 2 * tokens**2 * dim  # q·k and weights·v, over all heads
+    head = num_visible * dim * patch_dim
+    time_mlp = 4 * dim**2 if model.mlp_time_embed else 0
+    in_full = linear + skips + attention + head + time_mlp
+    without_input_gradient = num_visible * patch_dim * dim + time_mlp  # the patches, and the timestep's embedding
+    return 2 * batch_size * (3 * in_full + 2 * without_input_gradient)
+
+
+@pytest.mark.parametrize(
+    ("model", "image_size", "channels"),
+    [
+        ({"patch_size": 2, "dim": 16, "depth": 3, "num_heads": 2}, 8, 1),
+        ({"patch_size": 1, "dim": 32, "depth": 1, "num_heads": 4}, 8, 1),
+        ({"patch_size": 4, "dim": 512, "depth": 13, "num_heads": 8}, 64, 3),
+        ({"patch_size": 2, "dim": 48, "depth": 5, "num_heads": 3, "mlp_ratio": 1.5, "qkv_bias": True}, 16, 3),
+        ({"patch_size": 2, "dim": 16, "depth": 3, "num_heads": 2, "class_conditional": True}, 8, 1),
+        ({"patch_size": 4, "dim": 64, "depth": 3, "num_heads": 2, "mlp_time_embed": True}, 8, 1),
+    ],
+    ids=["tiny", "one-block", "celeba", "ratio-bias", "conditional", "time-mlp"],
+)
+@pytest.mark.parametrize(("batch_size", "rate"), [(1, 0.0), (3, 0.5), (2, 0.75)])
+def test_counted_flops_are_the_architectures(
+    model: dict[str, Any], image_size: int, channels: int, batch_size: int, rate: float
+) -> None:
+    params = tiny_params(model=model, dataset={"image_size": image_size, "channels": channels})
+    num_visible = round((1 - rate) * params.grid.num_patches)
+    expected = closed_form_flops(params, batch_size, num_visible)
+    assert count_step_flops(params, batch_size, num_visible) == expected
+
+
+def test_a_masked_step_costs_about_its_share_of_a_full_one() -> None:
+    params = tiny_params(model={"patch_size": 1, "dim": 64})
+    full, masked = (count_step_flops(params, 4, n) for n in (64, 16))
+    assert 0.2 < masked / full < 0.3
+
+
+def test_counted_flops_are_those_of_a_real_training_step() -> None:
+    params = tiny_params(model={"class_conditional": True})
+    model, masking, diffusion = tiny_model(params), Masking("patch", params.grid, 0.7), Diffusion(10, "cosine", "v")
+    x_0, labels = torch.zeros(6, 1, 8, 8), torch.arange(6)
+    draws = draw_step(6, 4, masking, 10, 0.5, torch.Generator().manual_seed(0))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel([SDPBackend.MATH]):
+        masked_dsm_loss(model, diffusion, x_0, draws, 2, labels).backward()
+    assert counter.get_total_flops() == count_step_flops(params, 6, masking.num_visible)
+
+
+# --- budgets
+
+
+@st.composite
+def experiments(draw: st.DrawFn) -> Params:
+    """Any budget, over arms of different masks, batch sizes and shares, each share below the first milestone."""
+    milestones = [*sorted(draw(st.sets(st.sampled_from([0.5, 0.6, 0.75, 0.9]), max_size=3))), 1.0]
+    shares = st.sampled_from([0.0, 0.1, 0.3, 0.45])
+    batches = st.sampled_from([1, 8, 32, 100])
+    stage = {"lr": 1e-3, "batch_size": draw(batches)}
+    arms: dict[str, Any] = {"scratch": {"strategy": "none"}}
+    for index in range(draw(st.integers(1, 3))):
+        arms[f"arm{index}"] = {
+            "strategy": "patch",
+            "mask_rate": draw(st.sampled_from([0.25, 0.5, 0.9])),
+            "pretrain": {"share": draw(shares), "batch_size": draw(batches)},
+            "finetune": {"batch_size": draw(batches)},
+        }
+    return tiny_params(
+        budget={
+            "match": draw(st.sampled_from(["flops", "images", "steps"])),
+            "unmasked_steps": draw(st.sampled_from([5000, 12345])),
+            "milestones": milestones,
+        },
+        pretrain=stage,
+        finetune=stage,
+        arms=arms,
+    )
+
+
+def cost_of_step(params: Params, stage: StageConfig, num_visible: int) -> float:
+    """What `budget.match` counts, for one step."""
+    return {
+        "flops": closed_form_flops(params, stage.batch_size, num_visible),
+        "images": stage.batch_size,
+        "steps": 1,
+    }[params.budget.match]
+
+
+def budget_of(params: Params) -> float:
+    return params.budget.unmasked_steps * cost_of_step(params, params.finetune, params.grid.num_patches)
+
+
+def costs_of(params: Params, arm: str) -> tuple[float, float]:
+    """Of one pretraining and one finetuning step of an arm."""
+    return (
+        cost_of_step(params, params.pretrain_of(arm), params.visible_of(arm).num_visible),
+        cost_of_step(params, params.finetune_of(arm), params.grid.num_patches),
+    )
+
+
+def spent(plan: ArmPlan, pretrain_cost: float, finetune_cost: float) -> float:
+    return plan.pretrain.num_steps * pretrain_cost + plan.finetune.num_steps * finetune_cost
+
+
+@given(experiments())
+@settings(deadline=None, max_examples=40)
+def test_every_arm_spends_the_budget_to_within_one_step(params: Params) -> None:
+    for arm in params.arms:
+        costs = costs_of(params, arm)
+        assert abs(spent(plan_arm(params, arm), *costs) - budget_of(params)) <= costs[1]
+
+
+@given(experiments())
+@settings(deadline=None, max_examples=40)
+def test_pretraining_takes_its_share_of_the_budget(params: Params) -> None:
+    for arm in params.arms:
+        pretrain_cost, _ = costs_of(params, arm)
+        pretrained = plan_arm(params, arm).pretrain.num_steps * pretrain_cost
+        share = params.pretrain_of(arm).share
+        assert abs(pretrained - share * budget_of(params)) <= pretrain_cost
+        assert (pretrained == 0) == (round(share * budget_of(params) / pretrain_cost) == 0)
+
+
+@given(experiments())
+@settings(deadline=None, max_examples=40)
+def test_milestones_lie_where_their_fraction_of_the_budget_is_spent(params: Params) -> None:
+    for arm in params.arms:
+        plan, costs = plan_arm(params, arm), costs_of(params, arm)
+        fractions, steps = zip(*plan.milestones, strict=True)
+        assert list(fractions) == params.budget.milestones
+        assert all(a < b for a, b in pairwise(steps))
+        assert steps[-1] == plan.finetune.num_steps
+        for fraction, step in plan.milestones:
+            by_then = plan.pretrain.num_steps * costs[0] + step * costs[1]
+            assert abs(by_then - fraction * budget_of(params)) <= costs[1]
+
+
+@given(unmasked_steps=st.integers(1, 6), share=st.sampled_from([0.0, 0.3, 0.45, 0.9]))
+@example(unmasked_steps=1, share=0.9)
+@example(unmasked_steps=2, share=0.0)
+@settings(deadline=None, max_examples=20)
+def test_milestones_of_a_tiny_budget_are_steps_that_finetuning_makes(unmasked_steps: int, share: float) -> None:
+    milestones = [0.95, 1.0] if share == 0.9 else [0.5, 0.75, 1.0]
+    params = tiny_params(
+        budget={"match": "steps", "unmasked_steps": unmasked_steps, "milestones": milestones}, pretrain={"share": share}
+    )
+    try:
+        plan = plan_arm(params, "patch-m50")
+    except ParamsError as error:
+        assert "is too few for arms.patch-m50: its milestones" in str(error)
+        return
+    steps = [step for _, step in plan.milestones]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == plan.finetune.num_steps
+
+
+@pytest.mark.parametrize("match", ["flops", "images", "steps"])
+def test_scratch_spends_its_whole_budget_unmasked(match: str) -> None:
+    params = tiny_params(budget={"match": match, "unmasked_steps": 123})
+    plan = plan_arm(params, "scratch")
+    assert (plan.pretrain.num_steps, plan.finetune.num_steps) == (0, 123)
+    assert plan.finetune.num_visible == params.grid.num_patches
+    assert plan.flops == 123 * count_step_flops(params, 8, 16)
+
+
+def test_a_share_of_0_is_no_pretraining() -> None:
+    plan = plan_arm(tiny_params(pretrain={"share": 0.0}), "block2-m75")
+    assert (plan.pretrain.num_steps, plan.finetune.num_steps) == (0, 100)
+
+
+def test_flops_of_a_plan_are_those_of_its_steps() -> None:
+    params = tiny_params()
+    plan = plan_arm(params, "block2-m75")
+    assert plan.pretrain.num_visible == 4
+    assert plan.pretrain.flops == plan.pretrain.num_steps * count_step_flops(params, 8, 4)
+    assert plan.flops == plan.pretrain.flops + plan.finetune.flops
+    assert plan.pretrain.num_steps > 0
+
+
+def test_masked_steps_are_more_at_equal_flops_and_as_many_at_equal_steps() -> None:
+    flops, steps = (
+        plan_arm(tiny_params(budget={"match": match}), "block2-m75").pretrain.num_steps for match in ("flops", "steps")
+    )
+    assert steps == 30
+    assert flops > 3 * steps
+
+
+def test_an_unknown_arm_is_named() -> None:
+    with pytest.raises(ParamsError, match=r"there is no arm 'scrach'.*did you mean 'scratch'"):
+        plan_arm(tiny_params(), "scrach")

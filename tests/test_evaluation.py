@@ -1,0 +1,365 @@
+"""Scores against their definitions in numpy and scipy, and the extractors that make the features."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from maskdm.classifier import FEATURE_DIM, TrainedClassifier, train_classifier
+from maskdm.config import EvaluationConfig
+from maskdm.data.batches import to_model_range
+from maskdm.errors import UserError
+from maskdm.evaluation import PRC_BLOCK, check_counts, compute_metrics, floor_metrics
+from maskdm.extractors import FeatureExtractor, open_classifier, open_pretrained, save_classifier
+from maskdm.torchvision_compat import declare_missing_operators
+from tests.factories import CPU, digits
+
+NUM_CLASSES = 10
+
+
+def config(**changes: Any) -> EvaluationConfig:
+    return EvaluationConfig(**{"kid_subset_size": 100, "kid_subsets": 10, **changes})
+
+
+def gaussian(count: int, dim: int = 8, shift: float = 0.0, scale: float = 1.0, seed: int = 0) -> np.ndarray:
+    """Correlated features, float32 (count, dim)."""
+    numbers = np.random.default_rng(seed)
+    mixing = np.random.default_rng(99).normal(size=(dim, dim)) / dim**0.5
+    return (shift + scale * numbers.normal(size=(count, dim)) @ mixing).astype(np.float32)
+
+
+# --- metrics
+
+
+def oracle_fid(x: np.ndarray, y: np.ndarray) -> float:
+    """|μ_x − μ_y|² + tr(Σ_x + Σ_y − 2 (Σ_x Σ_y)^½)."""
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    a, b = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    difference = x.mean(0) - y.mean(0)
+    return float(difference @ difference + np.trace(a + b - 2 * scipy.linalg.sqrtm(a @ b).real))
+
+
+def oracle_kid(x: np.ndarray, y: np.ndarray) -> float:
+    """The unbiased MMD² with the kernel (x·y/d + 1)³, pair by pair."""
+
+    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return (a.astype(np.float64) @ b.astype(np.float64).T / a.shape[1] + 1) ** 3
+
+    n = len(x)
+    within = [(kernel(z, z).sum() - np.trace(kernel(z, z))) / (n * (n - 1)) for z in (x, y)]
+    return float(sum(within) - 2 * kernel(x, y).mean())
+
+
+def oracle_coverage(x: np.ndarray, y: np.ndarray, neighbourhood: int) -> float:
+    """The share of x within reach of some y: no farther from it than y's k-th neighbour among y."""
+
+    def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.linalg.norm(a[:, None].astype(np.float64) - b[None], axis=-1)
+
+    reach = np.sort(distances(y, y), axis=1)[:, neighbourhood]  # the 0-th is y itself
+    return float((distances(x, y) <= reach).any(axis=1).mean())
+
+
+@pytest.mark.parametrize(("shift", "scale"), [(0.0, 1.0), (0.3, 1.0), (0.0, 1.7), (-1.0, 0.5)])
+@pytest.mark.parametrize(("count", "dim"), [(150, 8), (400, 64)])
+def test_fid_is_the_frechet_distance(shift: float, scale: float, count: int, dim: int) -> None:
+    x, y = gaussian(count, dim, shift, scale, seed=1), gaussian(count + 37, dim, seed=2)
+    assert compute_metrics(x, y, config()).fid == pytest.approx(oracle_fid(x, y), rel=1e-4)
+
+
+@pytest.mark.parametrize(("shift", "scale"), [(0.0, 1.0), (0.3, 1.0), (0.0, 1.7)])
+def test_kid_of_everything_is_its_formula(shift: float, scale: float) -> None:
+    x, y = gaussian(120, 16, shift, scale, seed=1), gaussian(120, 16, seed=2)
+    metrics = compute_metrics(x, y, config(kid_subset_size=120, kid_subsets=3))
+    assert metrics.kid == pytest.approx(oracle_kid(x, y), rel=1e-8)
+    assert metrics.kid_std == pytest.approx(0, abs=1e-9)
+
+
+def test_kid_over_subsets_scatters_around_its_formula() -> None:
+    x, y = gaussian(300, 16, 0.3, seed=1), gaussian(300, 16, seed=2)
+    metrics = compute_metrics(x, y, config(kid_subset_size=100, kid_subsets=50))
+    assert metrics.kid_std > 0
+    assert metrics.kid == pytest.approx(oracle_kid(x, y), abs=4 * metrics.kid_std / 50**0.5)
+
+
+@pytest.mark.parametrize(("count", "neighbourhood"), [(110, 1), (110, 3), (110, 7), (PRC_BLOCK + 10, 3)])
+def test_precision_and_recall_are_their_definitions(count: int, neighbourhood: int) -> None:
+    x, y = gaussian(count, 4, 0.8, 0.6, seed=1), gaussian(count + 20, 4, seed=2)
+    metrics = compute_metrics(x, y, config(prc_neighborhood=neighbourhood))
+    assert metrics.precision == pytest.approx(oracle_coverage(x, y, neighbourhood), abs=1e-6)
+    assert metrics.recall == pytest.approx(oracle_coverage(y, x, neighbourhood), abs=1e-6)
+
+
+def test_precision_is_of_the_samples_and_recall_of_the_real_images() -> None:
+    real = gaussian(500, seed=1)
+    one_mode = real[0] + 0.01 * gaussian(500, seed=2)
+    metrics = compute_metrics(one_mode, real, config())
+    assert metrics.precision == 1.0
+    assert metrics.recall < 0.1
+
+
+def test_identical_sets_are_at_distance_0_and_cover_each_other() -> None:
+    x = gaussian(300, 32)
+    metrics = compute_metrics(x, x.copy(), config(kid_subset_size=300))
+    assert metrics.fid == pytest.approx(0, abs=1e-6)
+    assert metrics.kid < 0  # unbiased: the diagonal of the kernel counts in one of its terms alone
+    assert (metrics.precision, metrics.recall, metrics.num_samples) == (1.0, 1.0, 300)
+
+
+def test_metrics_are_deterministic_and_leave_their_input_and_the_global_generators_alone() -> None:
+    x, y = gaussian(200, seed=1), gaussian(200, seed=2)
+    copies = x.copy(), y.copy()
+    np.random.seed(1)  # noqa: NPY002  (the generator that must not be used)
+    first = compute_metrics(x, y, config())
+    np.random.seed(2)  # noqa: NPY002
+    assert compute_metrics(x, y, config()) == first
+    assert all(np.array_equal(a, b) for a, b in zip((x, y), copies, strict=True))
+
+
+def test_worse_samples_score_worse() -> None:
+    real = gaussian(500, seed=1)
+    scores = [compute_metrics(gaussian(500, shift=s, seed=2), real, config()) for s in (0.0, 0.5, 1.0)]
+    assert scores[0].fid < scores[1].fid < scores[2].fid
+    assert scores[0].kid < scores[1].kid < scores[2].kid
+    assert scores[0].precision > scores[2].precision
+
+
+def test_the_floor_is_between_halves_and_the_same_every_time() -> None:
+    real = gaussian(401)
+    floor = floor_metrics(real, config())
+    assert floor == floor_metrics(real, config())
+    assert floor.num_samples == 200
+    assert 0 < floor.fid < compute_metrics(gaussian(200, shift=0.5, seed=5), real, config()).fid
+    assert floor.kid == pytest.approx(0, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "num_real", "changes", "message"),
+    [
+        (99, 500, {}, r"99 samples are fewer than the metrics need: 100 \(evaluation\.kid_subset_size 100"),
+        (500, 99, {}, "99 real images are fewer than the metrics need: 100"),
+        (10, 500, {"kid_subset_size": 2, "prc_neighborhood": 10}, "10 samples are fewer than the metrics need: 11"),
+    ],
+)
+def test_too_few_features_are_refused(num_samples: int, num_real: int, changes: dict[str, int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_counts(num_samples, num_real, config(**changes))
+    with pytest.raises(UserError, match=message):
+        compute_metrics(gaussian(num_samples), gaussian(num_real), config(**changes))
+
+
+def test_just_enough_features_are_scored() -> None:
+    tight = config(kid_subset_size=5, prc_neighborhood=4)
+    assert np.isfinite(compute_metrics(gaussian(5, 2, seed=1), gaussian(5, 2, seed=2), tight).fid)
+
+
+# --- the dataset's own classifier
+
+
+@pytest.fixture(scope="module")
+def trained() -> TrainedClassifier:
+    images = digits()
+    assert images.labels is not None
+    return train_classifier(images.pixels, images.labels, NUM_CLASSES, num_epochs=6)
+
+
+@pytest.fixture
+def classifier(trained: TrainedClassifier, tmp_path: Path) -> FeatureExtractor:
+    save_classifier(tmp_path / "classifier.safetensors", trained)
+    return open_classifier(tmp_path / "classifier.safetensors", CPU)
+
+
+def test_the_classifier_knows_held_out_digits(trained: TrainedClassifier) -> None:
+    assert trained.accuracy > 0.9
+
+
+def test_the_classifier_is_the_same_every_time() -> None:
+    images, labels = digits().pixels[:300], digits().labels
+    assert labels is not None
+    weights = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        weights.append(train_classifier(images, labels[:300], NUM_CLASSES, num_epochs=2).model.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_the_accuracy_is_of_images_it_was_not_trained_on() -> None:
+    numbers = np.random.default_rng(0)
+    images = digits().pixels[:300]
+    labels = numbers.integers(0, NUM_CLASSES, 300)  # nothing but memory can know these
+    assert train_classifier(images, labels, NUM_CLASSES, num_epochs=12).accuracy < 0.4
+
+
+def test_features_have_mean_square_1_over_the_images(trained: TrainedClassifier) -> None:
+    with torch.inference_mode():
+        features = trained.model.embed(to_model_range(torch.from_numpy(digits().pixels)))
+    assert features.shape == (1797, FEATURE_DIM)
+    assert float(features.square().mean()) == pytest.approx(1, rel=0.05)
+
+
+def test_a_saved_classifier_is_the_same_extractor(
+    trained: TrainedClassifier, classifier: FeatureExtractor, tmp_path: Path
+) -> None:
+    with torch.inference_mode():
+        expected = trained.model.embed(to_model_range(torch.from_numpy(digits().pixels[:50]))).numpy()
+    np.testing.assert_array_equal(classifier.features(digits().pixels[:50], 50), expected)
+    again = tmp_path / "again.safetensors"
+    save_classifier(again, trained)
+    assert open_classifier(again, CPU).sha256 == classifier.sha256
+    assert classifier.name == "classifier"
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 1000])
+def test_features_do_not_depend_on_the_batch_size(classifier: FeatureExtractor, batch_size: int) -> None:
+    images = digits().pixels[:100]
+    images.flags.writeable = False  # as a memory map of the stages
+    features = classifier.features(images, batch_size)
+    assert features.shape == (100, FEATURE_DIM)
+    assert features.dtype == np.float32
+    np.testing.assert_allclose(features, classifier.features(images, 100), rtol=1e-5, atol=1e-5)
+
+
+def test_fid_tells_real_digits_from_shuffled_ones(classifier: FeatureExtractor) -> None:
+    real, other = (classifier.features(digits().pixels[part], 500) for part in (slice(0, 800), slice(800, 1600)))
+    pixels = digits().pixels[:800].reshape(800, -1)
+    shuffled = np.random.default_rng(0).permuted(pixels, axis=1).reshape(800, 8, 8, 1)
+    close, far = (
+        compute_metrics(features, real, config()).fid for features in (other, classifier.features(shuffled, 500))
+    )
+    assert close < 0.2 * far
+
+
+def test_a_classifier_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "classifier.safetensors"
+    path.write_bytes(b"no safetensors")
+    with pytest.raises(UserError, match="not a readable safetensors file"):
+        open_classifier(path, CPU)
+
+
+# --- torch-fidelity's extractors
+
+
+@pytest.fixture(scope="module")
+def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of random weights of torch-fidelity's Inception, as its own download would be."""
+    declare_missing_operators()
+    from torch_fidelity import feature_extractor_inceptionv3 as module
+
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.manual_seed(0)
+    with (
+        patch.object(module, "load_state_dict_from_url", return_value={}),
+        patch.object(module.FeatureExtractorInceptionV3, "load_state_dict"),
+    ):
+        model = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    torch.save(model.state_dict(), path)
+    return path
+
+
+def open_inception(weights: Path) -> FeatureExtractor:
+    return open_pretrained(EvaluationConfig(features="inception-v3-compat", weights=str(weights)), CPU)
+
+
+def test_inception_gives_2048_features_of_grey_and_colour_images_alike(inception_weights: Path) -> None:
+    extractor = open_inception(inception_weights)
+    grey = digits().pixels[:3]
+    features = extractor.features(grey, batch_size=2)
+    assert features.shape == (3, 2048)
+    assert features.dtype == np.float32
+    assert np.isfinite(features).all()
+    assert len(np.unique(features, axis=0)) == 3
+    colour = np.repeat(grey, 3, axis=-1)
+    np.testing.assert_allclose(extractor.features(colour, batch_size=3), features, rtol=1e-3, atol=1e-5)
+    assert extractor.name == "inception-v3-compat/2048"
+
+
+def test_the_hash_of_an_extractor_is_of_its_weights(inception_weights: Path, tmp_path: Path) -> None:
+    state, other = torch.load(inception_weights, weights_only=True), tmp_path / "other.pth"
+    first = open_inception(inception_weights).sha256
+    torch.save(dict(reversed(state.items())), other)  # another file, the same weights
+    assert open_inception(other).sha256 == first
+    state["fc.bias"][0] += 1e-3
+    torch.save(state, other)
+    assert open_inception(other).sha256 != first
+    assert len(first) == 64
+
+
+def test_weights_that_hold_code_are_refused_without_running_it(tmp_path: Path) -> None:
+    path, trace = tmp_path / "weights.pth", tmp_path / "executed"
+
+    class Payload:
+        def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+            return os.mkdir, (str(trace),)
+
+    torch.save({"fc.weight": Payload()}, path)
+    with pytest.raises(UserError, match=rf"evaluation\.weights: {path} is not a plain PyTorch weights file"):
+        open_inception(path)
+    assert not trace.exists()
+
+
+def not_weights(folder: Path, kind: str) -> Path:
+    """A path that holds no weights of Inception."""
+    path = folder / "weights.pth"
+    if kind == "folder":
+        path.mkdir()
+    elif kind in ("empty", "text"):
+        path.write_bytes(b"" if kind == "empty" else b"<html>Not found</html>")
+    elif kind in ("other network", "tensor"):
+        torch.save({"conv.weight": torch.zeros(3)} if kind == "other network" else torch.zeros(3), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", "there is no file"),
+        ("empty", "is not a plain PyTorch weights file"),
+        ("text", "is not a plain PyTorch weights file"),
+        ("other network", "does not hold the weights of inception-v3-compat"),
+        pytest.param(
+            "tensor",
+            "does not hold the weights of inception-v3-compat",
+        ),
+        pytest.param(
+            "folder",
+            "weights",
+        ),
+    ],
+)
+def test_a_file_without_the_weights_is_refused_by_name(tmp_path: Path, kind: str, message: str) -> None:
+    path = not_weights(tmp_path, kind)
+    with pytest.raises(UserError, match=message) as caught:
+        open_inception(path)
+    assert str(path) in str(caught.value)
+
+
+def test_weights_that_cannot_be_downloaded_are_an_error_that_says_what_else_to_do() -> None:
+    declare_missing_operators()
+    target = "torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url"
+    with (
+        patch(target, side_effect=OSError("no network")),
+        pytest.raises(UserError, match=r"can't be downloaded \(no network\); give a local file in evaluation\.weights"),
+    ):
+        open_pretrained(EvaluationConfig(features="inception-v3-compat"), CPU)
+
+
+def test_torch_fidelity_can_be_imported_once_operators_are_declared() -> None:
+    code = (
+        "from maskdm.torchvision_compat import declare_missing_operators as declare\n"
+        "assert declare() is declare()\n"
+        "import torch_fidelity, torchvision, torch\n"
+        "print(torch_fidelity.calculate_metrics.__name__, hasattr(torch.ops.torchvision, 'nms'))\n"
+    )
+    process = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.split() == ["calculate_metrics", "True"]

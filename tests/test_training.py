@@ -1,0 +1,467 @@
+"""The training loop: accumulation, resuming, determinism, bad losses, precision, and golden loss curves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from maskdm.compute import patch_dim
+from maskdm.config import ComputeConfig, Params, StageConfig, TrainingConfig
+from maskdm.data.batches import Batches
+from maskdm.device import Compute, resolve
+from maskdm.diffusion import Diffusion, draw_step
+from maskdm.masking import Masking
+from maskdm.optimization import Ema, clip_gradients, lr_at, make_optimizer
+from maskdm.resume import StateStore
+from maskdm.training import (
+    NonFiniteLossError,
+    TrainRun,
+    TrainState,
+    accumulate_gradients,
+    restore_state,
+    state_tensors,
+    train,
+)
+from tests.factories import BF16, CPU, FP32, digits, tiny_model, tiny_params
+
+CUDA = Compute(torch.device("cuda"), autocast=False, threads=1)
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+needs_bf16 = pytest.mark.skipif(
+    not resolve(ComputeConfig(device="cpu", precision="auto")).autocast, reason="this CPU computes no bfloat16"
+)
+Change = Callable[[int, Tensor], Tensor]
+
+
+def fresh_state(params: Params, seed: int = 0, device: torch.device = CPU) -> TrainState:
+    model = tiny_model(params, seed).to(device)
+    return TrainState(model, Ema(model, params.training.ema_decay), make_optimizer(model, params.training, 1e-3))
+
+
+def run_of(params: Params, num_steps: int, arm: str = "patch-m50", device: torch.device = CPU) -> TrainRun:
+    config = params.arm(arm)
+    return TrainRun(
+        name=f"pretrain {arm} seed 0",
+        stage=params.pretrain,
+        training=params.training,
+        num_steps=num_steps,
+        milestones=(),
+        seed=0,
+        stream="pretrain",
+        masking=Masking(config.strategy, params.grid, config.mask_rate or 0.0, config.block_size),
+        diffusion=Diffusion(
+            params.diffusion.num_timesteps, params.diffusion.schedule, params.diffusion.prediction, device
+        ),
+        patch_size=params.model.patch_size,
+        patch_dim=patch_dim(params),
+    )
+
+
+def batches_of(run: TrainRun, labelled: bool = False, device: torch.device = CPU) -> Batches:
+    return Batches(digits(), run.stage.batch_size, run.seed, run.stream, device, labelled)
+
+
+class ChangedBatches(Batches):
+    """Batches whose images are changed, step by step."""
+
+    def __init__(self, run: TrainRun, change: Change) -> None:
+        super().__init__(digits(), run.stage.batch_size, run.seed, run.stream, CPU)
+        self._change = change
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor | None]:
+        x_0, labels = super().__call__(step)
+        return self._change(step, x_0), labels
+
+
+def train_quietly(
+    state: TrainState, run: TrainRun, compute: Compute = FP32, batches: Batches | None = None, labelled: bool = False
+) -> TrainState:
+    batches = batches or batches_of(run, labelled, compute.device)
+    train(state, run, batches, compute, log=lambda _: None, save=lambda _: None)
+    return state
+
+
+def losses(state: TrainState) -> list[float]:
+    return [row["loss"] for row in state.curve]
+
+
+def frozen(state: TrainState) -> dict[str, dict[str, Tensor]]:
+    """All tensors of a state as they are now."""
+    return {kind: {n: t.detach().clone() for n, t in ts.items()} for kind, ts in state_tensors(state).items()}
+
+
+def assert_same_tensors(got: dict[str, dict[str, Tensor]], expected: dict[str, dict[str, Tensor]]) -> None:
+    """Bit for bit, kind by kind."""
+    assert got.keys() == expected.keys()
+    for kind, tensors in expected.items():
+        assert got[kind].keys() == tensors.keys()
+        assert len(tensors) > 0
+        for name, tensor in tensors.items():
+            assert torch.equal(got[kind][name].cpu(), tensor.cpu()), f"{kind} {name}"
+
+
+# --- gradient accumulation
+
+
+def gradients(params: Params, micro_batch_size: int | None) -> tuple[Tensor, list[Tensor]]:
+    """Loss and gradients of one batch of 8, in micro-batches."""
+    run = run_of(params, num_steps=1)
+    run = replace(run, stage=StageConfig(lr=1e-3, batch_size=8, micro_batch_size=micro_batch_size))
+    model = tiny_model(params)
+    x_0, labels = batches_of(run, labelled=params.model.class_conditional)(0)
+    draws = draw_step(8, run.patch_dim, run.masking, 1000, 0.5, torch.Generator().manual_seed(0))
+    loss = accumulate_gradients(model, run, x_0, draws, labels)
+    return loss, [p.grad for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("conditional", [False, True])
+def test_accumulated_gradients_are_those_of_one_big_batch(micro_batch_size: int, conditional: bool) -> None:
+    params = tiny_params(model={"class_conditional": conditional})
+    loss, whole = gradients(params, None)
+    same_loss, parts = gradients(params, micro_batch_size)
+    assert len(whole) == len(list(tiny_model(params).parameters()))
+    torch.testing.assert_close(same_loss, loss, rtol=1e-6, atol=0)
+    for part, gradient in zip(parts, whole, strict=True):
+        torch.testing.assert_close(part, gradient, rtol=0, atol=1e-6 * max(1.0, float(gradient.abs().max())))
+
+
+def test_training_in_micro_batches_follows_training_in_big_ones() -> None:
+    params = tiny_params(training={"log_every": 1})
+    curves = []
+    for micro in (None, 2):
+        run = run_of(params, num_steps=6)
+        stage = StageConfig(lr=1e-3, batch_size=8, micro_batch_size=micro)
+        curves.append(losses(train_quietly(fresh_state(params), replace(run, stage=stage))))
+    np.testing.assert_allclose(*curves, rtol=1e-4)
+
+
+# --- resuming and determinism
+
+
+class Interrupted(Exception):  # noqa: N818  (no error: what a killed process looks like)
+    """Training stops here."""
+
+
+def train_in_two_goes(params: Params, run: TrainRun, at_step: int, folder: Path, compute: Compute) -> TrainState:
+    """Train until the state of `at_step` is on disk, then go on from there in another network."""
+    store = StateStore(folder, "fingerprint", every_seconds=0.0)
+
+    def save(good: TrainState) -> None:
+        if good.step == at_step:
+            info = {"architecture": {}, "step": good.step, "curve": good.curve, "seconds": good.seconds}
+            store.save(state_tensors(good), info)
+            raise Interrupted
+
+    labelled = params.model.class_conditional
+    with pytest.raises(Interrupted):
+        train(
+            fresh_state(params, device=compute.device),
+            run,
+            batches_of(run, labelled, compute.device),
+            compute,
+            lambda _: None,
+            save,
+        )
+    saved = StateStore(folder, "fingerprint", every_seconds=0.0).load()
+    assert saved is not None
+    resumed = fresh_state(params, seed=99, device=compute.device)
+    restore_state(resumed, *saved)
+    assert resumed.step == at_step
+    return train_quietly(resumed, run, compute, labelled=labelled)
+
+
+@pytest.mark.parametrize(
+    ("changes", "compute"),
+    [
+        ({}, FP32),
+        ({"training": {"decay": "weights", "grad_clip": 0.1, "flip": 0.5}}, FP32),
+        ({"pretrain": {"warmup_steps": 5, "lr_decay": "cosine", "micro_batch_size": 4}}, FP32),
+        ({"model": {"class_conditional": True}}, FP32),
+        pytest.param({}, BF16, marks=needs_bf16),
+        pytest.param({}, CUDA, marks=needs_cuda),
+    ],
+    ids=["plain", "clip-flip", "schedule-micro", "conditional", "bf16", "cuda"],
+)
+def test_resuming_is_going_on_bit_for_bit(changes: dict[str, Any], compute: Compute, tmp_path: Path) -> None:
+    params = tiny_params(**{**changes, "training": {"log_every": 3, **changes.get("training", {})}})
+    run = replace(run_of(params, num_steps=10, device=compute.device), milestones=(4,))
+    labelled = params.model.class_conditional
+    whole = train_quietly(fresh_state(params, device=compute.device), run, compute, labelled=labelled)
+    for at_step in (3, 4, 9):
+        resumed = train_in_two_goes(params, run, at_step, tmp_path / str(at_step), compute)
+        assert_same_tensors(frozen(resumed), frozen(whole))
+        assert resumed.curve == whole.curve
+        assert resumed.step == whole.step == 10
+    assert [row["step"] for row in whole.curve] == [3, 4, 6, 9, 10]
+
+
+def test_equal_runs_are_equal_and_other_seeds_are_not() -> None:
+    params = tiny_params(training={"log_every": 2, "flip": 0.5})
+    run = run_of(params, num_steps=4)
+    first, second = (train_quietly(fresh_state(params), run) for _ in range(2))
+    other_init = train_quietly(fresh_state(params, seed=1), run)
+    other_draws = train_quietly(fresh_state(params), replace(run, seed=1))
+    other_stream = train_quietly(fresh_state(params), replace(run, stream="finetune"))
+    assert_same_tensors(frozen(first), frozen(second))
+    assert first.curve == second.curve
+    for other in (other_init, other_draws, other_stream):
+        assert losses(other) != losses(first)
+        weights = [state.model.get_parameter("decoder_pred.weight") for state in (first, other)]
+        assert not torch.equal(*weights)
+
+
+def test_training_neither_reads_nor_moves_the_global_generator() -> None:
+    params = tiny_params()
+    run, results = run_of(params, num_steps=2), []
+    for seed in (1, 2):
+        state = fresh_state(params)
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        results.append(frozen(train_quietly(state, run)))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert_same_tensors(*results)
+
+
+def test_rows_come_at_intervals_milestones_and_the_end_and_each_may_be_saved() -> None:
+    params = tiny_params(training={"log_every": 4})
+    run, events = replace(run_of(params, num_steps=10), milestones=(5,)), []
+    state = fresh_state(params)
+    train(
+        state,
+        run,
+        batches_of(run),
+        FP32,
+        log=lambda row: events.append(("log", row["step"])),
+        save=lambda good: events.append(("save", good.step)),
+    )
+    assert events == [(what, step) for step in (4, 5, 8, 10) for what in ("log", "save")]
+    every_step = train_quietly(fresh_state(params), replace(run, training=TrainingConfig(log_every=1)))
+    means = [np.mean(losses(every_step)[a:b]) for a, b in ((0, 4), (4, 5), (5, 8), (8, 10))]
+    np.testing.assert_allclose(losses(state), means, rtol=1e-6)
+    assert state.seconds > 0
+
+
+# --- losses that are not finite
+
+
+def spoil(bad_step: int, value: float, images: slice = slice(None)) -> Change:
+    def change(step: int, x_0: Tensor) -> Tensor:
+        if step == bad_step:
+            x_0[images] = value
+        return x_0
+
+    return change
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+@pytest.mark.parametrize("grad_clip", [None, 1.0])
+@pytest.mark.parametrize(("value", "images"), [(math.nan, slice(None)), (math.inf, slice(None)), (math.nan, slice(1))])
+def test_a_bad_loss_stops_training_before_its_update(
+    value: float, images: slice, grad_clip: float | None, micro_batch_size: int | None
+) -> None:
+    params = tiny_params(
+        training={"log_every": 10, "grad_clip": grad_clip},
+        pretrain={"lr": 2e-3, "batch_size": 8, "micro_batch_size": micro_batch_size},
+    )
+    run, events, state = run_of(params, num_steps=30), [], fresh_state(params)
+    batches = ChangedBatches(run, spoil(3, value, images))
+    with pytest.raises(NonFiniteLossError) as caught:
+        train(state, run, batches, FP32, log=events.append, save=events.append)
+    for part in ("pretrain patch-m50 seed 0", "not finite at step 3 ", "learning rate 0.002"):
+        assert part in str(caught.value)
+    assert events == []
+    good = train_quietly(fresh_state(params), replace(run, num_steps=3))
+    after, before = frozen(state), frozen(good)
+    for kind in ("raw", "exp_avg", "exp_avg_sq", "step"):
+        assert_same_tensors({kind: after[kind]}, {kind: before[kind]})
+    assert all(t.isfinite().all() for t in after["ema"].values())
+
+
+def test_a_bad_loss_names_the_first_bad_step_and_its_learning_rate_and_keeps_what_was_logged() -> None:
+    params = tiny_params(training={"log_every": 5}, pretrain={"lr": 1e-3, "warmup_steps": 20})
+    run, saved, state = run_of(params, num_steps=30), [], fresh_state(params)
+
+    def change(step: int, x_0: Tensor) -> Tensor:
+        return x_0 * math.nan if step in (7, 8) else x_0
+
+    batches = ChangedBatches(run, change)
+    with pytest.raises(NonFiniteLossError, match=r"at step 7 \(learning rate 0\.0004\)"):
+        train(state, run, batches, FP32, log=lambda _: None, save=lambda good: saved.append(good.step))
+    assert saved == [5]
+    assert [row["step"] for row in state.curve] == [5]
+
+
+def test_gradients_that_overflow_under_a_finite_loss_are_never_saved() -> None:
+    params = tiny_params(training={"log_every": 2})
+    run, saved, state = run_of(params, num_steps=4), [], fresh_state(params)
+    weight, steps = state.model.get_parameter("norm.weight"), iter(range(4))
+    weight.register_hook(lambda gradient: gradient * math.inf if next(steps) == 3 else gradient)
+    with pytest.raises(NonFiniteLossError, match=r"pretrain patch-m50 seed 0: .* not finite after step 3"):
+        train(state, run, batches_of(run), FP32, log=lambda _: None, save=lambda good: saved.append(good.step))
+    assert saved == [2]
+
+
+# --- averages, schedules, optimizer
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.9, 0.999])
+def test_ema_is_its_closed_form(decay: float) -> None:
+    numbers, num_updates = np.random.default_rng(0), 40
+    weights = numbers.normal(size=(num_updates + 1, 4, 3))
+    model = nn.Linear(3, 4, bias=False)
+    model.weight.data = torch.from_numpy(weights[0]).float()
+    ema = Ema(model, decay)
+    for step, weight in enumerate(weights[1:]):
+        model.weight.data.copy_(torch.from_numpy(weight))
+        ema.update(step)
+    decays = np.array([min(decay, (1 + step) / (10 + step)) for step in range(num_updates)])
+    left = np.append(np.cumprod(decays[::-1])[::-1], 1.0)  # what is left of each at the end
+    expected = left[0] * weights[0] + np.einsum("i,ijk->jk", left[1:] * (1 - decays), weights[1:])
+    np.testing.assert_allclose(ema.state_dict()["weight"], expected, atol=1e-5)
+    torch.testing.assert_close(model.weight.detach(), torch.from_numpy(weights[-1]).float())
+
+
+def test_training_averages_the_weights_after_every_update() -> None:
+    params = tiny_params(training={"log_every": 1, "ema_decay": 0.999})
+    run, state, weights = run_of(params, num_steps=4), fresh_state(params), []
+    expected = state.model.get_parameter("norm.weight").detach().clone()
+    train(state, run, batches_of(run), FP32, lambda _: None, lambda good: weights.append(frozen(good)["raw"]))
+    for decay, raw in zip((1 / 10, 2 / 11, 3 / 12, 4 / 13), weights, strict=True):
+        expected = decay * expected + (1 - decay) * raw["norm.weight"]
+    torch.testing.assert_close(state.ema.state_dict()["norm.weight"], expected, rtol=0, atol=1e-6)
+
+
+def test_ema_starts_at_the_weights_and_can_be_continued() -> None:
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    ema, copy = Ema(model, 0.9), Ema(other, 0.9)
+    assert torch.equal(ema.state_dict()["weight"], model.weight)
+    copy.load_state_dict(ema.state_dict())
+    assert torch.equal(copy.state_dict()["bias"], model.bias)
+    assert not torch.equal(other.bias, model.bias)
+
+
+@pytest.mark.parametrize(
+    ("step", "constant", "cosine"),
+    [(0, 0.25, 0.25), (3, 1.0, 1.0), (4, 1.0, 1.0), (8, 1.0, 0.5), (11, 1.0, 0.5 + 0.5 * math.cos(math.pi * 7 / 8))],
+)
+def test_the_learning_rate_warms_up_and_then_stays_or_falls(step: int, constant: float, cosine: float) -> None:
+    for decay, factor in (("constant", constant), ("cosine", cosine)):
+        stage = StageConfig(lr=2e-4, batch_size=1, warmup_steps=4, lr_decay=decay)  # type: ignore[arg-type]
+        assert lr_at(step, 12, stage) == pytest.approx(2e-4 * factor, rel=1e-12)
+
+
+@given(st.integers(1, 300), st.integers(0, 400), st.sampled_from(["constant", "cosine"]))
+def test_the_learning_rate_is_positive_and_never_above_its_peak(num_steps: int, warmup: int, decay: Any) -> None:
+    stage = StageConfig(lr=1e-3, batch_size=1, warmup_steps=warmup, lr_decay=decay)
+    rates = [lr_at(step, num_steps, stage) for step in range(num_steps)]
+    assert all(0 < rate <= 1e-3 for rate in rates)
+    rising, falling = rates[:warmup], rates[warmup:]
+    assert rising == sorted(rising)
+    assert falling == sorted(falling, reverse=True)
+
+
+def test_training_uses_the_learning_rate_of_the_step() -> None:
+    params = tiny_params(training={"log_every": 1}, pretrain={"warmup_steps": 3, "lr_decay": "cosine"})
+    run = run_of(params, num_steps=5)
+    rates = [row["lr"] for row in train_quietly(fresh_state(params), run).curve]
+    assert rates == [lr_at(step, 5, params.pretrain) for step in range(5)]
+
+
+def test_decay_of_weights_spares_biases_norms_and_embeddings() -> None:
+    params = tiny_params(
+        model={"class_conditional": True, "qkv_bias": True, "mlp_time_embed": True}, training={"decay": "weights"}
+    )
+    model = tiny_model(params)
+    decayed, free = make_optimizer(model, params.training, 1e-3).param_groups
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    assert decayed["weight_decay"] == 0.03
+    assert free["weight_decay"] == 0.0
+    assert {names[p] for p in decayed["params"]} == {
+        name
+        for name in names.values()
+        if name.endswith("weight") and "norm" not in name and not name.startswith("label_emb")
+    }
+    assert len(decayed["params"]) + len(free["params"]) == len(names)
+
+
+def test_decay_of_all_is_one_group() -> None:
+    params = tiny_params(training={"betas": [0.9, 0.95], "weight_decay": 0.1})
+    (group,) = make_optimizer(tiny_model(params), params.training, 3e-4).param_groups
+    assert (group["lr"], group["betas"], group["weight_decay"], group["fused"]) == (3e-4, (0.9, 0.95), 0.1, True)
+
+
+def test_clipping_scales_the_whole_gradient_to_its_norm() -> None:
+    parameters = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2, 2))]
+    wanted = [torch.tensor([3.0, 0.0, 0.0]), torch.tensor([[0.0, 4.0], [0.0, 0.0]])]
+
+    def clipped(max_norm: float | None) -> list[Tensor]:
+        for parameter, gradient in zip(parameters, wanted, strict=True):
+            parameter.grad = gradient.clone()
+        clip_gradients(parameters, max_norm)
+        return [p.grad for p in parameters if p.grad is not None]
+
+    for max_norm, scale in ((None, 1.0), (6.0, 1.0), (1.0, 0.2)):
+        for got, gradient in zip(clipped(max_norm), wanted, strict=True):
+            torch.testing.assert_close(got, gradient * scale, rtol=1e-5, atol=0)
+
+
+# --- learning
+
+
+def learning_params(**changes: Any) -> Params:
+    stage = {"lr": 2e-3, "batch_size": 32}
+    return tiny_params(
+        **{
+            "model": {"dim": 32, "num_heads": 4},
+            "training": {"log_every": 10},
+            "pretrain": stage,
+            "diffusion": {"schedule": "cosine", "prediction": "x_0"},
+            "arms": {
+                "scratch": {"strategy": "none"},
+                "block2-m50": {"strategy": "block", "block_size": 2, "mask_rate": 0.5},
+            },
+            **changes,
+        }
+    )
+
+
+@pytest.mark.parametrize("arm", ["scratch", "block2-m50"])
+def test_the_loss_falls_on_digits(arm: str) -> None:
+    params = learning_params()
+    curve = losses(train_quietly(fresh_state(params), run_of(params, 100, arm)))
+    assert curve[-1] < 0.6 * curve[0]
+
+
+@needs_bf16
+def test_bfloat16_follows_float32() -> None:
+    """Autocast that keeps its bfloat16 copies of the weights would not see them change: its loss would not fall."""
+    params = learning_params()
+    run = run_of(params, 60, "block2-m50")
+    full, half = (losses(train_quietly(fresh_state(params), run, compute)) for compute in (FP32, BF16))
+    assert full[-1] < 0.7 * full[0]
+    assert full != half
+    np.testing.assert_allclose(half, full, rtol=0.1)
+
+
+GOLDEN = {
+    "scratch": [0.545805549621582, 0.34459409713745115, 0.25229721069335936, 0.2550521373748779],
+    "block2-m50": [0.5491569519042969, 0.3687957525253296, 0.2847685575485229, 0.2661349058151245],
+}
+
+
+@pytest.mark.parametrize("arm", GOLDEN)
+def test_the_loss_curve_is_golden(arm: str) -> None:
+    """A refactoring keeps these numbers; whoever means to change what is computed changes them and says why."""
+    params = learning_params(training={"log_every": 5, "flip": 0.5, "grad_clip": 1.0})
+    curve = losses(train_quietly(fresh_state(params), run_of(params, 20, arm)))
+    np.testing.assert_allclose(curve, GOLDEN[arm], rtol=1e-4)
