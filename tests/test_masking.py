@@ -123,7 +123,7 @@ def test_crop_windows_on_the_papers_grid(rate: float, window: tuple[int, int]) -
         ("crop", 0.99, None, "leaves no patch visible"),
         ("patch", 0.03, None, "masks nothing on a 4×4 grid with patch"),
         ("block", 0.01, 2, "masks nothing"),
-        ("crop", 0.1, None, "masks nothing on a 4×4 grid with crop"),
+        ("crop", 0.05, None, "masks nothing on a 4×4 grid with crop"),
         ("block", 0.5, None, r"needs block_size ≥ 1 \(in patches\), got None"),
         ("block", 0.5, 0, "needs block_size ≥ 1"),
         ("block", 0.5, 5, "block_size 5 is larger than the 4×4 token grid"),
