@@ -36,9 +36,14 @@ Extractor = Literal[
     "inception-v3-compat",
     "vgg16",
     "clip-rn50",
+    "clip-rn101",
+    "clip-rn50x4",
+    "clip-rn50x16",
+    "clip-rn50x64",
     "clip-vit-b-32",
     "clip-vit-b-16",
     "clip-vit-l-14",
+    "clip-vit-l-14-336px",
     "dinov2-vit-s-14",
     "dinov2-vit-b-14",
     "dinov2-vit-l-14",
@@ -219,7 +224,7 @@ class SamplingConfig(Section):
 
     sampler: Literal["ddim", "ddpm"] = "ddim"
     num_steps: Count = Field(default=50, description="network evaluations per image")
-    eta: Annotated[Number, Field(ge=0, le=1)] = Field(default=0.0, description="ddim only: 0 is deterministic")
+    eta: NonNegative = Field(default=0.0, description="ddim only: 0 is deterministic, 1 is ddpm's variance")
     num_samples: Count = 1000
     batch_size: Count = 250
     clip_x_0: bool = True

@@ -16,9 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from maskdm import __version__, paths
+from maskdm import __version__
 from maskdm.config import Params, fingerprint
-from maskdm.publishing import publish_json
 
 PACKAGES = (
     "torch",
@@ -34,21 +33,14 @@ PACKAGES = (
 
 
 @contextmanager
-def stage_record(
-    params: Params, stage: str, arm: str | None = None, seed: int | None = None
-) -> Iterator[dict[str, Any]]:
-    """Time a stage and write its record when it ends well; the block may add entries of its own.
-
-    Yields:
-        the record: a flat dict with git commit, versions, machine, fingerprint of the params.
-    """
+def measured(params: Params, record: dict[str, Any]) -> Iterator[None]:
+    """Time the block; add its time, memory and provenance to `record` when it ends well."""
     started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
-    record: dict[str, Any] = {"stage": stage, "arm": arm, "seed": seed, **provenance(params)}
-    yield record
+    yield
+    record.update(provenance(params))
     record["started"] = started.isoformat(timespec="seconds")
     record["wall_seconds"] = round(time.perf_counter() - clock, 3)
     record["peak_memory_gib"] = round(peak_memory_gib(), 3)
-    publish_json(paths.record(stage, arm, seed), record)
 
 
 def provenance(params: Params) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from maskdm.errors import UserError
 from maskdm.evaluation import check_counts, compute_metrics
 from maskdm.extractors import FeatureExtractor
 from maskdm.publishing import publish_json
-from maskdm.records import stage_record
 from maskdm.stages import features, finetune
 from maskdm.stages.inputs import open_data, read_array, read_json, require
-from maskdm.tracking import publish_arm, stage_run
+from maskdm.stages.session import stage_session
+from maskdm.tracking import publish_arm
 
 
 def run(params: Params, arm: str, seed: int) -> None:
@@ -34,10 +34,7 @@ def run(params: Params, arm: str, seed: int) -> None:
     real = read_array(reference / features.REFERENCE_FILE, "features")
     extractor = _open_same_extractor(params, reference, compute, info)
     check_counts(params.sampling.num_samples, len(real), params.evaluation)
-    with (
-        stage_run(params, "evaluate", arm, seed) as tracked,
-        stage_record(params, "evaluate", arm, seed) as record,
-    ):
+    with stage_session(params, "evaluate", arm, seed) as (tracked, record):
         for key, milestone in milestones.items():
             name = finetune.milestone_name(float(key))
             milestone.update(

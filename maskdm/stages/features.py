@@ -13,9 +13,8 @@ from maskdm.errors import UserError
 from maskdm.evaluation import check_counts, floor_metrics
 from maskdm.extractors import FeatureExtractor, open_classifier, open_pretrained, save_classifier
 from maskdm.publishing import publish_folder, publish_json
-from maskdm.records import stage_record
 from maskdm.stages.inputs import open_data
-from maskdm.tracking import stage_run
+from maskdm.stages.session import stage_session
 
 CLASSIFIER_FILE = "classifier.safetensors"
 REFERENCE_FILE = "reference.npy"
@@ -31,7 +30,7 @@ def run(params: Params) -> None:
     compute = device.resolve(params.compute)
     images = open_data(params)
     check_counts(params.sampling.num_samples, len(images), params.evaluation)
-    with stage_run(params, "features") as tracked, stage_record(params, "features") as record:
+    with stage_session(params, "features") as (tracked, record):
         with publish_folder(paths.FEATURES) as folder:
             accuracy = None
             if params.evaluation.features == "classifier":
@@ -42,7 +41,7 @@ def run(params: Params) -> None:
             info = _describe(params, extractor, real, accuracy)
             publish_json(folder / INFO_FILE, info)
         record.update(info)
-        tracked.params(extractor=extractor.name, extractor_sha256=extractor.sha256)
+        tracked.tags(extractor=extractor.name, extractor_sha256=extractor.sha256)
         tracked.log(0, **{k: v for k, v in info.items() if isinstance(v, float)})
 
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from maskdm import paths, tracking
+from maskdm import paths
 from maskdm.checkpoint import architecture_of, file_sha256, load_weights
 from maskdm.compute import ArmPlan, plan_arm
 from maskdm.config import Params
 from maskdm.data.arrays import ImageArrays
 from maskdm.masking import Masking
 from maskdm.publishing import publish_folder, publish_json
-from maskdm.records import stage_record
 from maskdm.stages import pretrain
 from maskdm.stages.inputs import open_data, require
+from maskdm.stages.session import stage_session
 from maskdm.stages.training import Spent, Trainer, TrainingJob, write_curve
+from maskdm.tracking import publish_arm
 from maskdm.training import TrainState
 
 MILESTONES = "milestones.json"
@@ -32,10 +33,7 @@ def run(params: Params, arm: str, seed: int) -> None:
     job = _job(params, arm, seed, images, plan)
     trainer = Trainer(job, images)
     kept = trainer.store.folder / "milestones"
-    with (
-        tracking.stage_run(params, "finetune", arm, seed) as tracked,
-        stage_record(params, "finetune", arm, seed) as record,
-    ):
+    with stage_session(params, "finetune", arm, seed) as (tracked, record):
         state = trainer.run(tracked, record, keep=lambda good: _keep(trainer, good, kept))
         with publish_folder(job.output) as folder:
             for fraction, step in plan.milestones:
@@ -43,7 +41,7 @@ def run(params: Params, arm: str, seed: int) -> None:
             publish_json(folder / MILESTONES, _describe(job, plan))
             write_curve(folder / CURVE, state)
     trainer.store.clear()
-    tracking.publish_arm(params, arm, seed, through="finetune")
+    publish_arm(params, arm, seed, through="finetune")
 
 
 def milestone_file(fraction: float) -> str:

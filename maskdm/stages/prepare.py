@@ -5,8 +5,7 @@ from __future__ import annotations
 from maskdm import paths
 from maskdm.config import Params
 from maskdm.data.prepare import prepare
-from maskdm.records import stage_record
-from maskdm.tracking import stage_run
+from maskdm.stages.session import stage_session
 
 
 def run(params: Params) -> None:
@@ -15,13 +14,9 @@ def run(params: Params) -> None:
     Raises:
         UserError: the images can't be read.
     """
-    with stage_run(params, "prepare") as tracked, stage_record(params, "prepare") as record:
+    with stage_session(params, "prepare") as (tracked, record):
         manifest = prepare(params)
-        facts = {
-            "data_sha256": manifest["sha256"],
-            "num_images": manifest["count"],
-            "shape": manifest["shape"],
-        }
+        facts = {"num_images": manifest["count"], "shape": manifest["shape"]}
         record.update(facts)
         tracked.params(**facts)
         tracked.figure(paths.DATA / "preview.png")

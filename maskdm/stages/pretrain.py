@@ -7,10 +7,9 @@ from maskdm.compute import plan_arm
 from maskdm.config import Params
 from maskdm.masking import Masking
 from maskdm.publishing import publish_folder
-from maskdm.records import stage_record
 from maskdm.stages.inputs import open_data
+from maskdm.stages.session import stage_session
 from maskdm.stages.training import Trainer, TrainingJob, write_curve
-from maskdm.tracking import stage_run
 
 CHECKPOINT = "checkpoint.safetensors"
 CURVE = "curve.csv"
@@ -34,10 +33,7 @@ def run(params: Params, arm: str, seed: int) -> None:
         output=paths.pretrain(arm, seed),
     )
     trainer = Trainer(job, images)
-    with (
-        stage_run(params, "pretrain", arm, seed) as tracked,
-        stage_record(params, "pretrain", arm, seed) as record,
-    ):
+    with stage_session(params, "pretrain", arm, seed) as (tracked, record):
         state = trainer.run(tracked, record, keep=lambda _: None)
         with publish_folder(job.output) as folder:
             trainer.save_weights(folder / CHECKPOINT, state)

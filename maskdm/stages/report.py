@@ -7,7 +7,8 @@ import sys
 from maskdm import paths
 from maskdm.config import Params
 from maskdm.report import format_final, write_report
-from maskdm.tracking import flush, publish_arm, stage_run, unsent_note
+from maskdm.stages.session import stage_session
+from maskdm.tracking import flush, publish_arm, unsent_note
 
 
 def run(params: Params) -> None:
@@ -16,7 +17,7 @@ def run(params: Params) -> None:
     Raises:
         UserError: an arm's result is missing.
     """
-    with stage_run(params, "report") as tracked:
+    with stage_session(params, "report") as (tracked, _):
         final = write_report(params)
         for figure in sorted(paths.REPORT.glob("*.png")):
             tracked.figure(figure)

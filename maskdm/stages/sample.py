@@ -20,11 +20,11 @@ from maskdm.device import Compute
 from maskdm.diffusion import Diffusion
 from maskdm.progress import Progress
 from maskdm.publishing import publish_folder, publish_json
-from maskdm.records import stage_record
 from maskdm.sampling import batches_of, on_images, sample
 from maskdm.stages import finetune
 from maskdm.stages.inputs import open_data, read_json, require
-from maskdm.tracking import publish_arm, stage_run
+from maskdm.stages.session import stage_session
+from maskdm.tracking import publish_arm
 
 INFO = "samples.json"
 
@@ -39,10 +39,7 @@ def run(params: Params, arm: str, seed: int) -> None:
     weights = require(paths.finetune(arm, seed), "finetune", arm, seed)
     milestones = read_json(weights / finetune.MILESTONES, "finetune")
     images = open_data(params)
-    with (
-        stage_run(params, "sample", arm, seed) as tracked,
-        stage_record(params, "sample", arm, seed) as record,
-    ):
+    with stage_session(params, "sample", arm, seed) as (tracked, record):
         with publish_folder(paths.samples(arm, seed)) as folder:
             hashes = {}
             for key in milestones:

@@ -1,0 +1,54 @@
+"""What every stage does around its work: log to MLflow, time itself, say where its result comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from maskdm import paths
+from maskdm.config import Params
+from maskdm.data.arrays import ImageArrays
+from maskdm.publishing import publish_json
+from maskdm.records import measured
+from maskdm.tracking import StageRun, stage_run
+
+
+@contextmanager
+def stage_session(
+    params: Params, stage: str, arm: str | None = None, seed: int | None = None
+) -> Iterator[tuple[StageRun, dict[str, Any]]]:
+    """Track, time and record a stage.
+
+    The record is written to results/records when the block ends well. Only the report has none there: it depends
+    on all records.
+
+    Yields:
+        the MLflow run of the stage, and its record, a flat dict that the block may add to.
+    """
+    with stage_run(params, stage, arm, seed) as tracked:
+        tracked.params(**_given(params, stage, arm))
+        record: dict[str, Any] = {"stage": stage, "arm": arm, "seed": seed}
+        with measured(params, record):
+            yield tracked, record
+        record["data_sha256"] = ImageArrays.open(paths.DATA).sha256
+        if stage != "report":
+            publish_json(paths.record(stage, arm, seed), record)
+        tracked.log(0, wall_seconds=record["wall_seconds"], peak_memory_gib=record["peak_memory_gib"])
+        tracked.tags(**_origin(record))
+
+
+def _given(params: Params, stage: str, arm: str | None) -> dict[str, Any]:
+    """The section of params.yaml that a stage is about; of an arm, as the arm merges it."""
+    if stage in ("pretrain", "finetune"):
+        assert arm is not None
+        merged = params.pretrain_of(arm) if stage == "pretrain" else params.finetune_of(arm)
+        return {**params.arm(arm).model_dump(include={"strategy", "mask_rate", "block_size"}), **merged.model_dump()}
+    sections = {"prepare": params.dataset, "sample": params.sampling, "report": params.budget}
+    return sections.get(stage, params.evaluation).model_dump()
+
+
+def _origin(record: dict[str, Any]) -> dict[str, Any]:
+    """Commit, data, params and versions, as tags."""
+    plain = {key: record[key] for key in ("git_commit", "git_dirty", "params_fingerprint", "data_sha256")}
+    return {**plain, **{f"version.{name}": version for name, version in record["versions"].items()}}
