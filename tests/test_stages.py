@@ -317,8 +317,16 @@ def test_tracking_changes_no_byte_of_the_results_and_mlflow_gets_the_stage(
         assert process.returncode == 0, errors
     assert prepared.hashes(OUTPUTS["pretrain"]) == finished_once.hashes(OUTPUTS["pretrain"])
     with contextlib.closing(sqlite3.connect(prepared.path("mlflow.db"))) as database:
-        tags = database.execute("select value from tags where key = 'maskdm.stage'").fetchall()
-    assert tags == [("pretrain",)]
+        of_stage = "in (select run_uuid from tags where key = 'maskdm.stage' and value = 'pretrain')"
+        tags, params, metrics = (
+            {key for (key,) in database.execute(f"select distinct key from {table} where run_uuid {of_stage}")}
+            for table in ("tags", "params", "metrics")
+        )
+        runs = database.execute("select value from tags where key = 'maskdm.stage'").fetchall()
+    assert runs == [("pretrain",)]
+    assert {"data_sha256", "params_fingerprint", "version.torch"} <= tags
+    assert {"lr", "batch_size", "strategy", "mask_rate", "device", "precision"} <= params
+    assert {"loss", "flops", "images_per_second", "wall_seconds", "peak_memory_gib", "realised_mask_rate"} <= metrics
 
 
 # --- resuming -------------------------------------------------------------------------------------------------

@@ -50,5 +50,6 @@ def _given(params: Params, stage: str, arm: str | None) -> dict[str, Any]:
 
 def _origin(record: dict[str, Any]) -> dict[str, Any]:
     """Commit, data, params and versions, as tags."""
-    plain = {key: record[key] for key in ("git_commit", "git_dirty", "params_fingerprint", "data_sha256")}
+    keys = ("git_commit", "git_dirty", "params_fingerprint", "data_sha256")
+    plain = {key: record[key] for key in keys if record[key] is not None}  # outside git there is no commit
     return {**plain, **{f"version.{name}": version for name, version in record["versions"].items()}}
