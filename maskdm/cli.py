@@ -115,14 +115,15 @@ def _run_stage(options: argparse.Namespace) -> None:
     of_arm = (options.arm, options.seed) if stage in ARM_STAGES else ()
     if of_arm:
         _check_arm(params, *of_arm)
-    _limit_threads(params.compute.threads)
+    _prepare_libraries(params.compute.threads)
     import_module(f"maskdm.stages.{stage}").run(params, *of_arm)
 
 
-def _limit_threads(threads: int) -> None:
-    """Keep the BLAS of numpy and scipy to the stage's cores; it reads this when it is imported."""
+def _prepare_libraries(threads: int) -> None:
+    """Keep BLAS to the stage's cores, and CUDA's to reproducible results; both read this when they are imported."""
     for library in ("OMP", "OPENBLAS", "MKL"):
         os.environ[f"{library}_NUM_THREADS"] = str(threads)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on CUDA
 
 
 def _check_version(stage: str, expected: int | None) -> None:

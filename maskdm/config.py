@@ -61,6 +61,8 @@ def _number(value: Any) -> Any:
 def _increasing_to_one(fractions: list[float]) -> list[float]:
     if fractions != sorted(set(fractions)) or fractions[-1] != 1.0 or fractions[0] <= 0.0:
         raise ValueError(f"expected increasing fractions in (0, 1] that end with 1.0, got {fractions}")
+    if any(abs(100 * fraction - round(100 * fraction)) > 1e-9 for fraction in fractions):
+        raise ValueError(f"expected whole percents, such as 0.25, got {fractions}")
     return fractions
 
 

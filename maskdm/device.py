@@ -30,39 +30,38 @@ class Compute:
     autocast: bool
     threads: int
 
-    @property
-    def precision(self) -> str:
-        """`bf16` or `fp32`."""
-        return "bf16" if self.autocast else "fp32"
+    def uses_bf16(self, training: bool) -> bool:
+        """Whether matrix products run in bfloat16: sampling stays in float32 on a CPU."""
+        return self.autocast and (training or self.device.type == "cuda")
 
-    @property
-    def attention(self) -> str:
-        """The attention kernel: `math` for bfloat16 on a CPU, else PyTorch's choice.
+    def uses_math_attention(self, training: bool) -> bool:
+        """Whether attention is plain matrix products instead of PyTorch's choice.
 
-        The default CPU kernel is up to 2.6 times slower than plain matrix products in bfloat16.
+        In bfloat16 on a CPU the default kernel is up to 2.6 times slower.
         """
-        return "math" if self.autocast and self.device.type == "cpu" else "default"
+        return self.uses_bf16(training) and self.device.type == "cpu"
 
     @contextmanager
     def context(self, training: bool = True) -> Iterator[None]:
-        """Run the block with these choices; sampling (`training=False`) stays in float32 on a CPU."""
-        autocast = self.autocast and (training or self.device.type == "cuda")
-        backends = [SDPBackend.MATH] if autocast and self.device.type == "cpu" else _all_backends()
+        """Run the block with these choices."""
+        backends = [SDPBackend.MATH] if self.uses_math_attention(training) else _all_backends()
         with (
             sdpa_kernel(backends),
-            torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=autocast),
+            torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.uses_bf16(training)),
         ):
             yield
 
-    def describe(self) -> dict[str, str | int]:
-        """For records: device, its name, precision, attention, threads."""
+    def describe_device(self) -> dict[str, str | int]:
+        """For records: device, its name, threads."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        return {"device": str(self.device), "device_name": name, "threads": self.threads}
+
+    def describe(self, training: bool = True) -> dict[str, str | int]:
+        """For records of what runs in `context`: the device, precision and attention."""
         return {
-            "device": str(self.device),
-            "device_name": name,
-            "precision": self.precision,
-            "attention": self.attention,
-            "threads": self.threads,
+            **self.describe_device(),
+            "precision": "bf16" if self.uses_bf16(training) else "fp32",
+            "attention": "math" if self.uses_math_attention(training) else "default",
         }
 
 

@@ -90,7 +90,10 @@ def compute_metrics(samples: np.ndarray, real: np.ndarray, config: EvaluationCon
 
 
 def floor_metrics(real: np.ndarray, config: EvaluationConfig) -> Metrics:
-    """The metrics between two random halves of the real images: what a perfect model would get at that count."""
+    """The metrics between two random halves of the real images: about what a perfect model would get.
+
+    Exactly so only if as many samples are scored as half the images are; with fewer, FID is higher.
+    """
     order = torch.randperm(len(real), generator=rng.generator(0, "floor")).numpy()
     half = len(real) // 2
     return compute_metrics(real[order[:half]], real[order[half : 2 * half]], config)

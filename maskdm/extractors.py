@@ -65,6 +65,8 @@ def open_classifier(path: Path, device: torch.device) -> FeatureExtractor:
         UserError: the file is damaged or not ours.
     """
     states, info = load_all(path)
+    if "classifier" not in states or set(info["architecture"]) != {"channels", "num_classes"}:
+        raise UserError(f"{path} holds no classifier; run first: maskdm features")
     model = Classifier(**info["architecture"])
     load_into(model, states["classifier"], path)
     model.eval().to(device)

@@ -38,6 +38,11 @@ def record(stage: str, arm: str | None = None, seed: int | None = None) -> Path:
     return RESULTS / "records" / f"{name}.json"
 
 
+def lock(stage: str, arm: str | None = None, seed: int | None = None) -> Path:
+    """Held by the process that runs a stage."""
+    return WORK / "locks" / record(stage, arm, seed).with_suffix(".lock").name
+
+
 def work(output: Path) -> Path:
     """The work folder that belongs to an output."""
     return WORK / output

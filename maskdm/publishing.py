@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,6 +29,30 @@ REFUSALS = {
     errno.EISDIR,
     errno.EEXIST,
 }
+
+
+@contextmanager
+def one_writer(lock: Path, what: str) -> Iterator[None]:
+    """Let one process at a time run the block; another waits and says for whom.
+
+    The kernel frees the lock when its holder dies, so a killed process never blocks the next.
+
+    Args:
+        lock: a file of its own; holds the pid of the process at work.
+        what: for the message.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            print(f"{what}: waiting for process {file.read().strip()}, which is at work on it", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
 
 
 @contextmanager

@@ -70,4 +70,5 @@ class StateStore:
 
     def clear(self) -> None:
         """Forget the state: the stage has published its output."""
+        self._file.unlink(missing_ok=True)  # first: what lies beside it is of no use without it
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -63,6 +63,7 @@ class TrainRun:
         diffusion: the process.
         patch_size: p in pixels.
         patch_dim: p·p·C.
+        spent_after: steps done → images, tokens and FLOPs spent by then, for the curve.
     """
 
     name: str
@@ -76,6 +77,7 @@ class TrainRun:
     diffusion: Diffusion
     patch_size: int
     patch_dim: int
+    spent_after: Callable[[int], dict[str, int]] = lambda _: {}
 
 
 def train(
@@ -125,7 +127,7 @@ def train(
         state.ema.update(step)
         state.step = step + 1
         if state.step % run.training.log_every == 0 or state.step in (run.num_steps, *run.milestones):
-            row = {"step": state.step, "loss": monitor.read(), "lr": lr}
+            row = {"step": state.step, "loss": monitor.read(), "lr": lr, **run.spent_after(state.step)}
             check_weights_are_finite(state, run, lr)
             state.seconds += time.perf_counter() - started
             state.curve.append(row)

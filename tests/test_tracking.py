@@ -107,7 +107,12 @@ def write_results(arm: str = ARM, seed: int = SEED, fid: float = 20.0, losses: i
     metrics = {"milestones": milestones, "fid_floor": 1.5, "num_samples": 1000, "extractor": "classifier"}
     publishing.publish_json(paths.metrics(arm, seed), {**metrics, "data_sha256": "ab12"})
     for number, stage in enumerate(stages, start=1):
-        record = {"wall_seconds": 10.0 * number, "peak_memory_gib": 0.5 * number, "git_commit": "c0ffee"}
+        record = {
+            "wall_seconds": 10.0 * number,
+            "train_seconds": 10.0 * number,
+            "peak_memory_gib": 0.5 * number,
+            "git_commit": "c0ffee",
+        }
         publishing.publish_json(paths.record(stage, arm, seed), {**record, "versions": {"torch": "2.7"}})
     paths.samples(arm, seed).mkdir(parents=True, exist_ok=True)
     (paths.samples(arm, seed) / "grid-1.000.png").write_bytes(b"PNG")

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 
 from maskdm import device, paths
+from maskdm.checkpoint import file_sha256
 from maskdm.config import Params
 from maskdm.errors import UserError
 from maskdm.evaluation import check_counts, compute_metrics
 from maskdm.extractors import FeatureExtractor
 from maskdm.publishing import publish_json
-from maskdm.stages import features, finetune
+from maskdm.stages import features, finetune, sample
 from maskdm.stages.inputs import open_data, read_array, read_json, require
 from maskdm.stages.session import stage_session
 from maskdm.tracking import publish_arm
@@ -32,6 +33,7 @@ def run(params: Params, arm: str, seed: int) -> None:
     milestones = read_json(weights / finetune.MILESTONES, "finetune")
     info = read_json(reference / features.INFO_FILE, "features")
     real = read_array(reference / features.REFERENCE_FILE, "features")
+    _check_origins(params, arm, seed, images.sha256, info)
     extractor = _open_same_extractor(params, reference, compute, info)
     check_counts(params.sampling.num_samples, len(real), params.evaluation)
     with stage_session(params, "evaluate", arm, seed) as (tracked, record):
@@ -47,8 +49,23 @@ def run(params: Params, arm: str, seed: int) -> None:
             "milestones": milestones,
         }
         publish_json(paths.metrics(arm, seed), metrics)
-        record.update(compute.describe())
+        record.update(compute.describe_device())
     publish_arm(params, arm, seed)
+
+
+def _check_origins(params: Params, arm: str, seed: int, data_sha256: str, info: dict[str, Any]) -> None:
+    """Features must be of these data, and samples of these weights; the engines see to it, hands may not."""
+    if info["data_sha256"] != data_sha256:
+        raise UserError("results/features was made from other data than results/data; run first: maskdm features")
+    drawn = read_json(paths.samples(arm, seed) / sample.INFO, "sample")["weights_sha256"]
+    weights = paths.finetune(arm, seed)
+    for fraction in params.budget.milestones:
+        key = f"{fraction:.3f}"
+        if drawn.get(key) != file_sha256(weights / finetune.milestone_file(fraction)):
+            raise UserError(
+                f"{paths.samples(arm, seed)} was not drawn from the weights in {weights} at {key}; "
+                f"run first: maskdm sample --arm {arm} --seed {seed}"
+            )
 
 
 def _score(params: Params, file: Path, extractor: FeatureExtractor, real: np.ndarray, title: str) -> dict[str, float]:

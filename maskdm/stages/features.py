@@ -29,6 +29,7 @@ def run(params: Params) -> None:
     """
     compute = device.resolve(params.compute)
     images = open_data(params)
+    images.verify()
     check_counts(params.sampling.num_samples, len(images), params.evaluation)
     with stage_session(params, "features") as (tracked, record):
         with publish_folder(paths.FEATURES) as folder:
@@ -38,7 +39,7 @@ def run(params: Params) -> None:
             extractor = open_extractor(params, folder, compute)
             real = extractor.features(images.all(), params.evaluation.batch_size, "real features")
             np.save(folder / REFERENCE_FILE, real)
-            info = _describe(params, extractor, real, accuracy)
+            info = {**_describe(params, extractor, real, accuracy), "data_sha256": images.sha256}
             publish_json(folder / INFO_FILE, info)
         record.update(info)
         tracked.tags(extractor=extractor.name, extractor_sha256=extractor.sha256)

@@ -51,7 +51,7 @@ def run(params: Params, arm: str, seed: int) -> None:
                 hashes[key] = file_sha256(file)
             info = {**params.sampling.model_dump(), "weights_sha256": hashes}
             publish_json(folder / INFO, info)
-        record.update(compute.describe(), num_images=params.sampling.num_samples * len(milestones))
+        record.update(compute.describe(training=False), num_images=params.sampling.num_samples * len(milestones))
         for key in milestones:
             tracked.figure(paths.samples(arm, seed) / f"{finetune.milestone_name(float(key))}.png")
     publish_arm(params, arm, seed, through="sample")

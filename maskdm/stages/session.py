@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from maskdm import paths
-from maskdm.config import Params
+from maskdm.config import Params, Section
 from maskdm.data.arrays import ImageArrays
-from maskdm.publishing import publish_json
+from maskdm.publishing import one_writer, publish_json
 from maskdm.records import measured
 from maskdm.tracking import StageRun, stage_run
 
@@ -26,7 +26,8 @@ def stage_session(
     Yields:
         the MLflow run of the stage, and its record, a flat dict that the block may add to.
     """
-    with stage_run(params, stage, arm, seed) as tracked:
+    title = stage if arm is None else f"{stage} {arm} seed {seed}"
+    with one_writer(paths.lock(stage, arm, seed), title), stage_run(params, stage, arm, seed) as tracked:
         tracked.params(**_given(params, stage, arm))
         record: dict[str, Any] = {"stage": stage, "arm": arm, "seed": seed}
         with measured(params, record):
@@ -44,8 +45,14 @@ def _given(params: Params, stage: str, arm: str | None) -> dict[str, Any]:
         assert arm is not None
         merged = params.pretrain_of(arm) if stage == "pretrain" else params.finetune_of(arm)
         return {**params.arm(arm).model_dump(include={"strategy", "mask_rate", "block_size"}), **merged.model_dump()}
-    sections = {"prepare": params.dataset, "sample": params.sampling, "report": params.budget}
-    return sections.get(stage, params.evaluation).model_dump()
+    sections: dict[str, Section] = {
+        "prepare": params.dataset,
+        "features": params.evaluation,
+        "sample": params.sampling,
+        "evaluate": params.evaluation,
+        "report": params.budget,
+    }
+    return sections[stage].model_dump()
 
 
 def _origin(record: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from maskdm.progress import Progress
 from maskdm.resume import StateStore
 from maskdm.stages.versions import STAGE_VERSIONS
 from maskdm.tracking import StageRun
-from maskdm.training import TrainRun, TrainState, restore_state, state_tensors, train
+from maskdm.training import NonFiniteLossError, TrainRun, TrainState, restore_state, state_tensors, train
 
 CURVE_COLUMNS = ["step", "loss", "lr", "images_seen", "tokens_seen", "flops"]
 
@@ -156,7 +156,6 @@ class Trainer:
 
         def log(row: dict[str, float]) -> None:
             step = int(row["step"])
-            row.update(self.job.spent.after(step, self.job.plan).as_dict())
             tracked.log(step, **{name: value for name, value in row.items() if name != "step"})
             bar.update_to(step, f"loss {row['loss']:.4f}")
 
@@ -166,8 +165,12 @@ class Trainer:
             if self.store.is_due:
                 self.store.save(state_tensors(good), self._state_info(good))
 
-        train(self.state, self._train_run(), self.batches, self.compute, log, save)
-        bar.close()
+        try:
+            train(self.state, self._train_run(), self.batches, self.compute, log, save)
+        except NonFiniteLossError as error:
+            raise NonFiniteLossError(f"{error}. {self._keep_last_good()}") from None
+        finally:
+            bar.close()
         self._account(record, tracked)
         return self.state
 
@@ -184,6 +187,16 @@ class Trainer:
             **spent.as_dict(),
         }
         save_weights(path, states, info)
+
+    def _keep_last_good(self) -> str:
+        """Write the weights of before the bad step, which no later update has touched; says where they are."""
+        raw = dict(self.state.model.state_dict())
+        if not all(bool(tensor.isfinite().all()) for tensor in raw.values()):
+            return f"The last state that was saved, if any, is in {self.store.folder}"
+        file = self.store.folder / "before-non-finite-loss.safetensors"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_weights(file, {"raw": raw}, {"architecture": self.architecture})
+        return f"The weights of before are in {file}"
 
     def _fresh_state(self, num_classes: int) -> TrainState:
         job = self.job
@@ -210,6 +223,7 @@ class Trainer:
             diffusion=Diffusion(diffusion.num_timesteps, diffusion.schedule, diffusion.prediction, self.compute.device),
             patch_size=job.params.model.patch_size,
             patch_dim=patch_dim(job.params),
+            spent_after=lambda step: job.spent.after(step, job.plan).as_dict(),
         )
 
     def _state_info(self, state: TrainState) -> dict[str, Any]:

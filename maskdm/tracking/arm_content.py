@@ -141,7 +141,7 @@ def _add_records(content: ArmContent, records: dict[str, dict[str, Any]]) -> Non
     measures |= {
         f"{stage}_images_per_second": _finite(record.get("images_per_second")) for stage, record in records.items()
     }
-    measures["train_seconds"] = _train_seconds(measures, content.params["strategy"])
+    measures["train_seconds"] = _train_seconds(records, content.params["strategy"])
     memory = [_finite(record.get("peak_memory_gib")) for record in records.values()]
     measures["peak_memory_gib"] = max((gib for gib in memory if gib is not None), default=None)
     content.measures = {key: value for key, value in measures.items() if value is not None}
@@ -151,9 +151,9 @@ def _add_records(content: ArmContent, records: dict[str, dict[str, Any]]) -> Non
     content.tags |= {f"version.{name}": str(version) for name, version in latest.get("versions", {}).items()}
 
 
-def _train_seconds(measures: dict[str, float | None], strategy: str) -> float | None:
-    """Pretraining and finetuning together; nothing where one of them is unknown."""
-    pretrain, finetune = measures.get("pretrain_seconds"), measures.get("finetune_seconds")
+def _train_seconds(records: dict[str, dict[str, Any]], strategy: str) -> float | None:
+    """Seconds in steps of pretraining and finetuning together; nothing where one of them is unknown."""
+    pretrain, finetune = (_finite(records.get(stage, {}).get("train_seconds")) for stage in ("pretrain", "finetune"))
     if finetune is None or (pretrain is None and strategy != "none"):
         return None
     return finetune + (pretrain or 0.0)
