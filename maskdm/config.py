@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -373,6 +374,18 @@ class Params(Section):
             raise ValueError(
                 f"arms.{key}: the first milestone ({self.budget.milestones[0]} of the budget) falls into "
                 f"pretraining (share {share}); milestones are taken while finetuning"
+            )
+        self._budget_suffices(key, share)
+
+    def _budget_suffices(self, key: str, share: float) -> None:
+        """Milestones must fall on different finetuning steps; `plan_arm` looks again, with counted FLOPs."""
+        larger = 1.0 if self.budget.match == "steps" else self.finetune_of(key).batch_size / self.finetune.batch_size
+        num_steps = self.budget.unmasked_steps / larger
+        steps = [max(1, round((fraction - share) * num_steps)) for fraction in self.budget.milestones]
+        if any(after <= before for before, after in pairwise(steps)) or num_steps * (1 - share) < 0.5:
+            raise ValueError(
+                f"arms.{key}: budget.unmasked_steps {self.budget.unmasked_steps} is too few for its milestones "
+                f"{self.budget.milestones}: they fall on finetuning steps {steps}"
             )
 
 

@@ -167,13 +167,11 @@ def test_milestones_lie_where_their_fraction_of_the_budget_is_spent(params: Para
 @settings(deadline=None, max_examples=20)
 def test_milestones_of_a_tiny_budget_are_steps_that_finetuning_makes(unmasked_steps: int, share: float) -> None:
     milestones = [0.95, 1.0] if share == 0.9 else [0.5, 0.75, 1.0]
-    params = tiny_params(
-        budget={"match": "steps", "unmasked_steps": unmasked_steps, "milestones": milestones}, pretrain={"share": share}
-    )
+    budget = {"match": "steps", "unmasked_steps": unmasked_steps, "milestones": milestones}
     try:
-        plan = plan_arm(params, "patch-m50")
+        plan = plan_arm(tiny_params(budget=budget, pretrain={"share": share}), "patch-m50")
     except ParamsError as error:
-        assert "is too few for arms.patch-m50: its milestones" in str(error)
+        assert f"budget.unmasked_steps {unmasked_steps} is too few for" in str(error)
         return
     steps = [step for _, step in plan.milestones]
     assert steps == sorted(set(steps))
