@@ -22,7 +22,10 @@ def depends_on(stage):
     """The values of the parameters that the stage depends on, as an input to its `params:`."""
 
     def values(wildcards):
-        names = [name.replace("${item.arm}", wildcards.get("arm", "")) for name in STAGES[stage]["params"]]
+        names = [
+            name.replace("${item.arm}", wildcards.get("arm", ""))
+            for name in STAGES[stage]["params"]
+        ]
         return {name: _value(name) for name in names}
 
     return values
