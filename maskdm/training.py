@@ -36,7 +36,7 @@ class TrainState:
         optimizer: AdamW over the network's parameters.
         step: optimizer updates done.
         curve: one row per logging interval: step, mean loss, lr.
-        seconds: device seconds spent in steps so far.
+        seconds: wall seconds spent in steps so far, data included, saving excluded.
     """
 
     model: nn.Module
@@ -58,7 +58,7 @@ class TrainRun:
         num_steps: how long.
         milestones: steps after which a row is logged and the state offered for saving, whatever log_every says.
         seed: of the experiment.
-        stream: of the randomness, e.g. "pretrain/patch-m50".
+        stream: of the randomness; the stage, so that arms of a seed share their draws where shapes agree.
         masking: how M is drawn; strategy `none` for finetuning.
         diffusion: the process.
         patch_size: p in pixels.
