@@ -13,6 +13,7 @@ from types import FrameType
 from maskdm import __version__
 from maskdm.config import Params, load_params
 from maskdm.errors import ParamsError, UserError
+from maskdm.plan.gpus import DEFAULT_UTILISATION, GPUS
 from maskdm.stages.versions import STAGE_VERSIONS
 
 DESCRIPTION = """\
@@ -24,15 +25,34 @@ Every command reads ./params.yaml and writes below ./results. You rarely type th
 """
 EPILOG = """\
 order of the stages:
-  prepare → features
-  prepare → pretrain → finetune → sample → evaluate   (for every arm and seed)
+  prepare → features → scale
+  tune (every arm and trial) → choose
+  pretrain → finetune → sample → evaluate   (every arm and seed)
   all of them → report
 exit codes: 0 done, 1 a stage failed, 2 wrong params.yaml or command line (nothing was started), 130 interrupted
 """
 
+PLAN_DESCRIPTION = """\
+What every arm would do and cost, before anything runs: visible patches, steps, FLOPs, memory, disk, and time.
+
+Times on this machine come from a few seconds of real steps on random data, measured once and kept in
+.work/calibration.json. Times on GPUs are FLOPs / (datasheet rate × utilisation): an assumption, not a measurement.
+Below the table it says what stands against the plan: fixed costs that eat what masking saves, steps that wait for
+their data, a disk that is too small.
+"""
+PLAN_EPILOG = """\
+examples:
+  maskdm plan                                    every number, on this machine and on all GPUs that are known
+  maskdm plan --gpu A100 --utilisation 0.3       one GPU, at 30 % of its datasheet's rate
+  maskdm plan --no-calibration                   the arithmetic alone
+"""
+
 STAGES = {
     "prepare": "dataset → arrays of uint8 in results/data",
-    "features": "the feature extractor, the real images' features, and the floor of the metrics",
+    "features": "the feature extractor and the real images' features",
+    "scale": "the two ends of the metrics: real images against real ones, and the untrained network",
+    "tune": "one trial of one arm: other values, a fraction of the budget",
+    "choose": "for every arm the values of its best trial",
     "pretrain": "masked denoising score matching on the visible patches",
     "finetune": "unmasked denoising score matching from the pretrained checkpoint",
     "sample": "images from the averaged weights at every milestone",
@@ -40,6 +60,7 @@ STAGES = {
     "report": "tables, figures and the page over all arms, in results/report",
 }
 ARM_STAGES = {"pretrain", "finetune", "sample", "evaluate"}  # take --arm and --seed
+TRIAL_STAGES = {"tune"}  # take --arm and --trial
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,7 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, what in STAGES.items():
         _add_stage(commands, name, what)
     _add(commands, "validate", "check params.yaml alone", _validate)
-    _add(commands, "plan", "what every arm would do: visible patches, steps, FLOPs; runs nothing", _plan)
+    _add_plan(commands)
     _add(commands, "summary", "print the result table of a finished experiment", _summary)
     _add(commands, "sync", "send to MLflow what is still kept on disk", _sync)
     ui = _add(commands, "ui", "open MLflow's UI on the arms of this experiment", _ui)
@@ -97,9 +118,12 @@ def _add(
 def _add_stage(commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, what: str) -> None:
     command = _add(commands, name, what, _run_stage)
     command.set_defaults(stage=name)
-    if name in ARM_STAGES:
+    if name in ARM_STAGES | TRIAL_STAGES:
         command.add_argument("--arm", required=True, help="a key of `arms` in params.yaml, e.g. patch-m50")
+    if name in ARM_STAGES:
         command.add_argument("--seed", required=True, type=int, help="one of `seeds` in params.yaml")
+    if name in TRIAL_STAGES:
+        command.add_argument("--trial", required=True, help="a key of `tuning.trials` in params.yaml, e.g. lr-low")
     command.add_argument(
         "--stage-version",
         type=int,
@@ -112,11 +136,9 @@ def _run_stage(options: argparse.Namespace) -> None:
     stage = options.stage
     _check_version(stage, options.stage_version)
     params = load_params()
-    of_arm = (options.arm, options.seed) if stage in ARM_STAGES else ()
-    if of_arm:
-        _check_arm(params, *of_arm)
+    which = _which(params, stage, options)
     _prepare_libraries(params.compute.threads)
-    import_module(f"maskdm.stages.{stage}").run(params, *of_arm)
+    import_module(f"maskdm.stages.{stage}").run(params, *which)
 
 
 def _prepare_libraries(threads: int) -> None:
@@ -134,10 +156,22 @@ def _check_version(stage: str, expected: int | None) -> None:
         )
 
 
-def _check_arm(params: Params, arm: str, seed: int) -> None:
-    params.arm(arm)
-    if seed not in params.seeds:
-        raise ParamsError(f"seed {seed} is not in `seeds` of params.yaml: {params.seeds}")
+def _which(params: Params, stage: str, options: argparse.Namespace) -> tuple[str | int, ...]:
+    """The arm and the seed or trial that a stage is to work on, if it works on one.
+
+    Raises:
+        ParamsError: params.yaml has no such.
+    """
+    if stage not in ARM_STAGES | TRIAL_STAGES:
+        return ()
+    params.arm(options.arm)
+    if stage in TRIAL_STAGES:
+        if options.trial not in params.tuning.trials:
+            raise ParamsError(f"no trial {options.trial!r} in tuning.trials: {', '.join(params.tuning.trials)}")
+        return options.arm, options.trial
+    if options.seed not in params.seeds:
+        raise ParamsError(f"seed {options.seed} is not in `seeds` of params.yaml: {params.seeds}")
+    return options.arm, options.seed
 
 
 def _validate(options: argparse.Namespace) -> None:
@@ -148,11 +182,55 @@ def _validate(options: argparse.Namespace) -> None:
     )
 
 
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = _add(commands, "plan", "what every arm would do and cost, here and on GPUs; runs nothing", _plan)
+    command.description = PLAN_DESCRIPTION
+    command.epilog = PLAN_EPILOG
+    command.formatter_class = argparse.RawDescriptionHelpFormatter
+    command.add_argument(
+        "--gpu",
+        action="append",
+        default=[],
+        type=str.upper,
+        choices=list(GPUS),
+        help="give times for this GPU; may be repeated (default: all that are known)",
+    )
+    command.add_argument(
+        "--utilisation",
+        type=_utilisation,
+        default=DEFAULT_UTILISATION,
+        metavar="U",
+        help="the share of its datasheet's rate that a GPU is said to reach, in (0, 1] (default: %(default)s)",
+    )
+    which = command.add_mutually_exclusive_group()
+    which.add_argument("--recalibrate", action="store_true", help="measure this machine again")
+    which.add_argument("--no-calibration", action="store_true", help="measure nothing: no times for this machine")
+
+
+def _utilisation(text: str) -> float:
+    """An option's value in (0, 1]."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number in (0, 1], such as 0.4, got {text}")
+    return value
+
+
 def _plan(options: argparse.Namespace) -> None:
     params = load_params()
-    from maskdm.plan import format_plan
+    _prepare_libraries(params.compute.threads)
+    # beside other work, threads that spin while they wait make a step thirty times as long, and here that is measured
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from maskdm.plan.command import PlanOptions, run
 
-    print(format_plan(params))
+    print(
+        run(
+            params,
+            PlanOptions(tuple(options.gpu), options.utilisation, not options.no_calibration, options.recalibrate),
+        )
+    )
 
 
 def _summary(options: argparse.Namespace) -> None:

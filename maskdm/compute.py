@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from maskdm.backbone import UViT
+from maskdm.budget import split_budget
 from maskdm.config import ModelConfig, Params, StageConfig
 from maskdm.errors import ParamsError
 
@@ -68,25 +69,21 @@ def plan_arm(params: Params, arm: str) -> ArmPlan:
     """
     pretrain, finetune = params.pretrain_of(arm), params.finetune_of(arm)
     num_visible, num_patches = params.visible_of(arm).num_visible, params.grid.num_patches
-    budget = params.budget.unmasked_steps * _cost(params, params.finetune, num_patches)
-    pretrain_cost, finetune_cost = _cost(params, pretrain, num_visible), _cost(params, finetune, num_patches)
-    pretrain_steps = round(pretrain.share * budget / pretrain_cost)
-    left = budget - pretrain_steps * pretrain_cost
-    finetune_steps = round(left / finetune_cost)
-    milestones = tuple(
-        (fraction, max(1, round((left - (1 - fraction) * budget) / finetune_cost)))
-        for fraction in params.budget.milestones
-    )
-    steps = [step for _, step in milestones]
-    if steps != sorted(set(steps)) or steps[-1] != finetune_steps:
-        raise ParamsError(
-            f"budget.unmasked_steps {params.budget.unmasked_steps} is too few for arms.{arm}: its milestones "
-            f"{params.budget.milestones} fall on finetuning steps {steps} of {finetune_steps}"
+    try:
+        split = split_budget(
+            params.budget.unmasked_steps * _cost(params, params.finetune, num_patches),
+            pretrain.share,
+            pretrain.steps,
+            _cost(params, pretrain, num_visible),
+            _cost(params, finetune, num_patches),
+            params.budget.milestones,
         )
+    except ValueError as error:
+        raise ParamsError(f"arms.{arm}: {error}") from None
     return ArmPlan(
-        pretrain=_stage_plan(params, pretrain, num_visible, pretrain_steps),
-        finetune=_stage_plan(params, finetune, num_patches, finetune_steps),
-        milestones=milestones,
+        pretrain=_stage_plan(params, pretrain, num_visible, split.pretrain_steps),
+        finetune=_stage_plan(params, finetune, num_patches, split.finetune_steps),
+        milestones=tuple(zip(params.budget.milestones, split.milestone_steps, strict=True)),
     )
 
 

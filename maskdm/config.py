@@ -10,7 +10,6 @@ import difflib
 import hashlib
 import json
 import re
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -25,6 +24,7 @@ from pydantic import (
     model_validator,
 )
 
+from maskdm.budget import split_budget
 from maskdm.errors import ParamsError
 from maskdm.mask_geometry import Grid, Strategy, VisibleShape, visible_shape
 
@@ -134,6 +134,27 @@ class ModelConfig(Section):
             raise ValueError(f"depth {self.depth} is even; U-ViT's long skips pair blocks around one in the middle")
         return self
 
+    def training_flops(self, num_visible: int, patch_dim: int) -> int:
+        """FLOPs of forward and backward of one image in closed form, 2 per multiply-add.
+
+        Backward costs twice the forward, but once where the input needs no gradient. The accounting counts on the
+        real network (`compute.count_step_flops`); this one lets a budget be refused before torch is imported.
+
+        Args:
+            num_visible: S.
+            patch_dim: P.
+        """
+        dim, hidden = self.dim, int(self.dim * self.mlp_ratio)
+        tokens = num_visible + 1 + self.class_conditional
+        linear = self.depth * tokens * (4 * dim**2 + 2 * dim * hidden)  # qkv, proj, fc1, fc2
+        skips = self.depth // 2 * tokens * 2 * dim**2
+        attention = self.depth * 2 * tokens**2 * dim  # q·k and weights·v, over all heads
+        head = num_visible * dim * patch_dim
+        time_mlp = 4 * dim**2 if self.mlp_time_embed else 0
+        whole = linear + skips + attention + head + time_mlp
+        without_input_gradient = num_visible * patch_dim * dim + time_mlp  # the patches, the timestep's embedding
+        return 2 * (3 * whole + 2 * without_input_gradient)
+
 
 class DiffusionConfig(Section):
     """The forward process and what the network predicts."""
@@ -194,6 +215,13 @@ class PretrainConfig(StageConfig):
     """Masked pretraining."""
 
     share: Fraction = Field(default=0.3, description="the part of the budget spent on pretraining")
+    steps: Count | None = Field(default=None, description="so many pretraining steps instead of a share of the budget")
+
+    @model_validator(mode="after")
+    def _share_or_steps(self) -> Self:
+        if self.steps is not None and "share" in self.model_fields_set:
+            raise ValueError(f"give share ({self.share}) or steps ({self.steps}), not both")
+        return self
 
 
 class FinetuneConfig(StageConfig):
@@ -262,6 +290,26 @@ class ComputeConfig(Section):
     threads: Count = Field(default=1, description="CPU threads of a stage; Snakemake reserves as many cores")
 
 
+class TuningConfig(Section):
+    """Every arm tries the same trials, at the same compute each, before it runs with the values of the best."""
+
+    enabled: bool = Field(description="false: every arm runs with the values as given, and no trial is run")
+    seed: Annotated[int, Field(ge=0)] = Field(description="of the trials; not one of `seeds`")
+    budget_fraction: Annotated[Number, Field(gt=0, le=1)] = Field(description="of the budget that each trial spends")
+    metric: Literal["kid", "fid"] = Field(default="kid", description="the trial with the lowest one is chosen")
+    trials: Annotated[dict[str, dict[str, Any]], Field(min_length=1)] = Field(
+        description="by name, what each trial overrides by dotted path: pretrain.*, finetune.*, training.*"
+    )
+
+    @model_validator(mode="after")
+    def _there_is_a_choice(self) -> Self:
+        if self.enabled and len(self.trials) < 2:
+            raise ValueError(
+                "enabled: tuning needs two trials or more to choose from; add trials, or say enabled: false"
+            )
+        return self
+
+
 class TrackingConfig(Section):
     """MLflow; nothing here changes a result."""
 
@@ -289,6 +337,7 @@ class Params(Section):
     sampling: SamplingConfig
     evaluation: EvaluationConfig
     compute: ComputeConfig
+    tuning: TuningConfig
     tracking: TrackingConfig = TrackingConfig()
     saving: SavingConfig = SavingConfig()
     arms: Annotated[dict[str, ArmConfig], Field(min_length=1)]
@@ -313,7 +362,8 @@ class Params(Section):
         """The pretraining of an arm; a share of 0 for strategy `none`, which has none."""
         arm = self.arm(key)
         own = {"share": 0.0} if arm.strategy == "none" else arm.pretrain
-        return PretrainConfig.model_validate({**self.pretrain.model_dump(), **own})
+        shared = self.pretrain.model_dump(exclude_unset=True, exclude={"share", "steps"} if _splits(own) else None)
+        return PretrainConfig.model_validate({**shared, **own})
 
     def finetune_of(self, key: str) -> FinetuneConfig:
         """The finetuning of an arm."""
@@ -340,6 +390,7 @@ class Params(Section):
         self._samples_suffice()
         for key in self.arms:
             self._arm_is_possible(key)
+        self._trials_are_possible()
         return self
 
     def _samples_suffice(self) -> None:
@@ -368,25 +419,103 @@ class Params(Section):
             try:
                 merge(key)
             except ValidationError as error:
-                raise ValueError(f"arms.{key}.{section}.{_message(error.errors()[0], model)}") from None
-        share = self.pretrain_of(key).share
-        if self.budget.milestones[0] <= share:
-            raise ValueError(
-                f"arms.{key}: the first milestone ({self.budget.milestones[0]} of the budget) falls into "
-                f"pretraining (share {share}); milestones are taken while finetuning"
-            )
-        self._budget_suffices(key, share)
+                first = error.errors()[0]
+                where = f"arms.{key}.{section}" + ("." if first["loc"] else ": ")
+                raise ValueError(f"{where}{_message(first, model)}") from None
+        try:
+            self._split(key)
+        except ValueError as error:
+            raise ValueError(f"arms.{key}: {error}") from None
 
-    def _budget_suffices(self, key: str, share: float) -> None:
-        """Milestones must fall on different finetuning steps; `plan_arm` looks again, with counted FLOPs."""
-        larger = 1.0 if self.budget.match == "steps" else self.finetune_of(key).batch_size / self.finetune.batch_size
-        num_steps = self.budget.unmasked_steps / larger
-        steps = [max(1, round((fraction - share) * num_steps)) for fraction in self.budget.milestones]
-        if any(after <= before for before, after in pairwise(steps)) or num_steps * (1 - share) < 0.5:
-            raise ValueError(
-                f"arms.{key}: budget.unmasked_steps {self.budget.unmasked_steps} is too few for its milestones "
-                f"{self.budget.milestones}: they fall on finetuning steps {steps}"
-            )
+    def _split(self, key: str) -> None:
+        """The arm's budget in steps, with costs in closed form; `compute.plan_arm` does it with counted ones."""
+        pretrain, finetune, grid = self.pretrain_of(key), self.finetune_of(key), self.grid
+        split_budget(
+            self.budget.unmasked_steps * self._cost(self.finetune, grid.num_patches),
+            pretrain.share,
+            pretrain.steps,
+            self._cost(pretrain, self.visible_of(key).num_visible),
+            self._cost(finetune, grid.num_patches),
+            self.budget.milestones,
+        )
+
+    def _cost(self, stage: StageConfig, num_visible: int) -> int:
+        if self.budget.match == "steps":
+            return 1
+        patch_dim = self.model.patch_size**2 * self.dataset.channels
+        flops = self.model.training_flops(num_visible, patch_dim) if self.budget.match == "flops" else 1
+        return stage.batch_size * flops
+
+    def _trials_are_possible(self) -> None:
+        tuning = self.tuning
+        if tuning.seed in self.seeds:
+            raise ValueError(f"tuning.seed {tuning.seed} is one of seeds {self.seeds}: tune on a seed of its own")
+        for trial in tuning.trials:
+            if not ARM_KEY.fullmatch(trial):
+                raise ValueError(f"tuning.trials.{trial}: a trial's name may hold only a-z, 0-9 and '-'")
+        if not tuning.enabled:
+            return
+        for arm in self.arms:
+            tried: dict[str, str] = {}
+            for trial, values in tuning.trials.items():
+                given = self._try(arm, trial, values)
+                effective = fingerprint(given.pretrain_of(arm), given.finetune_of(arm), given.training)
+                if (twin := tried.setdefault(effective, trial)) != trial:
+                    raise ValueError(
+                        f"tuning.trials: {twin} and {trial} are the same for arm {arm}; every arm must get the same "
+                        "number of different trials (an arm without pretraining ignores pretrain.*)"
+                    )
+
+    def _try(self, arm: str, trial: str, values: dict[str, Any]) -> Params:
+        try:
+            return self.for_trial(arm, values)
+        except ParamsError as error:
+            raise ValueError(f"tuning.trials.{trial}: {error}") from None
+
+    def with_values(self, arm: str, values: dict[str, Any]) -> Params:
+        """These params with a trial's values in the place of an arm's own, and nothing left to tune.
+
+        Args:
+            arm: its key.
+            values: by dotted path; those of `pretrain` mean nothing to an arm without pretraining.
+
+        Raises:
+            ParamsError: a path or a value is not possible.
+        """
+        content = self.model_dump(mode="json", exclude_unset=True)
+        content["tuning"]["enabled"] = False
+        own = content["arms"][arm]
+        for path, value in values.items():
+            section, _, key = path.partition(".")
+            if section == "training":
+                content["training"][key] = value
+            elif section not in ("pretrain", "finetune"):
+                raise ParamsError(f"{path}: a trial may change pretrain.*, finetune.* and training.*")
+            elif section == "finetune" or self.arm(arm).strategy != "none":
+                own.setdefault(section, {})[key] = value
+        return parse_params(content, source="")
+
+    def for_trial(self, arm: str, values: dict[str, Any]) -> Params:
+        """The params of a trial: its values, on the tuning seed, at its fraction of the budget.
+
+        Raises:
+            ParamsError: a path or a value is not possible, or the fraction is too small.
+        """
+        given, fraction = self.with_values(arm, values), self.tuning.budget_fraction
+        content = given.model_dump(mode="json", exclude_unset=True)
+        content["seeds"], content["tuning"]["seed"] = [self.tuning.seed], self.tuning.seed + 1
+        content["budget"] |= {
+            "unmasked_steps": max(1, round(fraction * self.budget.unmasked_steps)),
+            "milestones": [1.0],
+        }
+        if (steps := given.pretrain_of(arm).steps) is not None:
+            content["arms"][arm]["pretrain"]["steps"] = max(1, round(fraction * steps))
+        return parse_params(content, source="")
+
+
+def _splits(own: dict[str, Any]) -> bool:
+    """Whether an arm says itself how its budget is split."""
+    return not {"share", "steps"}.isdisjoint(own)
 
 
 def load_params(path: Path = PARAMS_FILE) -> Params:
@@ -417,7 +546,8 @@ def parse_params(content: Any, source: str = "params.yaml") -> Params:
     try:
         return Params.model_validate(content)
     except ValidationError as error:
-        raise ParamsError("\n".join(f"{source}: {_message(e)}" for e in error.errors())) from None
+        where = f"{source}: " if source else ""
+        raise ParamsError("\n".join(f"{where}{_message(e)}" for e in error.errors())) from None
 
 
 def fingerprint(*parts: Any) -> str:

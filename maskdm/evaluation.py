@@ -89,14 +89,21 @@ def compute_metrics(samples: np.ndarray, real: np.ndarray, config: EvaluationCon
     )
 
 
-def floor_metrics(real: np.ndarray, config: EvaluationConfig) -> Metrics:
-    """The metrics between two random halves of the real images: about what a perfect model would get.
+def floor_metrics(real: np.ndarray, num_samples: int, config: EvaluationConfig) -> Metrics:
+    """Real images in the place of samples, against the other real images: about what a perfect model would get.
 
-    Exactly so only if as many samples are scored as half the images are; with fewer, FID is higher.
+    As many of them as samples are scored, so that FID has the same bias; at most half, for both sides need some.
+    KID's subsets shrink with them where they must.
+
+    Args:
+        real: features of the real images, (M, D).
+        num_samples: of the samples that it is the scale for.
+        config: as for the samples.
     """
     order = torch.randperm(len(real), generator=rng.generator(0, "floor")).numpy()
-    half = len(real) // 2
-    return compute_metrics(real[order[:half]], real[order[half : 2 * half]], config)
+    count = min(num_samples, len(real) // 2)
+    fitting = config.model_copy(update={"kid_subset_size": min(config.kid_subset_size, count)})
+    return compute_metrics(real[order[:count]], real[order[count:]], fitting)
 
 
 def check_counts(num_samples: int, num_real: int, config: EvaluationConfig) -> None:

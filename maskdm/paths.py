@@ -7,9 +7,21 @@ from pathlib import Path
 RESULTS = Path("results")
 DATA = RESULTS / "data"
 FEATURES = RESULTS / "features"
+CHOSEN = RESULTS / "chosen"
+SCALE = RESULTS / "metrics" / "scale.json"  # of the metrics: real against real, and the untrained network
 REPORT = RESULTS / "report"
 BUILDING = RESULTS / ".building"  # outputs while they are built
 WORK = Path(".work")  # resumable state: never an output of a stage
+
+
+def trial(arm: str, name: str) -> Path:
+    """The file of one trial of an arm's tuning."""
+    return RESULTS / "tuning" / arm / f"{name}.json"
+
+
+def chosen(arm: str) -> Path:
+    """The file of the values that an arm runs with."""
+    return CHOSEN / f"{arm}.json"
 
 
 def pretrain(arm: str, seed: int) -> Path:
@@ -32,15 +44,15 @@ def metrics(arm: str, seed: int) -> Path:
     return RESULTS / "metrics" / f"{arm}-seed-{seed}.json"
 
 
-def record(stage: str, arm: str | None = None, seed: int | None = None) -> Path:
+def record(stage: str, arm: str | None = None, seed: int | None = None, trial: str | None = None) -> Path:
     """The provenance and timing of one run of a stage: what differs between equal runs lives here alone."""
-    name = stage if arm is None else f"{stage}-{arm}-seed-{seed}"
-    return RESULTS / "records" / f"{name}.json"
+    which = "" if arm is None else f"-{arm}-seed-{seed}" if trial is None else f"-{arm}-{trial}"
+    return RESULTS / "records" / f"{stage}{which}.json"
 
 
-def lock(stage: str, arm: str | None = None, seed: int | None = None) -> Path:
+def lock(stage: str, arm: str | None = None, seed: int | None = None, trial: str | None = None) -> Path:
     """Held by the process that runs a stage."""
-    return WORK / "locks" / record(stage, arm, seed).with_suffix(".lock").name
+    return WORK / "locks" / record(stage, arm, seed, trial).with_suffix(".lock").name
 
 
 def work(output: Path) -> Path:

@@ -52,7 +52,7 @@ def provenance(params: Params) -> dict[str, Any]:
         "git_dirty": dirty,
         "params_fingerprint": fingerprint(params),
         "versions": {"python": platform.python_version(), **_versions()},
-        "machine": {"cpu": _cpu_name(), "cores": os.cpu_count(), "system": platform.platform()},
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.platform()},
     }
 
 
@@ -84,7 +84,8 @@ def _versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in PACKAGES}
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's name, as far as the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

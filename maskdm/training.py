@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,12 +19,22 @@ from maskdm.diffusion import Diffusion, Draws, draw_step, masked_dsm_loss
 from maskdm.errors import UserError
 from maskdm.masking import Masking
 from maskdm.optimization import Ema, clip_gradients, lr_at
+from maskdm.records import peak_memory_gib
 
 REMEDY = "lower the learning rate, clip gradients (training.grad_clip), or use compute.precision: fp32"
 
 
 class NonFiniteLossError(UserError):
-    """The loss became NaN or infinite; the update of that step, and every later one, was not made."""
+    """The loss became NaN or infinite; the update of that step, and every later one, was not made.
+
+    Args:
+        message: for the user.
+        reason: what became non-finite, and where, alone.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass
@@ -35,8 +46,8 @@ class TrainState:
         ema: its averaged weights.
         optimizer: AdamW over the network's parameters.
         step: optimizer updates done.
-        curve: one row per logging interval: step, mean loss, lr.
-        seconds: wall seconds spent in steps so far, data included, saving excluded.
+        curve: one row per logging interval: step, mean loss, lr, compute spent; a function of the seed alone.
+        timings: for each of its rows, what the machine took for it: see `Clock`.
     """
 
     model: nn.Module
@@ -44,7 +55,17 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     step: int = 0
     curve: list[dict[str, float]] = field(default_factory=list)
-    seconds: float = 0.0
+    timings: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def device_seconds(self) -> float:
+        """Seconds in training steps so far."""
+        return self.timings[-1]["device_seconds"] if self.timings else 0.0
+
+    @property
+    def data_wait_seconds(self) -> float:
+        """Those of them that were spent waiting for data."""
+        return self.timings[-1]["data_wait_seconds"] if self.timings else 0.0
 
 
 @dataclass(frozen=True)
@@ -99,7 +120,7 @@ def train(
         run: what to do.
         batches: step → images and labels.
         compute: device, precision, attention kernel.
-        log: gets each row of the curve.
+        log: gets each row of the curve with its timing.
         save: called when each row has been logged, with a state known to be good.
 
     Raises:
@@ -109,10 +130,11 @@ def train(
     monitor = LossMonitor(run, device)
     generator = torch.Generator(device)
     parameters = list(state.model.parameters())
-    started = time.perf_counter()
+    clock = Clock(state)
     for step in range(state.step, run.num_steps):
         generator.manual_seed(rng.derive_seed(run.seed, run.stream, step))
-        x_0, labels = batches(step)
+        with clock.waiting_for_data():
+            x_0, labels = batches(step)
         draws = draw_step(
             len(x_0), run.patch_dim, run.masking, run.diffusion.num_timesteps, run.training.flip, generator
         )
@@ -129,11 +151,48 @@ def train(
         if state.step % run.training.log_every == 0 or state.step in (run.num_steps, *run.milestones):
             row = {"step": state.step, "loss": monitor.read(), "lr": lr, **run.spent_after(state.step)}
             check_weights_are_finite(state, run, lr)
-            state.seconds += time.perf_counter() - started
+            timing = clock.read(state.step, compute.device)
             state.curve.append(row)
-            log(row)
+            state.timings.append(timing)
+            log(row | timing)
             save(state)
-            started = time.perf_counter()
+            clock.go_on()
+
+
+class Clock:
+    """Seconds in training steps, and those of them spent waiting for data; logging and saving do not count.
+
+    Read where the host has waited for the device anyway, so that on an accelerator the seconds are the device's.
+
+    Args:
+        state: of a resumed run, whose seconds go on.
+    """
+
+    def __init__(self, state: TrainState) -> None:
+        self._seconds, self._waited = state.device_seconds, state.data_wait_seconds
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Count again from now on."""
+        self._started = time.perf_counter()
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Count the block as waiting for data."""
+        started = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - started
+
+    def read(self, step: int, device: torch.device) -> dict[str, float]:
+        """Stop, and say what has been counted: cumulative seconds, and the peak memory of the device or the process."""
+        self._seconds += time.perf_counter() - self._started
+        on_device = device.type == "cuda"
+        return {
+            "step": step,
+            "device_seconds": self._seconds,
+            "data_wait_seconds": self._waited,
+            "peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30 if on_device else peak_memory_gib(),
+        }
 
 
 def accumulate_gradients(model: nn.Module, run: TrainRun, x_0: Tensor, draws: Draws, labels: Tensor | None) -> Tensor:
@@ -187,10 +246,9 @@ class LossMonitor:
         """
         if (bad_step := int(self._bad_step)) >= 0:
             lr = lr_at(bad_step, self._run.num_steps, self._run.stage)
-            raise NonFiniteLossError(
-                f"{self._run.name}: the loss is not finite at step {bad_step} (learning rate {lr:g}). "
-                f"The weights were not updated with it; {REMEDY}"
-            )
+            reason = f"the loss is not finite at step {bad_step} (learning rate {lr:g})"
+            message = f"{self._run.name}: {reason}. The weights were not updated with it; {REMEDY}"
+            raise NonFiniteLossError(message, reason)
         mean = float(self._sum) / self._count
         self._sum.zero_()
         self._count = 0
@@ -205,9 +263,8 @@ def check_weights_are_finite(state: TrainState, run: TrainRun, lr: float) -> Non
     """
     finite = torch.stack([torch.isfinite(p).all() for p in state.model.parameters()]).all()
     if not bool(finite):
-        raise NonFiniteLossError(
-            f"{run.name}: the weights are not finite after step {state.step - 1} (learning rate {lr:g}); {REMEDY}"
-        )
+        reason = f"the weights are not finite after step {state.step - 1} (learning rate {lr:g})"
+        raise NonFiniteLossError(f"{run.name}: {reason}; {REMEDY}", reason)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -235,4 +292,4 @@ def restore_state(state: TrainState, tensors: dict[str, dict[str, Tensor]], info
             state.optimizer.state[parameter] = {
                 key: tensors[key][name].to(parameter.device).clone() for key in ("exp_avg", "exp_avg_sq", "step")
             }
-    state.step, state.curve, state.seconds = info["step"], list(info["curve"]), info["seconds"]
+    state.step, state.curve, state.timings = info["step"], list(info["curve"]), list(info["timings"])

@@ -20,7 +20,7 @@ import psutil
 from maskdm import paths
 from maskdm.config import Params
 from maskdm.errors import UserError
-from maskdm.tracking import chart_url, compare_url, flush, store_uri, unsent_note
+from maskdm.tracking import chart_url, compare_url, flush, store_uri, trials_url, unsent_note
 from maskdm.tracking.store import artifacts_folder, sqlite_file
 
 HOST = "127.0.0.1"
@@ -59,7 +59,13 @@ def open_ui(params: Params, port: int = 5000) -> None:
 
 
 def _where_to_look(params: Params, base: str) -> str:
-    return f"arms, best FID first:  {compare_url(params, base)}\ncharts of the arms:    {chart_url(params, base)}"
+    lines = [
+        f"arms, best FID first:  {compare_url(params, base)}",
+        f"charts of the arms:    {chart_url(params, base)}",
+    ]
+    if params.tuning.enabled:
+        lines.append(f"trials of the tuning:  {trials_url(params, base)}")
+    return "\n".join(lines)
 
 
 def _check_store(uri: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import shutil
 import signal
 import subprocess
@@ -44,13 +45,28 @@ class Experiment:
     def __init__(self, folder: Path) -> None:
         self.folder, self.file = folder, folder / "params.yaml"
 
+    @property
+    def content(self) -> dict[str, Any]:
+        """What its params.yaml says."""
+        content: dict[str, Any] = yaml.safe_load(self.file.read_text(encoding="utf-8"))
+        return content
+
     def change(self, **sections: Any) -> Experiment:
         """Change keys of sections (a dict is merged into its section), or whole values."""
-        content = yaml.safe_load(self.file.read_text(encoding="utf-8"))
+        content = self.content
         for name, value in sections.items():
             content[name] = {**content.get(name, {}), **value} if isinstance(value, dict) else value
+        return self.rewrite(content)
+
+    def rewrite(self, content: dict[str, Any]) -> Experiment:
+        """Write a whole params.yaml."""
         self.file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
         return self
+
+    def keep_arm(self, arm: str) -> Experiment:
+        """Take all other arms out."""
+        content = self.content
+        return self.rewrite({**content, "arms": {arm: content["arms"][arm]}})
 
     def run(self, *words: str) -> Outcome:
         """Run a command in this process."""
@@ -70,6 +86,10 @@ class Experiment:
     def stage(self, name: str, arm: str = ARM, seed: int = 0) -> Outcome:
         """Run a stage of an arm in this process."""
         return self.run(name, "--arm", arm, "--seed", str(seed))
+
+    def try_values(self, trial: str, arm: str = ARM) -> Outcome:
+        """Run a trial of an arm's tuning, which must end well."""
+        return self.succeed("tune", "--arm", arm, "--trial", trial)
 
     def succeed(self, *words: str) -> Outcome:
         """Run a command that must end well."""
@@ -126,26 +146,58 @@ def tiny(tmp_path: Path) -> Experiment:
 
 @pytest.fixture(scope="session")
 def prepared_once(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
-    """The tiny experiment with its data; not to be changed."""
-    experiment = _tiny_in(tmp_path_factory.mktemp("prepared"))
+    """The tiny experiment with its data, every arm with the values as given; not to be changed."""
+    experiment = _tiny_in(tmp_path_factory.mktemp("prepared")).change(tuning={"enabled": False})
     experiment.succeed("prepare")
+    experiment.succeed("choose")
     return experiment
 
 
 @pytest.fixture
 def prepared(prepared_once: Experiment, tmp_path: Path) -> Experiment:
-    """A copy of the tiny experiment with its data."""
+    """A copy of the tiny experiment with its data, every arm with the values as given."""
     return prepared_once.copy_to(tmp_path)
 
 
 @pytest.fixture(scope="session")
-def finished_once(prepared_once: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
-    """The tiny experiment with every stage of every arm run; not to be changed."""
-    experiment = prepared_once.copy_to(tmp_path_factory.mktemp("finished"))
-    experiment.succeed("features")
-    for arm in yaml.safe_load(experiment.file.read_text(encoding="utf-8"))["arms"]:
+def tuned_once(prepared_once: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    """The tiny experiment with the scale, every trial of every arm and the choice; not to be changed."""
+    experiment = prepared_once.copy_to(tmp_path_factory.mktemp("tuned")).change(tuning={"enabled": True})
+    content = experiment.content
+    for stage in ("features", "scale"):
+        experiment.succeed(stage)
+    for arm, trial in itertools.product(content["arms"], content["tuning"]["trials"]):
+        experiment.try_values(trial, arm)
+    experiment.succeed("choose")
+    return experiment
+
+
+@pytest.fixture
+def tuned(tuned_once: Experiment, tmp_path: Path) -> Experiment:
+    """A copy of the tuned tiny experiment."""
+    return tuned_once.copy_to(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def scored_once(tuned_once: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    """The tiny experiment with every stage of every arm run, but for the report; not to be changed."""
+    experiment = tuned_once.copy_to(tmp_path_factory.mktemp("scored"))
+    for arm in experiment.content["arms"]:
         for stage in ("pretrain", "finetune", "sample", "evaluate"):
             experiment.succeed(stage, "--arm", arm, "--seed", "0")
+    return experiment
+
+
+@pytest.fixture
+def scored(scored_once: Experiment, tmp_path: Path) -> Experiment:
+    """A copy of the tiny experiment with every stage run, but for the report."""
+    return scored_once.copy_to(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def finished_once(scored_once: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    """The tiny experiment with every stage run; not to be changed."""
+    experiment = scored_once.copy_to(tmp_path_factory.mktemp("finished"))
     experiment.succeed("report")
     return experiment
 

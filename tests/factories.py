@@ -39,6 +39,7 @@ def tiny_params(**changes: Any) -> Params:
         "sampling": {},
         "evaluation": {},
         "compute": {"device": "cpu", "precision": "fp32"},
+        "tuning": {"enabled": False, "seed": 1000, "budget_fraction": 0.5, "trials": {"given": {}}},
         "tracking": {"enabled": False},
         "arms": {
             "scratch": {"strategy": "none"},

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from maskdm import __version__
-from maskdm.cli import ARM_STAGES, STAGES
+from maskdm.cli import ARM_STAGES, STAGES, TRIAL_STAGES
 from maskdm.config import load_params
 from maskdm.stages.versions import STAGE_VERSIONS
 
@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 
 ARM = "patch-m50"
 OF_ARM = ["--arm", ARM, "--seed", "0"]
+OF_TRIAL = ["--arm", ARM, "--trial", "given"]
 HEAVY = {"torch", "mlflow", "pandas", "matplotlib", "numpy", "scipy", "sklearn", "PIL", "torch_fidelity", "torchvision"}
 
 
 def words_of(stage: str) -> list[str]:
-    return [stage, *(OF_ARM if stage in ARM_STAGES else [])]
+    return [stage, *(OF_ARM if stage in ARM_STAGES else OF_TRIAL if stage in TRIAL_STAGES else [])]
 
 
 def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -70,24 +71,6 @@ def test_validate_of_a_good_file_says_what_is_in_it(tiny: Experiment) -> None:
     assert [f.name for f in tiny.folder.iterdir()] == ["params.yaml"]
 
 
-def test_plan_has_a_row_per_arm_and_runs_nothing(tiny: Experiment) -> None:
-    outcome = tiny.succeed("plan")
-    rows = {line.split()[0]: line.split() for line in outcome.out.splitlines() if line}
-    assert rows["scratch"][1:4] == ["-", "0", "16/16"]
-    assert rows["patch-m50"][1:4] == ["0.5", "0.5", "8/16"]
-    assert rows["block2-m75"][1:4] == ["0.75", "0.75", "4/16"]
-    assert rows["scratch"][4:7] == ["0", "×", "32"]
-    totals = [float(rows[arm][-1]) for arm in ("scratch", "patch-m50", "block2-m75")]
-    step = float(rows["scratch"][-1]) / 20
-    assert max(totals) - min(totals) <= step
-    assert not tiny.path("results").exists()
-
-
-def test_plan_shows_the_window_of_a_crop(tiny: Experiment) -> None:
-    tiny.change(arms={"crop-m75": {"strategy": "crop", "mask_rate": 0.75}})
-    assert "4/16 (2×2)" in tiny.succeed("plan").out
-
-
 @pytest.mark.parametrize("command", [*map(words_of, STAGES), ["validate"], ["plan"], ["summary"], ["ui"]], ids=" ".join)
 def test_bad_params_are_exit_2_before_anything_is_written(tiny: Experiment, command: list[str]) -> None:
     tiny.change(model={"depth": 4})
@@ -101,9 +84,9 @@ def test_missing_params_file_is_exit_2_and_says_where_to_run(tiny: Experiment, c
     assert_message(tiny.run(*command), 2, f"no params.yaml in {tiny.folder.resolve()}", "experiments/<name>")
 
 
-@pytest.mark.parametrize("stage", sorted(ARM_STAGES))
+@pytest.mark.parametrize("stage", sorted(ARM_STAGES | TRIAL_STAGES))
 def test_unknown_arm_is_exit_2_with_a_suggestion(tiny: Experiment, stage: str) -> None:
-    outcome = tiny.run(stage, "--arm", "patch-m5", "--seed", "0")
+    outcome = tiny.run(*[word.replace(ARM, "patch-m5") for word in words_of(stage)])
     assert_message(outcome, 2, "there is no arm 'patch-m5' in params.yaml; did you mean 'patch-m50'?")
 
 
@@ -116,6 +99,13 @@ def test_arm_like_no_other_is_exit_2_with_the_list(tiny: Experiment) -> None:
 def test_seed_that_params_do_not_name_is_exit_2(tiny: Experiment, stage: str) -> None:
     outcome = tiny.run(stage, "--arm", ARM, "--seed", "7")
     assert_message(outcome, 2, "seed 7 is not in `seeds` of params.yaml: [0]")
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_trial_that_params_do_not_name_is_exit_2_with_the_list(tiny: Experiment, enabled: bool) -> None:
+    outcome = tiny.change(tuning={"enabled": enabled}).run("tune", "--arm", ARM, "--trial", "lr-hihg")
+    assert_message(outcome, 2, "no trial 'lr-hihg' in tuning.trials: given, lr-high")
+    assert not tiny.path("results").exists()
 
 
 @pytest.mark.parametrize("stage", list(STAGES))
@@ -142,6 +132,14 @@ def test_right_stage_version_runs_the_stage(tiny: Experiment) -> None:
         ["pretrain", "--seed", "0"],
         ["pretrain", "--arm", ARM, "--seed", "zero"],
         ["prepare", *OF_ARM],
+        ["tune"],
+        ["tune", "--arm", ARM],
+        ["tune", "--trial", "given"],
+        ["tune", *OF_ARM],
+        ["tune", *OF_TRIAL, "--seed", "0"],
+        ["pretrain", *OF_ARM, "--trial", "given"],
+        ["choose", "--arm", ARM],
+        ["scale", *OF_ARM],
         ["validate", "--stage-version", "1"],
         ["ui", "--port", "http"],
     ],
@@ -151,34 +149,39 @@ def test_wrong_command_line_is_exit_2_with_the_usage(tiny: Experiment, words: li
     assert_message(tiny.run(*words), 2, "usage: ", "error: ")
 
 
+CHOSEN = f"results/chosen/{ARM}.json"
 FIRST = {
-    "features": (["results/data"], "maskdm prepare"),
-    "pretrain": (["results/data"], "maskdm prepare"),
-    "finetune": (["results/data"], "maskdm prepare"),
-    "sample": (["results/data"], "maskdm prepare"),
-    "evaluate": (["results/data"], "maskdm prepare"),
-    "report": (["results/data"], "maskdm prepare"),
-    "finetune without pretrain": ([f"results/pretrain/{ARM}"], f"maskdm pretrain --arm {ARM} --seed 0"),
-    "sample without finetune": ([f"results/finetune/{ARM}"], f"maskdm finetune --arm {ARM} --seed 0"),
-    "evaluate without sample": ([f"results/samples/{ARM}"], f"maskdm sample --arm {ARM} --seed 0"),
-    "evaluate without finetune": ([f"results/finetune/{ARM}"], f"maskdm finetune --arm {ARM} --seed 0"),
-    "evaluate without features": (["results/features"], "maskdm features"),
-    "report without evaluate": ([f"results/metrics/{ARM}-seed-0.json"], f"maskdm evaluate --arm {ARM} --seed 0"),
-    "report without finetune": ([f"results/finetune/{ARM}"], f"maskdm finetune --arm {ARM} --seed 0"),
-    "report without sample": ([f"results/samples/{ARM}"], f"maskdm sample --arm {ARM} --seed 0"),
+    "features": ("results/data", "maskdm prepare"),
+    "scale": ("results/data", "maskdm prepare"),
+    "tune": ("results/data", "maskdm prepare"),
+    "pretrain": ("results/data", "maskdm prepare"),
+    "finetune": ("results/data", "maskdm prepare"),
+    "sample": ("results/data", "maskdm prepare"),
+    "evaluate": ("results/data", "maskdm prepare"),
+    "scale without features": ("results/features", "maskdm features"),
+    "tune without features": ("results/features", "maskdm features"),
+    "choose without tune": (f"results/tuning/{ARM}/lr-high.json", f"maskdm tune --arm {ARM} --trial lr-high"),
+    "pretrain without choose": (CHOSEN, "maskdm choose"),
+    "finetune without choose": (CHOSEN, "maskdm choose"),
+    "sample without choose": (CHOSEN, "maskdm choose"),
+    "evaluate without choose": (CHOSEN, "maskdm choose"),
+    "finetune without pretrain": (f"results/pretrain/{ARM}", f"maskdm pretrain --arm {ARM} --seed 0"),
+    "sample without finetune": (f"results/finetune/{ARM}", f"maskdm finetune --arm {ARM} --seed 0"),
+    "evaluate without sample": (f"results/samples/{ARM}", f"maskdm sample --arm {ARM} --seed 0"),
+    "evaluate without finetune": (f"results/finetune/{ARM}", f"maskdm finetune --arm {ARM} --seed 0"),
+    "evaluate without features": ("results/features", "maskdm features"),
+    "evaluate without scale": ("results/metrics/scale.json", "maskdm scale"),
 }
 
 
 @pytest.mark.parametrize("case", FIRST)
-def test_missing_earlier_stage_is_exit_1_and_names_the_command(finished: Experiment, case: str) -> None:
+def test_missing_earlier_stage_is_exit_1_and_names_the_command(scored: Experiment, case: str) -> None:
     missing, command = FIRST[case]
-    stage = case.split()[0]
-    output = finished.hashes("results/report")
-    for place in missing:
-        path = finished.path(place)
-        path.unlink() if path.is_file() else shutil.rmtree(path)
-    assert_message(finished.run(*words_of(stage)), 1, "maskdm: error: ", missing[0], command)
-    assert finished.hashes("results/report") == output
+    path = scored.path(missing)
+    path.unlink() if path.is_file() else shutil.rmtree(path)
+    left = scored.hashes("results")
+    assert_message(scored.run(*words_of(case.split()[0])), 1, "maskdm: error: ", missing, f"run first: {command}")
+    assert scored.hashes("results") == left
 
 
 def test_summary_before_any_result_is_exit_1(tiny: Experiment) -> None:
@@ -210,8 +213,12 @@ def test_help_of_a_stage_shows_what_it_takes(tiny: Experiment, stage: str) -> No
     outcome = tiny.run(stage, "--help")
     assert outcome.code == 0
     assert "--stage-version" in outcome.out
-    for option in ("--arm", "--seed"):
-        assert (option in outcome.out) == (stage in ARM_STAGES)
+    for option, stages in (
+        ("--arm", ARM_STAGES | TRIAL_STAGES),
+        ("--seed", ARM_STAGES),
+        ("--trial", TRIAL_STAGES),
+    ):
+        assert (option in outcome.out) == (stage in stages)
 
 
 def test_help_lists_every_command_and_the_exit_codes(tiny: Experiment) -> None:
@@ -273,42 +280,45 @@ def test_commands_that_compute_nothing_import_nothing_heavy(tiny: Experiment, wo
 NOT_IMPORTED = {
     "prepare": {"torch", "torch_fidelity", "torchvision", "matplotlib", "mlflow"},  # scikit-learn imports pandas
     "features": {"matplotlib", "pandas", "mlflow", "sklearn"},
+    "scale": {"sklearn", "matplotlib", "pandas", "mlflow"},
+    "tune": {"sklearn", "matplotlib", "pandas", "mlflow"},
+    "choose": HEAVY - {"numpy"},
     "pretrain": {"torch_fidelity", "torchvision", "sklearn", "scipy", "matplotlib", "mlflow"},
     "sample": {"torch_fidelity", "torchvision", "sklearn", "scipy", "matplotlib", "pandas", "mlflow"},
     "evaluate": {"sklearn", "matplotlib", "pandas", "mlflow"},
-    "report": {"torch", "torch_fidelity", "torchvision", "sklearn", "scipy", "mlflow"},
+    "report": {"torch_fidelity", "torchvision", "sklearn", "mlflow"},  # torch draws the example masks
 }
 
 
 @pytest.mark.parametrize("stage", list(NOT_IMPORTED))
-def test_stage_imports_no_more_than_it_uses(finished: Experiment, stage: str) -> None:
-    assert not modules_after(words_of(stage), finished.folder) & NOT_IMPORTED[stage]
+def test_stage_imports_no_more_than_it_uses(scored: Experiment, stage: str) -> None:
+    assert not modules_after(words_of(stage), scored.folder) & NOT_IMPORTED[stage]
 
 
 @pytest.mark.parametrize(("stage", "number"), [("pretrain", signal.SIGTERM), ("finetune", signal.SIGINT)])
 def test_stopped_training_is_exit_130_and_publishes_nothing(
-    finished: Experiment, stop_when: Callable[..., Outcome], stage: str, number: signal.Signals
+    scored: Experiment, stop_when: Callable[..., Outcome], stage: str, number: signal.Signals
 ) -> None:
-    finished.change(training={"log_every": 1}, saving={"every_seconds": 0.01}, budget={"unmasked_steps": 20_000})
-    output = finished.path("results", stage, ARM)
+    scored.change(training={"log_every": 1}, saving={"every_seconds": 0.01}, budget={"unmasked_steps": 20_000})
+    output = scored.path("results", stage, ARM)
     shutil.rmtree(output)
-    record = finished.path(f"results/records/{stage}-{ARM}-seed-0.json")
+    record = scored.path(f"results/records/{stage}-{ARM}-seed-0.json")
     record.unlink()
-    state = finished.path(".work/results", stage, ARM, "seed-0/state.safetensors")
-    process = finished.start(*words_of(stage))
+    state = scored.path(".work/results", stage, ARM, "seed-0/state.safetensors")
+    process = scored.start(*words_of(stage))
     outcome = stop_when(process, state.exists, number)
     assert_message(outcome, 130, "maskdm: interrupted")
     assert not [f for f in output.rglob("*") if f.is_file()] and not record.exists()
     assert state.is_file(), "the training goes on from here"
 
 
-def test_stopped_stage_leaves_its_old_output(finished: Experiment, stop_when: Callable[..., Outcome]) -> None:
-    finished.change(training={"log_every": 1}, saving={"every_seconds": 0.01}, budget={"unmasked_steps": 20_000})
-    before = finished.hashes("results")
-    state = finished.path(".work/results/pretrain", ARM, "seed-0/state.safetensors")
-    outcome = stop_when(finished.start(*words_of("pretrain")), state.exists, signal.SIGTERM)
+def test_stopped_stage_leaves_its_old_output(scored: Experiment, stop_when: Callable[..., Outcome]) -> None:
+    scored.change(training={"log_every": 1}, saving={"every_seconds": 0.01}, budget={"unmasked_steps": 20_000})
+    before = scored.hashes("results")
+    state = scored.path(".work/results/pretrain", ARM, "seed-0/state.safetensors")
+    outcome = stop_when(scored.start(*words_of("pretrain")), state.exists, signal.SIGTERM)
     assert outcome.code == 130
-    assert finished.hashes("results") == before
+    assert scored.hashes("results") == before
 
 
 def test_threads_of_the_numerical_libraries_are_those_of_params(

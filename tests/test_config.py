@@ -87,6 +87,8 @@ def test_only_what_describes_the_experiment_is_required() -> None:
         ("finetune/init_fron", "finetune.init_fron", "did you mean 'init_from'?"),
         ("arms/patch-m50/mask_rat", "arms.patch-m50.mask_rat", "did you mean 'mask_rate'?"),
         ("saving/every_second", "saving.every_second", "did you mean 'every_seconds'?"),
+        ("tuning/trial", "tuning.trial", "did you mean 'trials'?"),
+        ("pretrain/step", "pretrain.step", "did you mean 'steps'?"),
         ("tracking/zzz", "tracking.zzz", "expected one of: enabled"),
     ],
 )
@@ -127,7 +129,18 @@ def test_missing_section_is_named(section: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["dataset/source", "model/dim", "budget/unmasked_steps", "pretrain/lr", "arms/scratch/strategy"]
+    "path",
+    [
+        "dataset/source",
+        "model/dim",
+        "budget/unmasked_steps",
+        "pretrain/lr",
+        "arms/scratch/strategy",
+        "tuning/enabled",
+        "tuning/seed",
+        "tuning/budget_fraction",
+        "tuning/trials",
+    ],
 )
 def test_missing_key_is_named(path: str) -> None:
     assert error_of(content_without(path)) == f"{path.replace('/', '.')}: is missing"
@@ -156,6 +169,14 @@ def test_missing_key_is_named(path: str) -> None:
         ("tracking/enabled", "yes", "tracking.enabled", "valid boolean"),
         ("compute/threads", 0, "compute.threads", "greater than or equal to 1"),
         ("saving/every_seconds", 0, "saving.every_seconds", "greater than 0"),
+        ("tuning/enabled", 1, "tuning.enabled", "valid boolean"),
+        ("tuning/seed", -1, "tuning.seed", "greater than or equal to 0"),
+        ("tuning/budget_fraction", 0, "tuning.budget_fraction", "greater than 0"),
+        ("tuning/budget_fraction", 1.01, "tuning.budget_fraction", "less than or equal to 1"),
+        ("tuning/metric", "precision", "tuning.metric", "'kid' or 'fid'"),
+        ("tuning/trials", {}, "tuning.trials", "at least 1 item"),
+        ("tuning/trials/given", None, "tuning.trials.given", "valid dictionary"),
+        ("pretrain/steps", 0, "pretrain.steps", "greater than or equal to 1"),
         ("dataset/source", "cifar", "dataset.source", "'digits' or 'image_folder'"),
         ("dataset/channels", 2, "dataset.channels", "1 or 3"),
         ("training/betas", [0.9], "training.betas", "at least 2 items"),
@@ -199,7 +220,15 @@ def test_wrong_type_or_range_says_where_what_was_expected_and_got(
         ("budget/milestones", [0.0, 1.0], "budget.milestones", "(0, 1]"),
         ("budget/milestones", [0.6, 1.0, 1.5], "budget.milestones", "end with 1.0"),
         ("budget/milestones", [0.3, 1.0], "arms.patch-m50", "the first milestone (0.3 of the budget) falls into"),
-        ("arms/patch-m50/pretrain", {"share": 0.7}, "arms.patch-m50", "(share 0.7)"),
+        ("arms/patch-m50/pretrain", {"share": 0.7}, "arms.patch-m50", "falls into pretraining, which takes 0.7 of it"),
+        ("arms/patch-m50/pretrain", {"steps": 300}, "arms.patch-m50", "falls into pretraining, which takes 7.41 of it"),
+        ("arms/patch-m50/pretrain", {"steps": 25}, "arms.patch-m50", "falls into pretraining, which takes 0.617 of it"),
+        ("pretrain/steps", 3, "pretrain", "give share (0.3) or steps (3), not both"),
+        ("arms/patch-m50/pretrain", {"share": 0.2, "steps": 3}, "arms.patch-m50.pretrain", "give share (0.2) or steps"),
+        ("arms/patch-m50/pretrain", {"batch_size": 3200}, "arms.patch-m50", "pays for 0.12 of one pretraining step"),
+        ("arms/patch-m50/finetune", {"batch_size": 3200}, "arms.patch-m50", "pays for 0.14 of one finetuning step"),
+        ("budget/unmasked_steps", 1, "arms.scratch", "fall on finetuning steps [1, 1], which are not all different"),
+        ("budget/milestones", [0.6, 0.61, 1.0], "arms.scratch", "fall on finetuning steps [12, 12, 20]"),
         ("sampling/num_samples", 49, "sampling.num_samples", "49 is fewer than the metrics need: 50"),
         ("evaluation/prc_neighborhood", 64, "sampling.num_samples", "64 is fewer than the metrics need: 65"),
         ("sampling/num_steps", 101, "sampling.num_steps", "101 is more than diffusion.num_timesteps 100"),
@@ -241,6 +270,9 @@ def test_arm_key_that_the_command_line_could_not_take_is_refused(key: str) -> No
         ("sampling/num_steps", 100),
         ("pretrain/micro_batch_size", 32),
         ("pretrain/share", 0),
+        ("tuning/seed", 1),
+        ("tuning/budget_fraction", 1),
+        ("tuning/metric", "fid"),
     ],
 )
 def test_what_is_only_just_possible_is_accepted(path: str, value: Any) -> None:
@@ -359,6 +391,28 @@ def test_strategy_none_has_no_share_of_pretraining() -> None:
     assert params.visible_of("scratch").num_visible == 16
 
 
+def test_strategy_none_makes_none_of_the_shared_pretraining_steps() -> None:
+    content = content_with("pretrain", {"lr": 2e-3, "batch_size": 32, "steps": 6})
+    content["tuning"]["enabled"] = False
+    params = parse_params(content)
+    assert (params.pretrain_of("scratch").share, params.pretrain_of("scratch").steps) == (0.0, None)
+    assert params.pretrain_of("patch-m50").steps == 6
+
+
+def test_an_arm_that_splits_its_budget_itself_takes_neither_share_nor_steps_of_the_others() -> None:
+    by_steps = parse_params(content_with("arms/patch-m50/pretrain", {"steps": 6}))
+    assert by_steps.pretrain_of("patch-m50").steps == 6
+    assert by_steps.pretrain_of("block2-m75") == by_steps.pretrain
+    content = content_with("pretrain", {"lr": 2e-3, "batch_size": 32, "steps": 6})
+    content["tuning"]["enabled"] = False
+    content["arms"]["patch-m50"]["pretrain"] = {"share": 0.2}
+    by_share = parse_params(content)
+    own, other = by_share.pretrain_of("patch-m50"), by_share.pretrain_of("block2-m75")
+    assert (own.share, own.steps) == (0.2, None)
+    assert other.steps == 6
+    assert own.lr == other.lr == 2e-3, "the rest is shared"
+
+
 def test_unknown_arm_gets_a_suggestion() -> None:
     with pytest.raises(ParamsError, match=r"no arm 'patch-m5' in params.yaml; did you mean 'patch-m50'\?"):
         parse_params(TINY).arm("patch-m5")
@@ -385,6 +439,11 @@ CHANGES: dict[str, Any] = {
     "sampling/eta": 1e-9,
     "evaluation/kid_subsets": 11,
     "compute/precision": "fp32",
+    "tuning/seed": 1001,
+    "tuning/enabled": False,
+    "tuning/budget_fraction": 0.6,
+    "tuning/metric": "fid",
+    "tuning/trials/more": {"finetune.lr": 1e-3},
     "tracking/enabled": False,
     "saving/every_seconds": 61,
     "arms/patch-m50/mask_rate": 0.75,
@@ -420,6 +479,179 @@ def test_any_value_anywhere_is_valid_or_a_params_error(place: str, value: Any) -
         parse_params(content_with(place, value))
     except ParamsError as error:
         assert str(error).startswith("params.yaml: ")
+
+
+# --- tuning
+
+
+def test_tuning_needs_a_choice() -> None:
+    says = "tuning: enabled: tuning needs two trials or more to choose from; add trials, or say enabled: false"
+    assert error_of(content_with("tuning/trials", {"given": {}})) == says
+    content = content_with("tuning/trials", {"given": {}})
+    content["tuning"]["enabled"] = False
+    assert list(parse_params(content).tuning.trials) == ["given"]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_tuning_on_a_seed_of_the_report_is_refused(enabled: bool) -> None:
+    content = content_with("seeds", [0, 3])
+    content["tuning"] |= {"seed": 3, "enabled": enabled}
+    assert error_of(content) == "tuning.seed 3 is one of seeds [0, 3]: tune on a seed of its own"
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("name", ["LR", "lr_2", "-lr", "lr 2", "lr.2", "", "a/b"])
+def test_name_of_a_trial_that_could_be_no_file_is_refused(name: str, enabled: bool) -> None:
+    content = copy.deepcopy(TINY)
+    content["tuning"]["trials"][name] = {"finetune.lr": 1e-3}
+    content["tuning"]["enabled"] = enabled
+    assert error_of(content) == f"tuning.trials.{name}: a trial's name may hold only a-z, 0-9 and '-'"
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"sampling.num_steps": 3}, "sampling.num_steps: a trial may change pretrain.*, finetune.* and training.*"),
+        ({"budget.unmasked_steps": 3}, "budget.unmasked_steps: a trial may change pretrain.*"),
+        ({"finetun.lr": 1e-3}, "finetun.lr: a trial may change pretrain.*, finetune.* and training.*"),
+        ({"lr": 1e-3}, "lr: a trial may change pretrain.*, finetune.* and training.*"),
+        ({"training.ema_deca": 0.9}, "training.ema_deca: unknown key; did you mean 'ema_decay'?"),
+        ({"training.betas.0": 0.9}, "training.betas.0: unknown key"),
+        ({"finetune.lrr": 1e-3}, "finetune.lrr: unknown key; did you mean 'lr'?"),
+        ({"finetune.lr": 1e-3, "pretrain.batchsize": 8}, "pretrain.batchsize: unknown key; did you mean 'batch_size'?"),
+        ({"finetune.lr": -1}, "finetune.lr: input should be greater than 0, got -1"),
+        ({"finetune.lr": "fast"}, "finetune.lr: input should be a valid number"),
+        ({"training.ema_decay": 1.0}, "training.ema_decay: input should be less than 1, got 1.0"),
+        ({"finetune.micro_batch_size": 5}, "micro_batch_size 5 does not divide batch_size 32"),
+        ({"finetune.lr": 1e-3, "pretrain.share": 0.99}, "falls into pretraining, which takes 0.99 of it"),
+        ({"finetune.batch_size": 700}, "arms.scratch: what pretraining leaves of the budget pays for 0.91 of one"),
+        ({"finetune.batch_size": 512}, "arms.scratch: the milestones [0.6, 1.0] fall on finetuning steps [1, 1]"),
+        ({"finetune.lr": 1e-3, "pretrain.share": 0.2, "pretrain.steps": 2}, "give share (0.2) or steps (2), not both"),
+    ],
+)
+def test_trial_that_can_not_be_run_is_named_with_what_is_wrong(values: dict[str, Any], says: str) -> None:
+    message = error_of(content_with("tuning/trials/wrong", values))
+    assert message.startswith("tuning.trials.wrong: ")
+    assert says in message
+
+
+@pytest.mark.parametrize(
+    "values", [{}, {"finetune.lr": 2e-3}, {"finetune.lr": "2e-3"}, {"training.flip": 0.0}], ids=str
+)
+def test_two_trials_that_are_one_are_refused(values: dict[str, Any]) -> None:
+    message = error_of(content_with("tuning/trials/again", values))
+    assert message.startswith(
+        "tuning.trials: given and again are the same for arm scratch; every arm must get the same"
+    )
+
+
+def test_trials_that_differ_in_pretraining_alone_are_one_for_an_arm_without_it() -> None:
+    content = content_with("tuning/trials", {"given": {}, "other": {"pretrain.lr": 1e-3}})
+    assert "given and other are the same for arm scratch" in error_of(content)
+    del content["arms"]["scratch"]
+    assert list(parse_params(content).tuning.trials) == ["given", "other"]
+
+
+def test_trials_that_an_arms_own_values_make_equal_are_refused() -> None:
+    content = content_with("arms/patch-m50/finetune", {"lr": 8e-3})
+    content["arms"]["patch-m50"]["pretrain"] = {"lr": 8e-3}
+    assert "given and lr-high are the same for arm patch-m50" in error_of(content)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "says"), [(0.01, "pays for 0.61 of one pretraining step"), (1e-9, "of one pretraining step")]
+)
+def test_fraction_of_the_budget_that_pays_for_no_step_is_refused(fraction: float, says: str) -> None:
+    message = error_of(content_with("tuning/budget_fraction", fraction))
+    assert message.startswith("tuning.trials.given: arms.patch-m50: ")
+    assert says in message
+
+
+def test_trials_of_the_whole_budget_have_one_milestone() -> None:
+    params = parse_params(content_with("tuning/budget_fraction", 1.0)).for_trial("patch-m50", {})
+    assert params.budget == parse_params(TINY).budget.model_copy(update={"milestones": [1.0]})
+
+
+VALUES_OF_A_TRIAL = {"pretrain.lr": 5e-3, "pretrain.batch_size": 16, "finetune.init_from": "raw", "training.flip": 0.5}
+
+
+def test_values_are_those_of_the_arm_and_of_no_other() -> None:
+    params = parse_params(TINY)
+    changed = params.with_values("patch-m50", VALUES_OF_A_TRIAL)
+    assert changed.pretrain_of("patch-m50") == params.pretrain.model_copy(update={"lr": 5e-3, "batch_size": 16})
+    assert changed.finetune_of("patch-m50") == params.finetune.model_copy(update={"init_from": "raw"})
+    assert changed.training == params.training.model_copy(update={"flip": 0.5})
+    for other in ("scratch", "block2-m75"):
+        assert changed.pretrain_of(other) == params.pretrain_of(other)
+        assert changed.finetune_of(other) == params.finetune_of(other)
+        assert changed.arms[other] == params.arms[other]
+    assert (params.pretrain_of("patch-m50").lr, params.training.flip) == (2e-3, 0.0), "the original is as it was"
+    untouched = set(Params.model_fields) - {"arms", "training", "tuning"}
+    assert {name: getattr(changed, name) for name in untouched} == {name: getattr(params, name) for name in untouched}
+
+
+def test_params_with_values_have_nothing_left_to_tune() -> None:
+    params = parse_params(TINY)
+    changed = params.with_values("patch-m50", VALUES_OF_A_TRIAL)
+    assert changed.tuning == params.tuning.model_copy(update={"enabled": False})
+
+
+def test_values_stand_above_those_of_the_arm_and_beside_the_rest_of_them() -> None:
+    content = content_with("arms/patch-m50/pretrain", {"lr": 1e-3, "warmup_steps": 2, "share": 0.2})
+    params = parse_params(content).with_values("patch-m50", {"pretrain.lr": 5e-3})
+    own = params.pretrain_of("patch-m50")
+    assert (own.lr, own.warmup_steps, own.share) == (5e-3, 2, 0.2)
+
+
+def test_an_arm_without_pretraining_ignores_values_of_it() -> None:
+    params = parse_params(TINY)
+    changed = params.with_values("scratch", {"pretrain.lr": 1.0, "pretrain.share": 0.5, "finetune.lr": 5e-3})
+    assert changed.arms["scratch"].pretrain == {}
+    assert changed.pretrain_of("scratch") == params.pretrain_of("scratch")
+    assert changed.finetune_of("scratch").lr == 5e-3
+
+
+def test_no_values_change_nothing_but_that_nothing_is_left_to_tune() -> None:
+    params = parse_params(TINY)
+    off = parse_params(content_with("tuning/enabled", False))
+    assert all(params.with_values(arm, {}) == off for arm in params.arms)
+
+
+def test_a_trial_is_on_the_seed_of_the_tuning_at_its_fraction_of_the_budget() -> None:
+    params = parse_params(TINY)
+    trial = params.for_trial("patch-m50", VALUES_OF_A_TRIAL)
+    assert trial.seeds == [1000]
+    assert trial.budget.unmasked_steps == 10
+    assert trial.budget.milestones == [1.0]
+    assert trial.budget.match == params.budget.match
+    same = params.with_values("patch-m50", VALUES_OF_A_TRIAL)
+    assert trial.arms["patch-m50"] == same.arms["patch-m50"]
+    assert (trial.training, trial.pretrain) == (same.training, same.pretrain)
+    assert (trial.finetune, trial.sampling, trial.evaluation) == (same.finetune, same.sampling, same.evaluation)
+    assert not trial.tuning.enabled
+
+
+@pytest.mark.parametrize(("fraction", "steps"), [(0.5, 3), (0.3, 2), (0.2, 1)])
+def test_pretraining_by_steps_takes_its_fraction_of_them_in_a_trial(fraction: float, steps: int) -> None:
+    content = content_with("arms/patch-m50/pretrain", {"steps": 6})
+    content["tuning"]["budget_fraction"] = fraction
+    params = parse_params(content)
+    assert params.for_trial("patch-m50", {}).pretrain_of("patch-m50").steps == steps
+    assert params.for_trial("block2-m75", {}).pretrain_of("block2-m75") == params.pretrain
+
+
+def test_pretraining_by_the_steps_of_all_arms_takes_its_fraction_of_them_in_a_trial() -> None:
+    params = parse_params(content_with("pretrain", {"lr": 2e-3, "batch_size": 32, "steps": 6}))
+    for arm in ("patch-m50", "block2-m75"):
+        assert params.for_trial(arm, {}).pretrain_of(arm).steps == 3
+    assert params.for_trial("scratch", {}).pretrain_of("scratch").steps is None
+
+
+def test_pretraining_steps_of_one_arm_do_not_stop_the_trials_of_another() -> None:
+    """24 steps are 0.59 of the arm's budget, and 12 of a trial's; 24 would be more than the whole of a trial's."""
+    params = parse_params(content_with("arms/patch-m50/pretrain", {"steps": 24}))
+    assert params.for_trial("patch-m50", {}).pretrain_of("patch-m50").steps == 12
+    assert params.for_trial("scratch", {}).budget.unmasked_steps == 10
 
 
 def test_arm_config_alone_knows_what_a_mask_needs() -> None:

@@ -134,13 +134,41 @@ def test_worse_samples_score_worse() -> None:
     assert scores[0].precision > scores[2].precision
 
 
-def test_the_floor_is_between_halves_and_the_same_every_time() -> None:
+def test_the_floor_of_many_samples_is_between_halves_and_the_same_every_time() -> None:
     real = gaussian(401)
-    floor = floor_metrics(real, config())
-    assert floor == floor_metrics(real, config())
+    floor = floor_metrics(real, 300, config())
+    assert floor == floor_metrics(real, 300, config())
     assert floor.num_samples == 200
     assert 0 < floor.fid < compute_metrics(gaussian(200, shift=0.5, seed=5), real, config()).fid
     assert floor.kid == pytest.approx(0, abs=0.1)
+
+
+def test_the_floor_has_the_bias_of_as_many_samples() -> None:
+    """FID of fewer samples is higher, also of perfect ones: a floor at another number would be no floor."""
+    real = gaussian(1000, dim=16)
+    floors = {count: floor_metrics(real, count, config()) for count in (100, 250, 500)}
+    assert [floor.num_samples for floor in floors.values()] == [100, 250, 500]
+    assert floors[100].fid > 1.5 * floors[250].fid > 1.5 * floors[500].fid
+    for count, floor in floors.items():
+        perfect = [compute_metrics(gaussian(count, 16, seed=s), real, config()).fid for s in range(1, 6)]
+        assert floor.fid == pytest.approx(np.mean(perfect), rel=0.5)
+
+
+def test_the_floor_compares_images_with_others_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[np.ndarray, np.ndarray]] = []
+    real = np.arange(1000, dtype=np.float32).reshape(500, 2)
+    monkeypatch.setattr("maskdm.evaluation.compute_metrics", lambda x, y, _: seen.append((x, y)))
+    floor_metrics(real, 100, config())
+    ((samples, others),) = seen
+    assert (len(samples), len(others)) == (100, 400)
+    assert {*samples[:, 0], *others[:, 0]} == {*real[:, 0]}
+
+
+def test_kid_of_the_floor_is_of_smaller_subsets_where_it_must() -> None:
+    real = gaussian(150)
+    floor = floor_metrics(real, 120, config(kid_subset_size=100))
+    assert floor.num_samples == 75
+    assert floor == floor_metrics(real, 120, config(kid_subset_size=75))
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 ARM = "patch-m50"
 ARMS = ["scratch", ARM, "block2-m75"]
 MASKED = ARMS[1:]
+TRIALS = ["given", "lr-high"]
 MILESTONES = ["0.600", "1.000"]
 NUM_SAMPLES = 64
 OF_ARM = ["--arm", ARM, "--seed", "0"]
@@ -60,8 +61,11 @@ def weights_of(experiment: Experiment, arm: str, which: str = "raw", seed: int =
     return load_all(folder_of(experiment, "pretrain", arm, seed) / "checkpoint.safetensors")[0][which]
 
 
-def params_of(experiment: Experiment) -> Params:
-    return load_params(experiment.file)
+def params_of(experiment: Experiment, arm: str | None = None) -> Params:
+    """What params.yaml says; of an arm, what it runs with: with the values that were chosen for it."""
+    params = load_params(experiment.file)
+    values = {} if arm is None else json_of(experiment, f"results/chosen/{arm}.json")["values"]
+    return params.with_values(arm, values) if arm and values else params
 
 
 def assert_equal_weights(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -91,8 +95,12 @@ def write_images(folder: Path, count: int, kind: str = "png") -> None:
 def test_files_are_those_and_no_others(finished_once: Experiment) -> None:
     expected = {f"results/data/{name}" for name in ("images-00000.npy", "labels.npy", "manifest.json", "preview.png")}
     expected |= {f"results/features/{n}" for n in ("classifier.safetensors", "features.json", "reference.npy")}
-    expected |= {"results/records/prepare.json", "results/records/features.json"}
+    expected |= {f"results/records/{stage}.json" for stage in ("prepare", "features", "scale", "choose")}
+    expected |= {"results/metrics/scale.json"}
     for arm in ARMS:
+        expected |= {f"results/tuning/{arm}/{trial}.json" for trial in TRIALS}
+        expected |= {f"results/records/tune-{arm}-{trial}.json" for trial in TRIALS}
+        expected |= {f"results/chosen/{arm}.json"}
         expected |= {f"results/pretrain/{arm}/seed-0/{name}" for name in ("checkpoint.safetensors", "curve.csv")}
         finetuned = ["milestones.json", "curve.csv", *(f"milestone-{m}.safetensors" for m in MILESTONES)]
         expected |= {f"results/finetune/{arm}/seed-0/{name}" for name in finetuned}
@@ -102,36 +110,37 @@ def test_files_are_those_and_no_others(finished_once: Experiment) -> None:
         stages = ("pretrain", "finetune", "sample", "evaluate")
         expected |= {f"results/records/{stage}-{arm}-seed-0.json" for stage in stages}
     found = set(finished_once.hashes("results"))
-    assert {f for f in found if not f.startswith("results/report/")} == expected
-    assert {"results/report/index.html", "results/report/summary.csv"} <= found
+    reported = {f for f in found if f.startswith("results/report/")}
+    assert found - reported == expected
+    assert {f"results/report/{n}" for n in ("report.html", "summary.csv", "verdicts.csv", "summary.md")} <= reported
     assert not [f for f in finished_once.path(".work").rglob("*") if f.is_file() and f.suffix != ".lock"]
     assert not finished_once.path("mlflow.db").exists(), "tracking is off"
 
 
-def test_arms_spend_the_same_to_within_a_step(finished_once: Experiment) -> None:
-    params = params_of(finished_once)
+def test_arms_spend_the_same_to_within_a_step(scored_once: Experiment) -> None:
+    params = params_of(scored_once)
     step = count_step_flops(params, params.finetune.batch_size, params.grid.num_patches)
-    spent = [json_of(finished_once, f"results/metrics/{arm}-seed-0.json")["flops"] for arm in ARMS]
+    spent = [json_of(scored_once, f"results/metrics/{arm}-seed-0.json")["flops"] for arm in ARMS]
     assert spent[0] == params.budget.unmasked_steps * step
     assert max(spent) - min(spent) <= step
 
 
-def test_milestones_fall_where_the_budget_says(finished_once: Experiment) -> None:
-    params = params_of(finished_once)
+def test_milestones_fall_where_the_budget_says(scored_once: Experiment) -> None:
+    params = params_of(scored_once)
     step = count_step_flops(params, params.finetune.batch_size, params.grid.num_patches)
     for arm in ARMS:
-        milestones = json_of(finished_once, f"results/finetune/{arm}/seed-0/milestones.json")
+        milestones = json_of(scored_once, f"results/finetune/{arm}/seed-0/milestones.json")
         assert list(milestones) == MILESTONES
         for key, milestone in milestones.items():
             assert abs(milestone["flops"] - float(key) * params.budget.unmasked_steps * step) <= step
 
 
-def test_scratch_publishes_its_initialisation_and_a_curve_without_rows(finished_once: Experiment) -> None:
-    model = build_model(params_of(finished_once), num_classes=10)
+def test_scratch_publishes_its_initialisation_and_a_curve_without_rows(scored_once: Experiment) -> None:
+    model = build_model(params_of(scored_once), num_classes=10)
     model.initialise(rng.generator(0, "init"))
     for which in ("raw", "ema"):
-        assert_equal_weights(weights_of(finished_once, "scratch", which), dict(model.state_dict()))
-    text = (folder_of(finished_once, "pretrain", "scratch") / "curve.csv").read_text(encoding="utf-8")
+        assert_equal_weights(weights_of(scored_once, "scratch", which), dict(model.state_dict()))
+    text = (folder_of(scored_once, "pretrain", "scratch") / "curve.csv").read_text(encoding="utf-8")
     assert text == "step,loss,lr,images_seen,tokens_seen,flops\n"
 
 
@@ -147,9 +156,9 @@ def test_arms_of_a_seed_share_the_initial_weights_and_seeds_do_not(prepared: Exp
     assert random_before and all(not torch.equal(initial[name], other[name]) for name in random_before)
 
 
-def test_pretraining_changes_the_weights_and_their_average_differs(finished_once: Experiment) -> None:
-    initial, trained = weights_of(finished_once, "scratch"), weights_of(finished_once, ARM)
-    average = weights_of(finished_once, ARM, "ema")
+def test_pretraining_changes_the_weights_and_their_average_differs(scored_once: Experiment) -> None:
+    initial, trained = weights_of(scored_once, "scratch"), weights_of(scored_once, ARM)
+    average = weights_of(scored_once, ARM, "ema")
     assert all(torch.isfinite(w).all() for w in trained.values())
     assert sum(not torch.equal(initial[n], trained[n]) for n in initial) > len(initial) / 2
     assert any(not torch.equal(average[n], trained[n]) for n in initial)
@@ -157,21 +166,22 @@ def test_pretraining_changes_the_weights_and_their_average_differs(finished_once
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 @pytest.mark.parametrize("arm", MASKED)
-def test_curve_has_a_row_per_interval_and_milestone(finished_once: Experiment, stage: str, arm: str) -> None:
-    plan, curve = plan_arm(params_of(finished_once), arm), curve_of(finished_once, stage, arm)
+def test_curve_has_a_row_per_interval_and_milestone(scored_once: Experiment, stage: str, arm: str) -> None:
+    params, curve = params_of(scored_once, arm), curve_of(scored_once, stage, arm)
+    plan, lr = plan_arm(params, arm), (params.pretrain_of(arm) if stage == "pretrain" else params.finetune_of(arm)).lr
     num_steps = getattr(plan, stage).num_steps
     steps = {*range(5, num_steps + 1, 5), num_steps} | (
         {s for _, s in plan.milestones} if stage == "finetune" else set()
     )
     assert list(curve.columns) == ["step", "loss", "lr", "images_seen", "tokens_seen", "flops"]
     assert list(curve["step"]) == sorted(steps)
-    assert np.isfinite(curve["loss"]).all() and (curve["lr"] == 2e-3).all()
+    assert np.isfinite(curve["loss"]).all() and (curve["lr"] == lr).all()
 
 
 @pytest.mark.parametrize("arm", MASKED)
-def test_compute_in_the_curve_goes_on_from_pretraining_to_finetuning(finished_once: Experiment, arm: str) -> None:
-    plan = plan_arm(params_of(finished_once), arm)
-    pretrained, finetuned = curve_of(finished_once, "pretrain", arm), curve_of(finished_once, "finetune", arm)
+def test_compute_in_the_curve_goes_on_from_pretraining_to_finetuning(scored_once: Experiment, arm: str) -> None:
+    plan = plan_arm(params_of(scored_once), arm)
+    pretrained, finetuned = curve_of(scored_once, "pretrain", arm), curve_of(scored_once, "finetune", arm)
     for curve, stage, before in (
         (pretrained, plan.pretrain, (0, 0, 0)),
         (finetuned, plan.finetune, tuple(pretrained[["images_seen", "tokens_seen", "flops"]].iloc[-1])),
@@ -183,9 +193,9 @@ def test_compute_in_the_curve_goes_on_from_pretraining_to_finetuning(finished_on
     assert finetuned["flops"].iloc[-1] == plan.flops
 
 
-def test_samples_are_images_of_the_dataset(finished_once: Experiment) -> None:
+def test_samples_are_images_of_the_dataset(scored_once: Experiment) -> None:
     for arm, milestone in itertools.product(ARMS, MILESTONES):
-        folder = folder_of(finished_once, "samples", arm)
+        folder = folder_of(scored_once, "samples", arm)
         images = np.load(folder / f"milestone-{milestone}.npy")
         assert images.shape == (NUM_SAMPLES, 8, 8, 1) and images.dtype == np.uint8
         assert len(np.unique(images.reshape(NUM_SAMPLES, -1), axis=0)) == NUM_SAMPLES
@@ -193,35 +203,40 @@ def test_samples_are_images_of_the_dataset(finished_once: Experiment) -> None:
             assert min(grid.size) >= 4 * 8  # 16 images
 
 
-def test_samples_say_what_they_were_drawn_from(finished_once: Experiment) -> None:
-    info = json_of(finished_once, f"results/samples/{ARM}/seed-0/samples.json")
-    weights = finished_once.hashes(f"results/finetune/{ARM}")
+def test_samples_say_what_they_were_drawn_from(scored_once: Experiment) -> None:
+    info = json_of(scored_once, f"results/samples/{ARM}/seed-0/samples.json")
+    weights = scored_once.hashes(f"results/finetune/{ARM}")
     place = f"results/finetune/{ARM}/seed-0"
     assert info["weights_sha256"] == {m: weights[f"{place}/milestone-{m}.safetensors"] for m in MILESTONES}
     assert info["num_samples"] == NUM_SAMPLES and info["sampler"] == "ddim" and info["num_steps"] == 5
 
 
 SCORES = ["fid", "kid", "kid_std", "precision", "recall", "num_samples", "flops"]
-ABOUT = ["arm", "seed", "strategy", "mask_rate", "block_size", "realised_mask_rate", "data_sha256"]
-SCALE = ["extractor", "extractor_sha256", "fid_floor", "kid_floor", "floor_num_samples"]
+ABOUT = ["arm", "seed", "strategy", "mask_rate", "block_size", "realised_mask_rate"]
+ORIGIN = ["extractor", "extractor_sha256", "data_sha256"]
+SCALE = ["fid_floor", "kid_floor", "floor_num_samples", "fid_untrained", "kid_untrained"]
 
 
 @pytest.mark.parametrize(("arm", "rate", "block"), [("scratch", 0.0, None), (ARM, 0.5, None), ("block2-m75", 0.75, 2)])
-def test_metrics_say_what_they_are_of(finished_once: Experiment, arm: str, rate: float, block: int | None) -> None:
-    metrics = json_of(finished_once, f"results/metrics/{arm}-seed-0.json")
-    features = json_of(finished_once, "results/features/features.json")
-    assert set(metrics) == {*SCORES, *ABOUT, *SCALE, "milestones"}
+def test_metrics_say_what_they_are_of(scored_once: Experiment, arm: str, rate: float, block: int | None) -> None:
+    metrics = json_of(scored_once, f"results/metrics/{arm}-seed-0.json")
+    features = json_of(scored_once, "results/features/features.json")
+    scale = json_of(scored_once, "results/metrics/scale.json")
+    assert set(metrics) == {*SCORES, *ABOUT, *ORIGIN, *SCALE, "milestones"}
     assert (metrics["arm"], metrics["seed"], metrics["block_size"]) == (arm, 0, block)
     assert metrics["realised_mask_rate"] == rate
     assert metrics["mask_rate"] == (rate or None)
-    assert metrics["data_sha256"] == json_of(finished_once, "results/data/manifest.json")["sha256"]
-    assert {k: metrics[k] for k in SCALE} == {k: features[k] for k in SCALE}
+    assert metrics["data_sha256"] == json_of(scored_once, "results/data/manifest.json")["sha256"]
+    assert {k: metrics[k] for k in ORIGIN} == {k: features[k] for k in ORIGIN} == {k: scale[k] for k in ORIGIN}
+    floor, untrained = scale["floor"], scale["untrained"]
+    expected = [floor["fid"], floor["kid"], floor["num_samples"], untrained["fid"], untrained["kid"]]
+    assert [metrics[k] for k in SCALE] == expected
 
 
-def test_metrics_of_the_last_milestone_are_the_arms(finished_once: Experiment) -> None:
+def test_metrics_of_the_last_milestone_are_the_arms(scored_once: Experiment) -> None:
     for arm in ARMS:
-        metrics = json_of(finished_once, f"results/metrics/{arm}-seed-0.json")
-        finetuned = json_of(finished_once, f"results/finetune/{arm}/seed-0/milestones.json")
+        metrics = json_of(scored_once, f"results/metrics/{arm}-seed-0.json")
+        finetuned = json_of(scored_once, f"results/finetune/{arm}/seed-0/milestones.json")
         assert list(metrics["milestones"]) == MILESTONES
         for key, milestone in metrics["milestones"].items():
             assert set(milestone) == {*SCORES, "step", "images_seen", "tokens_seen"}
@@ -229,15 +244,15 @@ def test_metrics_of_the_last_milestone_are_the_arms(finished_once: Experiment) -
             assert milestone["fid"] > 0 and milestone["num_samples"] == NUM_SAMPLES
             assert 0 <= milestone["precision"] <= 1 and 0 <= milestone["recall"] <= 1
         assert {k: metrics[k] for k in SCORES} == {k: metrics["milestones"]["1.000"][k] for k in SCORES}
-        assert metrics["fid"] > metrics["fid_floor"] > 0
+        assert metrics["fid_untrained"] > metrics["fid"] > metrics["fid_floor"] > 0
+        assert metrics["kid_untrained"] > metrics["kid"] > metrics["kid_floor"]
 
 
-def test_records_say_what_made_them(finished_once: Experiment) -> None:
-    params = params_of(finished_once)
+def test_records_say_what_made_them(scored_once: Experiment) -> None:
     for stage, arm in itertools.product(("pretrain", "finetune", "sample", "evaluate"), ARMS):
-        record = record_of(finished_once, stage, arm)
-        assert (record["stage"], record["arm"], record["seed"]) == (stage, arm, 0)
-        assert record["params_fingerprint"] == fingerprint(params)
+        record = record_of(scored_once, stage, arm)
+        assert (record["stage"], record["arm"], record["seed"], record["trial"]) == (stage, arm, 0, None)
+        assert record["params_fingerprint"] == fingerprint(params_of(scored_once, arm))
         assert record["versions"]["torch"] == torch.__version__
         assert record["wall_seconds"] > 0 and record["peak_memory_gib"] > 0 and record["machine"]["cores"] >= 1
         assert record["git_commit"] is None, "the folder is in no repository"
@@ -247,15 +262,37 @@ def test_records_say_what_made_them(finished_once: Experiment) -> None:
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_records_of_training_account_for_the_compute(finished_once: Experiment, arm: str) -> None:
-    plan, weights = plan_arm(params_of(finished_once), arm), weights_of(finished_once, arm)
+def test_records_of_training_account_for_the_compute(scored_once: Experiment, arm: str) -> None:
+    plan, weights = plan_arm(params_of(scored_once), arm), weights_of(scored_once, arm)
     for stage in ("pretrain", "finetune"):
-        record, planned = record_of(finished_once, stage, arm), getattr(plan, stage)
+        record, planned = record_of(scored_once, stage, arm), getattr(plan, stage)
         assert (record["steps"], record["num_visible"]) == (planned.num_steps, planned.num_visible)
         assert record["flops"] == planned.num_steps * planned.flops_per_step
         assert record["realised_mask_rate"] == 1 - planned.num_visible / 16
         assert record["num_parameters"] == sum(w.numel() for w in weights.values())
-        assert (record["train_seconds"] > 0) == (planned.num_steps > 0)
+        assert (record["device_seconds"] > 0) == (planned.num_steps > 0)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_records_of_training_time_every_row_of_the_curve(scored_once: Experiment, stage: str, arm: str) -> None:
+    record, curve = record_of(scored_once, stage, arm), curve_of(scored_once, stage, arm)
+    columns = ["step", "device_seconds", "data_wait_seconds", "peak_memory_gib"]
+    timings = pd.DataFrame(record["timings"], columns=columns)
+    assert all(set(row) == set(columns) for row in record["timings"])
+    assert list(timings["step"]) == list(curve["step"])
+    if arm == "scratch" and stage == "pretrain":
+        assert len(timings) == 0
+        assert (record["device_seconds"], record["data_wait_seconds"], record["data_wait_share"]) == (0, 0, 0)
+        return
+    assert (timings["device_seconds"].diff().dropna() > 0).all(), "cumulative"
+    assert (timings["data_wait_seconds"].diff().dropna() > 0).all()
+    assert (timings["data_wait_seconds"] < timings["device_seconds"]).all()
+    last = timings.iloc[-1]
+    assert record["device_seconds"] == pytest.approx(last["device_seconds"], abs=1e-3)
+    assert record["data_wait_seconds"] == pytest.approx(last["data_wait_seconds"], abs=1e-3)
+    assert record["data_wait_share"] == pytest.approx(last["data_wait_seconds"] / last["device_seconds"], abs=1e-3)
+    assert record["device_seconds"] < record["wall_seconds"], "logging, saving and publishing are not in it"
 
 
 # --- the same again -------------------------------------------------------------------------------------------
@@ -263,6 +300,9 @@ def test_records_of_training_account_for_the_compute(finished_once: Experiment, 
 OUTPUTS = {
     "prepare": "results/data",
     "features": "results/features",
+    "scale": "results/metrics/scale.json",
+    "tune": f"results/tuning/{ARM}/lr-high.json",
+    "choose": "results/chosen",
     "pretrain": f"results/pretrain/{ARM}",
     "finetune": f"results/finetune/{ARM}",
     "sample": f"results/samples/{ARM}",
@@ -272,56 +312,60 @@ OUTPUTS = {
 
 
 @pytest.mark.parametrize("stage", OUTPUTS)
-def test_stage_run_again_gives_equal_bytes(finished: Experiment, stage: str) -> None:
-    output = finished.path(OUTPUTS[stage])
-    before, old_inode = finished.hashes(OUTPUTS[stage]), output.stat().st_ino
+def test_stage_run_again_gives_equal_bytes(scored: Experiment, stage: str) -> None:
+    if stage == "report":
+        scored.succeed("report")
+    output = scored.path(OUTPUTS[stage])
+    before, old_inode = scored.hashes(OUTPUTS[stage]), output.stat().st_ino
     output.rename(output.with_name("aside"))
     if stage == "report":
         shutil.rmtree(output.with_name("aside"))
-    finished.succeed(stage, *(OF_ARM if stage in ("pretrain", "finetune", "sample", "evaluate") else []))
-    assert finished.hashes(OUTPUTS[stage]) == before
+    of_trial = ["--arm", ARM, "--trial", "lr-high"] if stage == "tune" else []
+    scored.succeed(stage, *(OF_ARM if stage in ("pretrain", "finetune", "sample", "evaluate") else of_trial))
+    assert scored.hashes(OUTPUTS[stage]) == before
     assert stage == "report" or output.with_name("aside").stat().st_ino == old_inode, "written anew"
 
 
-def test_seed_changes_what_is_trained(prepared: Experiment, finished_once: Experiment) -> None:
-    prepared.change(seeds=[1])
-    prepared.succeed("pretrain", "--arm", ARM, "--seed", "1")
-    assert curve_of(finished_once, "pretrain")["loss"].iloc[0] != pytest.approx(
-        pd.read_csv(folder_of(prepared, "pretrain", seed=1) / "curve.csv")["loss"].iloc[0]
-    )
+def test_seed_changes_what_is_trained(prepared: Experiment) -> None:
+    prepared.change(seeds=[0, 1])
+    first_losses = []
+    for seed in (0, 1):
+        prepared.succeed("pretrain", "--arm", ARM, "--seed", str(seed))
+        first_losses.append(pd.read_csv(folder_of(prepared, "pretrain", seed=seed) / "curve.csv")["loss"].iloc[0])
+    assert first_losses[0] != pytest.approx(first_losses[1])
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 1000])
-def test_samples_do_not_depend_on_their_batch(finished: Experiment, finished_once: Experiment, batch_size: int) -> None:
+def test_samples_do_not_depend_on_their_batch(scored: Experiment, scored_once: Experiment, batch_size: int) -> None:
     if batch_size == 1:
-        finished.change(sampling={"num_samples": 50})
-    finished.change(sampling={"batch_size": batch_size}).succeed("sample", *OF_ARM)
+        scored.change(sampling={"num_samples": 50})
+    scored.change(sampling={"batch_size": batch_size}).succeed("sample", *OF_ARM)
     for milestone in MILESTONES:
         name = f"milestone-{milestone}.npy"
-        drawn = np.load(folder_of(finished, "samples") / name)
-        expected = np.load(folder_of(finished_once, "samples") / name)[: len(drawn)]
+        drawn = np.load(folder_of(scored, "samples") / name)
+        expected = np.load(folder_of(scored_once, "samples") / name)[: len(drawn)]
         assert (drawn == expected).mean() >= 0.999
 
 
-def test_evaluation_hardly_depends_on_its_batch(finished: Experiment, finished_once: Experiment) -> None:
-    finished.change(evaluation={"batch_size": 5}).succeed("evaluate", *OF_ARM)
+def test_evaluation_hardly_depends_on_its_batch(scored: Experiment, scored_once: Experiment) -> None:
+    scored.change(evaluation={"batch_size": 5}).succeed("evaluate", *OF_ARM)
     place = f"results/metrics/{ARM}-seed-0.json"
-    got, expected = json_of(finished, place), json_of(finished_once, place)
+    got, expected = json_of(scored, place), json_of(scored_once, place)
     for score in ("fid", "kid", "precision", "recall"):
         assert got[score] == pytest.approx(expected[score], rel=1e-3, abs=1e-6)
 
 
 def test_tracking_changes_no_byte_of_the_results_and_mlflow_gets_the_stage(
-    finished_once: Experiment, prepared: Experiment, monkeypatch: pytest.MonkeyPatch
+    scored_once: Experiment, tuned: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    prepared.change(tracking={"enabled": True})
+    tuned.change(tracking={"enabled": True})
     for words in (["pretrain", *OF_ARM], ["sync"]):
-        process = prepared.start(*words)
+        process = tuned.start(*words)
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
-    assert prepared.hashes(OUTPUTS["pretrain"]) == finished_once.hashes(OUTPUTS["pretrain"])
-    with contextlib.closing(sqlite3.connect(prepared.path("mlflow.db"))) as database:
+    assert tuned.hashes(OUTPUTS["pretrain"]) == scored_once.hashes(OUTPUTS["pretrain"])
+    with contextlib.closing(sqlite3.connect(tuned.path("mlflow.db"))) as database:
         of_stage = "in (select run_uuid from tags where key = 'maskdm.stage' and value = 'pretrain')"
         tags, params, metrics = (
             {key for (key,) in database.execute(f"select distinct key from {table} where run_uuid {of_stage}")}
@@ -491,11 +535,11 @@ def test_loss_that_is_not_finite_between_two_rows_makes_no_update(
     ids=str,
 )
 def test_checkpoint_of_another_architecture_is_refused(
-    finished: Experiment, stage: str, change: dict[str, Any], says: str
+    scored: Experiment, stage: str, change: dict[str, Any], says: str
 ) -> None:
-    before = finished.hashes(OUTPUTS[stage])
-    assert_refused(finished.change(**change).stage(stage), "holds another architecture", says, "Run the pretrain")
-    assert finished.hashes(OUTPUTS[stage]) == before
+    before = scored.hashes(OUTPUTS[stage])
+    assert_refused(scored.change(**change).stage(stage), "holds another architecture", says, "Run the pretrain")
+    assert scored.hashes(OUTPUTS[stage]) == before
 
 
 @pytest.mark.parametrize("content", [lambda old: old[: len(old) // 2], lambda old: b"", lambda old: b"\x80" * 99])
@@ -508,13 +552,13 @@ def test_checkpoint_of_another_architecture_is_refused(
     ],
 )
 def test_damaged_weights_are_refused(
-    finished: Experiment, stage: str, file: str, content: Callable[[bytes], bytes]
+    scored: Experiment, stage: str, file: str, content: Callable[[bytes], bytes]
 ) -> None:
-    before = finished.hashes(OUTPUTS[stage])
-    path = finished.path(file)
+    before = scored.hashes(OUTPUTS[stage])
+    path = scored.path(file)
     path.write_bytes(content(path.read_bytes()))
-    assert_refused(finished.stage(stage), f"{file} is not a readable safetensors file")
-    assert finished.hashes(OUTPUTS[stage]) == before
+    assert_refused(scored.stage(stage), f"{file} is not a readable safetensors file")
+    assert scored.hashes(OUTPUTS[stage]) == before
 
 
 def npy_of(array: np.ndarray) -> bytes:
@@ -533,12 +577,12 @@ def npy_of(array: np.ndarray) -> bytes:
         pytest.param(None, id="missing"),
     ],
 )
-def test_damaged_samples_are_refused(finished: Experiment, content: Callable[[bytes], bytes] | None) -> None:
-    file = folder_of(finished, "samples") / "milestone-1.000.npy"
+def test_damaged_samples_are_refused(scored: Experiment, content: Callable[[bytes], bytes] | None) -> None:
+    file = folder_of(scored, "samples") / "milestone-1.000.npy"
     file.write_bytes(content(file.read_bytes())) if content else file.unlink()
-    before = finished.hashes(OUTPUTS["evaluate"])
-    assert_refused(finished.stage("evaluate"), f"{file.relative_to(finished.folder)}", "run the sample stage again")
-    assert finished.hashes(OUTPUTS["evaluate"]) == before
+    before = scored.hashes(OUTPUTS["evaluate"])
+    assert_refused(scored.stage("evaluate"), f"{file.relative_to(scored.folder)}", "run the sample stage again")
+    assert scored.hashes(OUTPUTS["evaluate"]) == before
 
 
 @pytest.mark.parametrize(
@@ -550,42 +594,42 @@ def test_damaged_samples_are_refused(finished: Experiment, content: Callable[[by
         ("sample", f"results/finetune/{ARM}/seed-0/milestones.json"),
     ],
 )
-def test_cut_off_description_is_refused(finished: Experiment, stage: str, file: str) -> None:
-    path = finished.path(file)
+def test_cut_off_description_is_refused(scored: Experiment, stage: str, file: str) -> None:
+    path = scored.path(file)
     path.write_bytes(path.read_bytes()[:20])
-    assert_refused(finished.stage(stage), file)
+    assert_refused(scored.stage(stage), file)
 
 
-def test_features_of_another_classifier_are_refused(finished: Experiment) -> None:
-    kept = finished.path("results/features/features.json").read_bytes()
-    finished.change(evaluation={"classifier_epochs": 1}).succeed("features")
-    finished.path("results/features/features.json").write_bytes(kept)
-    before = finished.hashes(OUTPUTS["evaluate"])
-    assert_refused(finished.stage("evaluate"), "results/features was made with classifier", "maskdm features")
-    assert finished.hashes(OUTPUTS["evaluate"]) == before
+def test_features_of_another_classifier_are_refused(scored: Experiment) -> None:
+    kept = scored.path("results/features/features.json").read_bytes()
+    scored.change(evaluation={"classifier_epochs": 1}).succeed("features")
+    scored.path("results/features/features.json").write_bytes(kept)
+    before = scored.hashes(OUTPUTS["evaluate"])
+    assert_refused(scored.stage("evaluate"), "results/features was made with classifier", "maskdm features")
+    assert scored.hashes(OUTPUTS["evaluate"]) == before
 
 
-def test_features_of_another_extractor_are_refused(finished: Experiment) -> None:
-    outcome = finished.change(evaluation={"features": "vgg16"}).stage("evaluate")
+def test_features_of_another_extractor_are_refused(scored: Experiment) -> None:
+    outcome = scored.change(evaluation={"features": "vgg16"}).stage("evaluate")
     assert_refused(outcome, "was made with classifier", "but params.yaml names vgg16", "run first: maskdm features")
 
 
-def test_features_of_other_data_are_refused(finished: Experiment) -> None:
-    finished.change(dataset={"limit": 150}).succeed("prepare")
-    assert_refused(finished.stage("evaluate"), "was made from other data", "run first: maskdm features")
+def test_features_of_other_data_are_refused(scored: Experiment) -> None:
+    scored.change(dataset={"limit": 150}).succeed("prepare")
+    assert_refused(scored.stage("evaluate"), "was made from other data", "run first: maskdm features")
 
 
-def test_samples_of_other_weights_are_refused(finished: Experiment) -> None:
-    folder = folder_of(finished, "finetune")
+def test_samples_of_other_weights_are_refused(scored: Experiment) -> None:
+    folder = folder_of(scored, "finetune")
     shutil.copy(folder / f"milestone-{MILESTONES[0]}.safetensors", folder / f"milestone-{MILESTONES[1]}.safetensors")
-    assert_refused(finished.stage("evaluate"), "was not drawn from the weights", f"maskdm sample --arm {ARM}")
+    assert_refused(scored.stage("evaluate"), "was not drawn from the weights", f"maskdm sample --arm {ARM}")
 
 
-def test_a_second_process_of_a_stage_waits_for_the_first(finished_once: Experiment, prepared: Experiment) -> None:
-    processes = [prepared.start("pretrain", *OF_ARM) for _ in range(2)]
+def test_a_second_process_of_a_stage_waits_for_the_first(scored_once: Experiment, tuned: Experiment) -> None:
+    processes = [tuned.start("pretrain", *OF_ARM) for _ in range(2)]
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
-    assert prepared.hashes(OUTPUTS["pretrain"]) == finished_once.hashes(OUTPUTS["pretrain"])
+    assert tuned.hashes(OUTPUTS["pretrain"]) == scored_once.hashes(OUTPUTS["pretrain"])
 
 
 def test_one_writer_says_for_whom_it_waits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -605,15 +649,15 @@ def test_one_writer_says_for_whom_it_waits(tmp_path: Path, capsys: pytest.Captur
     assert f"pretrain x: waiting for process {os.getpid()}, which is at work on it" in capsys.readouterr().err
 
 
-def test_fewer_samples_than_the_metrics_need_are_refused(finished: Experiment) -> None:
-    finished.change(dataset={"limit": 55}, evaluation={"kid_subset_size": 60}).succeed("prepare")
-    assert_refused(finished.run("features"), "55 real images are fewer than the metrics need: 60")
+def test_fewer_samples_than_the_metrics_need_are_refused(scored: Experiment) -> None:
+    scored.change(dataset={"limit": 55}, evaluation={"kid_subset_size": 60}).succeed("prepare")
+    assert_refused(scored.run("features"), "55 real images are fewer than the metrics need: 60")
 
 
-def test_samples_of_another_count_than_params_say_are_scored_as_they_are(finished: Experiment) -> None:
-    finished.change(sampling={"num_samples": 50}).succeed("sample", *OF_ARM)
-    finished.succeed("evaluate", *OF_ARM)
-    assert json_of(finished, OUTPUTS["evaluate"])["num_samples"] == 50
+def test_samples_of_another_count_than_params_say_are_scored_as_they_are(scored: Experiment) -> None:
+    scored.change(sampling={"num_samples": 50}).succeed("sample", *OF_ARM)
+    scored.succeed("evaluate", *OF_ARM)
+    assert json_of(scored, OUTPUTS["evaluate"])["num_samples"] == 50
 
 
 @pytest.mark.parametrize("kind", ["cut off", "text"])
@@ -651,7 +695,8 @@ def test_empty_or_missing_image_folder_is_refused(prepared: Experiment, exists: 
 def unlabelled(tiny: Experiment) -> Experiment:
     """The tiny experiment on images without classes."""
     write_images(tiny.path("images"), 60)
-    tiny.change(dataset={"source": "image_folder", "root": "images"}).succeed("prepare")
+    tiny.change(dataset={"source": "image_folder", "root": "images"}, tuning={"enabled": False}).succeed("prepare")
+    tiny.succeed("choose")
     return tiny
 
 
@@ -676,11 +721,11 @@ def test_data_of_another_shape_than_params_say_is_refused(prepared: Experiment, 
     assert_refused(prepared.change(dataset=dataset).stage("pretrain"), "maskdm prepare")
 
 
-def test_class_conditional_arm_goes_through_every_stage(finished: Experiment) -> None:
-    finished.change(model={"class_conditional": True})
+def test_class_conditional_arm_goes_through_every_stage(scored: Experiment) -> None:
+    scored.change(model={"class_conditional": True})
     for stage in ("pretrain", "finetune", "sample", "evaluate"):
-        finished.succeed(stage, *OF_ARM)
-    assert np.isfinite(json_of(finished, OUTPUTS["evaluate"])["fid"])
+        scored.succeed(stage, *OF_ARM)
+    assert np.isfinite(json_of(scored, OUTPUTS["evaluate"])["fid"])
 
 
 @pytest.mark.parametrize("strategy", ["crop", "none"])

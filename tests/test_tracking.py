@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
 import shutil
-import signal
 import socket
-import subprocess
-import sys
-import textwrap
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,199 +13,38 @@ import psutil
 import pytest
 
 from maskdm import cli, paths, publishing, tracking, ui
-from maskdm.config import Params, parse_params
+from maskdm.config import parse_params
 from maskdm.errors import UserError
-from maskdm.tracking import arm_content, background, sender
-from maskdm.tracking.saved_view import VIEW_TAG
+from maskdm.tracking import background, sender
 from maskdm.tracking.sender import Sender
 from maskdm.tracking.spool import EVENTS, Spool, SpoolReader, spools, tracking_folder
 from maskdm.tracking.store import Store, arm_key, open_store, shown
+from tests.tracked import (
+    ARM,
+    CONTENT,
+    IMAGES,
+    PARAMS,
+    SEED,
+    all_runs,
+    arm_runs,
+    free_port,
+    history,
+    log_run,
+    params_with,
+    publish,
+    run_python,
+    send,
+    sender_pid,
+    snapshot,
+    stop_sender,
+    wait_until,
+    write_results,
+)
 
+pytest_plugins = ["tests.tracked_project"]
 # SQLAlchemy's pool closes its connections only when the process ends; Python 3.13 notices.
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed database:ResourceWarning")
-
-ARM, SEED = "patch-m50", 0
-CONTENT: dict[str, Any] = {
-    "name": "tracking-test",
-    "seeds": [0, 1],
-    "dataset": {"source": "digits", "image_size": 8, "channels": 1},
-    "model": {"patch_size": 2, "dim": 64, "depth": 5, "num_heads": 4},
-    "diffusion": {"num_timesteps": 1000, "schedule": "cosine", "prediction": "x_0"},
-    "budget": {"match": "flops", "unmasked_steps": 1000, "milestones": [0.5, 1.0]},
-    "training": {},
-    "pretrain": {"share": 0.3, "lr": 2e-3, "batch_size": 128},
-    "finetune": {"lr": 2e-3, "batch_size": 128},
-    "sampling": {},
-    "evaluation": {},
-    "compute": {},
-    "arms": {"scratch": {"strategy": "none"}, ARM: {"strategy": "patch", "mask_rate": 0.5}},
-}
-
-
-def params_with(**sections: Any) -> Params:
-    return parse_params({**CONTENT, **sections})
-
-
-PARAMS = params_with()
 START_SENDER = background.start_sender
-
-
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with mlflow's tables: creating them takes seconds, copying does not."""
-    root = tmp_path_factory.mktemp("store")
-    open_store(f"sqlite:///{root / 'mlflow.db'}", root)
-    return root / "mlflow.db"
-
-
-@pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty project, the working directory. No sender starts in the background: `send` does its work here."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    (tmp_path / ".dvc").mkdir()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(background, "start_sender", lambda root: False)
-    yield tmp_path
-    stop_sender(tmp_path)
-
-
-@pytest.fixture
-def senders(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The project, with senders in the background; the last one is stopped."""
-    monkeypatch.setattr(background, "start_sender", START_SENDER)
-    return project
-
-
-@pytest.fixture
-def store(project: Path, empty_database: Path) -> Store:
-    """The project's store, for looking at what was logged."""
-    shutil.copy(empty_database, project / "mlflow.db")
-    return open_store(tracking.store_uri(), project)
-
-
-def write_results(arm: str = ARM, seed: int = SEED, fid: float = 20.0, losses: int = 30) -> None:
-    """What the stages leave of an arm; `scratch` has no pretraining."""
-    stages = ["finetune", "sample", "evaluate"] if arm == "scratch" else [*arm_content.ARM_STAGES]
-    for stage, folder in (("pretrain", paths.pretrain(arm, seed)), ("finetune", paths.finetune(arm, seed))):
-        if stage in stages:
-            rows = [f"{100 * i},{1 / i:.6f},0.002,{12800 * i},{51200 * i},{1e9 * i}" for i in range(1, losses + 1)]
-            text = "\n".join(["step,loss,lr,images_seen,tokens_seen,flops", *rows]) + "\n"
-            publishing.publish_text(folder / "curve.csv", text)
-    scores = {"kid": 0.01, "kid_std": 0.001, "precision": 0.7, "recall": 0.6, "images_seen": 1, "step": 1}
-    milestones = {
-        "0.500": {"fid": fid + 5, "flops": 5e11, **scores},
-        "1.000": {"fid": fid, "flops": 1e12, **scores},
-    }
-    metrics = {"milestones": milestones, "fid_floor": 1.5, "num_samples": 1000, "extractor": "classifier"}
-    publishing.publish_json(paths.metrics(arm, seed), {**metrics, "data_sha256": "ab12"})
-    for number, stage in enumerate(stages, start=1):
-        record = {
-            "wall_seconds": 10.0 * number,
-            "train_seconds": 10.0 * number,
-            "peak_memory_gib": 0.5 * number,
-            "git_commit": "c0ffee",
-        }
-        publishing.publish_json(paths.record(stage, arm, seed), {**record, "versions": {"torch": "2.7"}})
-    paths.samples(arm, seed).mkdir(parents=True, exist_ok=True)
-    (paths.samples(arm, seed) / "grid-1.000.png").write_bytes(b"PNG")
-
-
-def send() -> None:
-    """What a sender does, here and now."""
-    assert tracking_folder(Path.cwd()).is_dir()
-    worker = Sender(Path.cwd())
-    worker.send()
-    assert worker._num_failures == 0
-
-
-def publish(params: Params = PARAMS, arm: str = ARM, seed: int = SEED, **through: str) -> None:
-    tracking.publish_arm(params, arm, seed, **through)
-    send()
-
-
-def log_run(stage: str = "prepare", arm: str | None = None, seed: int | None = None, params: Params = PARAMS) -> None:
-    """A stage that does nothing."""
-    with tracking.stage_run(params, stage, arm, seed):
-        pass
-    send()
-
-
-def sender_pid(root: Path) -> int | None:
-    """The process of the project's sender, if it has one."""
-    lock = tracking_folder(root) / background.LOCK
-    if not lock.exists():
-        return None
-    with lock.open() as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            wait_until(lambda: lock.read_text().endswith("\n"))
-            return int(lock.read_text())
-    return None
-
-
-def stop_sender(root: Path) -> None:
-    """Kill the project's sender, if it has one."""
-    pid = sender_pid(root)
-    if pid is not None:
-        os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: sender_pid(root) is None)
-
-
-def wait_until(is_so: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def arm_runs(store: Store, arm: str = ARM) -> list[Any]:
-    return store._search(PARAMS.name, kind="arm", arm=arm)
-
-
-def all_runs(store: Store) -> list[Any]:
-    return list(store.client.search_runs([store.experiment(PARAMS.name)]))
-
-
-def history(store: Store, run: Any, key: str) -> list[tuple[int, float]]:
-    return [(point.step, point.value) for point in store.client.get_metric_history(run.info.run_id, key)]
-
-
-def snapshot(store: Store) -> dict[str, Any]:
-    """Everything that could change."""
-    return {
-        run.info.run_id: (
-            run.to_dictionary(),
-            {
-                key: [m.to_dictionary() for m in store.client.get_metric_history(run.info.run_id, key)]
-                for key in run.data.metrics
-            },
-        )
-        for run in all_runs(store)
-    }
-
-
-def run_python(code: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    """Start code in a process of its own, with PARAMS as `params`."""
-    preamble = """
-        import json, sys
-        from maskdm.config import parse_params
-        params = parse_params(json.loads(sys.argv[1]))
-    """
-    root = str(Path(tracking.__file__).parents[2])
-    return subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            textwrap.dedent(preamble) + textwrap.dedent(code),
-            json.dumps(CONTENT),
-            *arguments,
-        ],
-        env={**os.environ, "PYTHONPATH": root, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed database:ResourceWarning")
 
 
 @pytest.mark.workflow
@@ -254,12 +85,16 @@ def test_an_arm_carries_its_curves_scores_timings_and_provenance(store: Store) -
     expected = [(100 * i, float(f"{1 / i:.6f}")) for i in range(1, 1501)]
     assert history(store, run, "pretrain/loss") == history(store, run, "finetune/loss") == expected
     assert history(store, run, "fid") == [(50, 25.0), (100, 20.0)]
-    assert run.data.metrics.items() >= {"fid": 20.0, "flops": 1e12, "fid_floor": 1.5, "recall": 0.6}.items()
+    assert run.data.metrics.items() >= {"fid": 20.0, "flops": 1e12, "fid_floor": 1.5, "fid_untrained": 300.0}.items()
+    assert history(store, run, "flops") == [(50, 5e11), (100, 1e12)]  # the charts' abscissae of fid
+    throughput = [(100 * i, IMAGES / 2.0) for i in range(2, 1501)]
+    assert history(store, run, "finetune/images_per_second") == pytest.approx(throughput)
     timings = {
         "pretrain_seconds": 10.0,
         "evaluate_seconds": 40.0,
-        "train_seconds": 30.0,
-        "peak_memory_gib": 2.0,
+        "device_seconds": 30.0,
+        "data_wait_share": 0.25,
+        "peak_memory_gib": 0.25,
     }
     assert run.data.metrics.items() >= timings.items()
     own = {"strategy": "patch", "mask_rate": "0.5", "realised_mask_rate": "0.5", "num_visible": "8"}
@@ -277,7 +112,7 @@ def test_scratch_trains_without_pretraining(store: Store) -> None:
     publish(arm="scratch")
 
     (run,) = arm_runs(store, "scratch")
-    assert run.data.metrics["train_seconds"] == run.data.metrics["finetune_seconds"]
+    assert run.data.metrics["device_seconds"] == 10.0
     assert run.data.params.items() >= {"strategy": "none", "mask_rate": "0.0", "pretrain.share": "0.0"}.items()
     assert not {"pretrain/loss", "pretrain_seconds"} & set(run.data.metrics)
     assert not {"pretrain.lr", "block_size"} & set(run.data.params)
@@ -363,7 +198,7 @@ def test_a_stage_does_not_publish_what_later_stages_left_of_an_older_run(store: 
     write_results()
     publish(through="finetune")
     (run,) = arm_runs(store)
-    assert {"pretrain/loss", "finetune/loss", "train_seconds"} <= set(run.data.metrics)
+    assert {"pretrain/loss", "finetune/loss", "device_seconds"} <= set(run.data.metrics)
     assert not {"fid", "evaluate_seconds"} & set(run.data.metrics)
     assert store.client.list_artifacts(run.info.run_id) == []
 
@@ -559,7 +394,7 @@ def test_a_run_that_the_user_deletes_holds_up_nothing(store: Store, project: Pat
 def test_an_unreachable_server_costs_no_time_and_is_told_once_by_the_next_stage(
     project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{_free_port()}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{free_port()}")
     write_results()
     started = time.monotonic()
     with tracking.stage_run(PARAMS, "finetune", ARM, SEED) as run:
@@ -611,7 +446,7 @@ def test_every_store_gets_what_is_meant_for_it(
     store: Store, project: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log_run()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{_free_port()}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     with tracking.stage_run(PARAMS, "features"):
         pass
     (project / "sub").mkdir()
@@ -755,21 +590,6 @@ def test_disabled_tracking_imports_no_mlflow_and_writes_nothing(project: Path) -
     assert [file.name for file in project.iterdir()] == [".dvc"]
 
 
-def test_the_view_of_arms_is_saved_and_its_urls_name_it(store: Store) -> None:
-    log_run()
-    experiment = store.client.get_experiment_by_name(PARAMS.name)
-    view = json.loads(experiment.tags[VIEW_TAG])
-    assert view["searchFilter"] == "tags.`maskdm.kind` = 'arm'"
-    assert "metrics.`fid`" in view["selectedColumns"]
-    base = f"http://127.0.0.1:5000/#/experiments/{experiment.experiment_id}/runs?"
-    assert tracking.compare_url(PARAMS) == base + "viewStateShareKey=arms"
-    charts = tracking.chart_url(PARAMS, "http://host:1/")
-    assert charts.startswith("http://host:1/#/experiments/")
-    assert charts.endswith("/runs?compareRunsMode=CHART&viewStateShareKey=arms")
-    with pytest.raises(UserError, match="has no experiment 'other' yet"):
-        tracking.compare_url(params_with(name="other"))
-
-
 def test_a_deleted_experiment_comes_back(store: Store) -> None:
     store.client.delete_experiment(store.experiment(PARAMS.name))
     log_run()
@@ -790,10 +610,10 @@ def test_the_ui_says_what_is_missing(project: Path) -> None:
 @pytest.mark.workflow
 def test_the_ui_answers_and_leaves_no_process(store: Store) -> None:
     log_run()
-    port = _free_port()
+    port = free_port()
     process = run_python("from maskdm.ui import open_ui\nopen_ui(params, int(sys.argv[2]))", str(port))
     assert process.stdout is not None
-    assert f"127.0.0.1:{port}/#/experiments/1/runs?viewStateShareKey=arms" in process.stdout.readline()
+    assert f"127.0.0.1:{port}/#/experiments/1/runs?viewStateShareKey=arms&" in process.stdout.readline()
     assert [process.stdout.readline() for _ in range(2)][-1] == "Ctrl-C stops it.\n"
     server = psutil.Process(process.pid).children(recursive=True)
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10) as answer:
@@ -802,9 +622,3 @@ def test_the_ui_answers_and_leaves_no_process(store: Store) -> None:
     assert process.communicate(timeout=60) == ("", "")
     assert process.returncode == 143
     assert server and not any(helper.is_running() for helper in server)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

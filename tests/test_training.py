@@ -158,7 +158,7 @@ def train_in_two_goes(params: Params, run: TrainRun, at_step: int, folder: Path,
 
     def save(good: TrainState) -> None:
         if good.step == at_step:
-            info = {"architecture": {}, "step": good.step, "curve": good.curve, "seconds": good.seconds}
+            info = {"architecture": {}, "step": good.step, "curve": good.curve, "timings": good.timings}
             store.save(state_tensors(good), info)
             raise Interrupted
 
@@ -248,7 +248,87 @@ def test_rows_come_at_intervals_milestones_and_the_end_and_each_may_be_saved() -
     every_step = train_quietly(fresh_state(params), replace(run, training=TrainingConfig(log_every=1)))
     means = [np.mean(losses(every_step)[a:b]) for a, b in ((0, 4), (4, 5), (5, 8), (8, 10))]
     np.testing.assert_allclose(losses(state), means, rtol=1e-6)
-    assert state.seconds > 0
+
+
+# --- time
+
+
+class FakeTime:
+    """A clock that stands still, but where the test says that something takes so long."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr("maskdm.training.time.perf_counter", lambda: self.now)
+
+    def taking(self, seconds: float, what: Callable[..., Any] = lambda *_: None) -> Callable[..., Any]:
+        """The same function, as slow."""
+
+        def slow(*arguments: Any, **keywords: Any) -> Any:
+            self.now += seconds
+            return what(*arguments, **keywords)
+
+        return slow
+
+
+def train_timed(clock: FakeTime, state: TrainState, run: TrainRun) -> list[dict[str, float]]:
+    """Train where a step takes 1 s and its data 0.25 s, logging 100 s and saving 1000 s; the logged rows."""
+    rows: list[dict[str, float]] = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("maskdm.training.clip_gradients", clock.taking(1.0, clip_gradients))
+        batches: Any = clock.taking(0.25, batches_of(run))
+        train(state, run, batches, FP32, log=clock.taking(100.0, rows.append), save=clock.taking(1000.0))
+    return rows
+
+
+def test_device_seconds_hold_steps_and_data_but_neither_logging_nor_saving(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = tiny_params(training={"log_every": 4})
+    clock, run, state = (
+        FakeTime(monkeypatch),
+        replace(run_of(params, num_steps=10), milestones=(5,)),
+        fresh_state(params),
+    )
+    rows = train_timed(clock, state, run)
+    steps = [4, 5, 8, 10]
+    assert [row["step"] for row in state.timings] == [row["step"] for row in state.curve] == steps
+    assert [row["device_seconds"] for row in state.timings] == [1.25 * step for step in steps]
+    assert [row["data_wait_seconds"] for row in state.timings] == [0.25 * step for step in steps]
+    assert all(0.01 < row["peak_memory_gib"] < 1000 for row in state.timings)
+    assert (state.device_seconds, state.data_wait_seconds) == (12.5, 2.5)
+    assert rows == [row | timing for row, timing in zip(state.curve, state.timings, strict=True)], "both are logged"
+    assert clock.now == 1000 + 12.5 + 4 * 1100
+
+
+def test_seconds_of_a_resumed_run_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = tiny_params(training={"log_every": 4})
+    clock, whole, first = FakeTime(monkeypatch), fresh_state(params), fresh_state(params)
+    train_timed(clock, whole, run_of(params, num_steps=10))
+    train_timed(clock, first, run_of(params, num_steps=8))
+    saved = frozen(first), {"step": first.step, "curve": first.curve, "timings": first.timings}
+    clock.now += 1e6  # nothing ran in between
+    resumed = fresh_state(params, seed=99)
+    restore_state(resumed, *saved)
+    assert (resumed.device_seconds, resumed.data_wait_seconds) == (10.0, 2.0)
+    train_timed(clock, resumed, run_of(params, num_steps=10))
+    without_memory = [[{**row, "peak_memory_gib": 0} for row in state.timings] for state in (resumed, whole)]
+    assert without_memory[0] == without_memory[1]
+    assert resumed.curve == whole.curve
+    assert len(first.timings) == 2, "the list that was saved is not the one that goes on"
+
+
+def test_the_curve_does_not_depend_on_the_time_that_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = tiny_params(training={"log_every": 3})
+    run = run_of(params, num_steps=7)
+    timed, real = fresh_state(params), fresh_state(params)
+    train_quietly(real, run)
+    train_timed(FakeTime(monkeypatch), timed, run)
+    assert timed.curve == real.curve
+    assert timed.timings != real.timings
+    assert all(not {"device_seconds", "data_wait_seconds", "peak_memory_gib"} & set(row) for row in real.curve)
+
+
+def test_a_state_that_has_not_been_trained_has_taken_no_time() -> None:
+    state = fresh_state(tiny_params())
+    assert (state.device_seconds, state.data_wait_seconds) == (0.0, 0.0)
 
 
 # --- losses that are not finite
@@ -279,6 +359,7 @@ def test_a_bad_loss_stops_training_before_its_update(
         train(state, run, batches, FP32, log=events.append, save=events.append)
     for part in ("pretrain patch-m50 seed 0", "not finite at step 3 ", "learning rate 0.002"):
         assert part in str(caught.value)
+    assert caught.value.reason == "the loss is not finite at step 3 (learning rate 0.002)"
     assert events == []
     good = train_quietly(fresh_state(params), replace(run, num_steps=3))
     after, before = frozen(state), frozen(good)
@@ -306,8 +387,9 @@ def test_gradients_that_overflow_under_a_finite_loss_are_never_saved() -> None:
     run, saved, state = run_of(params, num_steps=4), [], fresh_state(params)
     weight, steps = state.model.get_parameter("norm.weight"), iter(range(4))
     weight.register_hook(lambda gradient: gradient * math.inf if next(steps) == 3 else gradient)
-    with pytest.raises(NonFiniteLossError, match=r"pretrain patch-m50 seed 0: .* not finite after step 3"):
+    with pytest.raises(NonFiniteLossError, match=r"pretrain patch-m50 seed 0: .* not finite after step 3") as caught:
         train(state, run, batches_of(run), FP32, log=lambda _: None, save=lambda good: saved.append(good.step))
+    assert caught.value.reason == "the weights are not finite after step 3 (learning rate 0.001)"
     assert saved == [2]
 
 

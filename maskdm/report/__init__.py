@@ -1,6 +1,5 @@
-"""The report: one table, one page and four figures that answer whether masked pretraining paid."""
+"""The report: tables, verdicts, figures and one page that answer whether masked pretraining paid."""
 
-from maskdm.report.report import print_summary, write_report
-from maskdm.report.tables import format_final, print_table
+from maskdm.report.report import Report, print_report, print_summary, write_report
 
-__all__ = ["format_final", "print_summary", "print_table", "write_report"]
+__all__ = ["Report", "print_report", "print_summary", "write_report"]

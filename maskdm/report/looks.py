@@ -18,26 +18,33 @@ BASELINES = ("#000000", "#777777", "#AAAAAA")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", "-.", ":")
 FLOOR = "#666666"
+MISSING = "#8A8A8A"
 NO_MASKING = "no masking"
+WIDTH = 7.2  # inches: a page's text width, so that the sizes below are those in print, none under 8 points
+DPI = 200
 # matplotlib's own defaults first: a user's matplotlibrc must not change the report.
 STYLE: list[Any] = [
     "default",
     {
-        "font.size": 10,
+        "font.size": 8.5,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.edgecolor": "#555555",
+        "axes.linewidth": 0.7,
         "axes.grid": True,
         "axes.axisbelow": True,
-        "axes.titlesize": 11,
+        "axes.titlesize": 9,
+        "axes.labelsize": 8.5,
         "axes.titlelocation": "left",
+        "xtick.labelsize": 8,
+        "ytick.labelsize": 8,
         "grid.color": "#E4E4E4",
-        "grid.linewidth": 0.8,
+        "grid.linewidth": 0.6,
+        "hatch.linewidth": 0.6,
         "legend.frameon": False,
-        "legend.fontsize": 9,
-        "lines.linewidth": 1.8,
-        "lines.markersize": 6,
-        "savefig.dpi": 150,
+        "legend.fontsize": 8,
+        "lines.linewidth": 1.4,
+        "lines.markersize": 5,
     },
 ]
 
@@ -80,7 +87,7 @@ def hue(params: Params, arm: ArmConfig) -> str:
 def arm_looks(params: Params) -> dict[str, Look]:
     """The look of every arm."""
     rates = sorted({arm.mask_rate for arm in params.arms.values() if arm.mask_rate is not None})
-    return {key: _arm_look(params, key, rates, twin) for key, twin in _twins(params).items()}
+    return {key: _arm_look(params, key, rates, twin) for key, twin in twins(params).items()}
 
 
 def _arm_look(params: Params, key: str, rates: list[float], twin: int) -> Look:
@@ -95,7 +102,7 @@ def _arm_look(params: Params, key: str, rates: list[float], twin: int) -> Look:
 def rate_lines(params: Params) -> dict[tuple[str, ...], tuple[str, Look]]:
     """The arms that a line over mask rates joins, its label and look: a family, or part of it."""
     lines: dict[tuple[str, int], list[str]] = {}
-    for key, twin in _twins(params).items():
+    for key, twin in twins(params).items():
         lines.setdefault((family(params.arm(key)), twin), []).append(key)
     names = [name for name in families(params) if name != NO_MASKING]
     return {
@@ -112,14 +119,22 @@ def rate_lines(params: Params) -> dict[tuple[str, ...], tuple[str, Look]]:
     }
 
 
-def _twins(params: Params) -> dict[str, int]:
+def twins(params: Params) -> dict[str, int]:
     """How many arms before it share an arm's family and mask rate, usually 0."""
     seen: Counter[tuple[str, float | None]] = Counter()
-    twins = {}
+    found = {}
     for key, arm in params.arms.items():
-        twins[key] = seen[family(arm), arm.mask_rate]
+        found[key] = seen[family(arm), arm.mask_rate]
         seen[family(arm), arm.mask_rate] += 1
-    return twins
+    return found
+
+
+def short(name: str, length: int = 24) -> str:
+    """A name cut in its middle: arms of equal beginnings often differ at the end."""
+    if len(name) <= length:
+        return name
+    head = (length - 1) // 2
+    return f"{name[:head]}…{name[-(length - 1 - head) :]}"
 
 
 def _shade(color: str, depth: float) -> str:

@@ -7,37 +7,79 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-import pandas as pd
-
 from maskdm.config import Params
-from maskdm.report.findings import EQUAL_COMPUTE, MATCHED_BY
-from maskdm.report.page import Picture
-from maskdm.report.results import Results
-from maskdm.report.tables import number_text, rate_text, reference_arm
+from maskdm.report.comparison import Comparison, reference_of
+from maskdm.report.numbers import number_text, rate_text
+from maskdm.report.results import Missing, Results
+from maskdm.report.sensitivity import edge_caution
+from maskdm.report.statistics import CONFIDENCE, ENOUGH
+from maskdm.report.verdicts import EQUAL_COMPUTE, MATCHED_BY
 
 RATE_TOLERANCE = 0.05  # between the mask rate asked for and the one realised
-ENOUGH_SEEDS = 6  # from here on, all of them agreeing by chance is less likely than 5 %
+_SCALE_ROWS = (
+    "The last two rows are the scales: real images scored as if they were samples, and the network before any training."
+)
+MANY_SEEDS = 6  # from here on, Student's t is no longer much wider than the normal distribution
 
 
-def cautions(params: Params, summary: pd.DataFrame, final: pd.DataFrame) -> list[str]:
+def cautions(params: Params, results: Results, compared: list[Comparison]) -> list[str]:
     """What keeps these numbers from meaning more than they do."""
     found = [
-        _seed_caution(len(params.seeds)),
-        _extractor_caution(str(summary["extractor"].iloc[0])),
-        _compute_caution(params, final),
-        _rate_caution(final),
+        _seed_caution(compared),
+        _many_arms_caution(compared),
+        _untuned_caution(params, results),
+        edge_caution(params, results),
+        _extractor_caution(str(results.features_record["extractor"])),
+        _compute_caution(params, compared),
+        _rate_caution(params, compared),
     ]
     return [text for text in found if text]
 
 
-def _seed_caution(num_seeds: int) -> str:
-    if num_seeds == 1:
+def missing_lines(missing: list[Missing]) -> list[str]:
+    """Every result that the report does without: why, and what makes it."""
+    return [f"{one.what}: {one.reason}; run `{one.command}`" for one in missing]
+
+
+def _seed_caution(compared: list[Comparison]) -> str:
+    counts = {arm.arm: arm.num_seeds for arm in compared if arm.seeds}
+    fewest, most = min(counts.values()), max(counts.values())
+    if most == 1:
         return "One seed proves nothing: another may turn any of these differences around. Run three or more."
-    if num_seeds >= ENOUGH_SEEDS:
+    if most < ENOUGH:
+        return "Two seeds give no interval: any difference may be chance alone. Run three or more."
+    said = []
+    if fewest < ENOUGH:
+        few = ", ".join(arm for arm, count in counts.items() if count < ENOUGH)
+        said.append(f"Fewer than {ENOUGH} seeds give no interval: any difference may be chance alone ({few}).")
+    if most < MANY_SEEDS:
+        said.append(
+            f"{most} seeds are few: the intervals take the scores to be normally distributed over seeds, which so few "
+            "cannot check, and an arm without a clear difference may still be better or worse."
+        )
+    return " ".join(said)
+
+
+def _many_arms_caution(compared: list[Comparison]) -> str:
+    tests = sum(arm.against is not None and arm.against.fid.difference.has_interval for arm in compared)
+    if tests < 2:
         return ""
     return (
-        f"{num_seeds} seeds are few: even where pretraining makes no difference, all agree on better, or "
-        f"all on worse, with probability {2 * 0.5**num_seeds:.2g}; with many arms that happens to some."
+        f"{tests} arms are compared at once, each with a 95 % interval of its own: where masking makes no difference, "
+        "about one interval in twenty excludes zero all the same. The answer above and p (Holm) allow for that; the "
+        "intervals do not."
+    )
+
+
+def _untuned_caution(params: Params, results: Results) -> str:
+    name = reference_of(params)
+    choice = results.choices.get(name or "")
+    if name is None or (choice is not None and choice.is_tuned):
+        return ""
+    how = "were given, not tuned" if choice is not None else "are of unknown origin"
+    return (
+        f"The hyperparameters of {name} {how}: against an untuned baseline masking looks better than it is. List "
+        "trials under tuning in params.yaml and enable it."
     )
 
 
@@ -51,118 +93,143 @@ def _extractor_caution(extractor: str) -> str:
     )
 
 
-def _compute_caution(params: Params, final: pd.DataFrame) -> str:
-    spread = float(final["tflops"].max() / final["tflops"].min() - 1)
+def _compute_caution(params: Params, compared: list[Comparison]) -> str:
+    flops = [arm.flops for arm in compared if arm.seeds]
+    spread = max(flops) / min(flops) - 1
     if spread <= EQUAL_COMPUTE:
         return ""
     return (
         f"The arms were matched by {MATCHED_BY[params.budget.match]}, and their training compute differs by "
-        f"up to {spread:.0%}: this does not answer the question at equal compute."
+        f"up to {spread:.0%}: differences at the end of the budget do not answer the question at equal compute."
     )
 
 
-def _rate_caution(final: pd.DataFrame) -> str:
-    off = final[(final["mask_rate"] - final["realised_mask_rate"]).abs() > RATE_TOLERANCE]
-    arms = [
-        f"{row['arm']} masked {rate_text(row['realised_mask_rate'])} instead of {rate_text(row['mask_rate'])}"
-        for _, row in off.iterrows()
-    ]
+def _rate_caution(params: Params, compared: list[Comparison]) -> str:
+    arms = []
+    for key in (arm.arm for arm in compared if arm.seeds):
+        asked, realised = params.arm(key).mask_rate, params.visible_of(key).realised_mask_rate(params.grid)
+        if asked is not None and abs(asked - realised) > RATE_TOLERANCE:
+            arms.append(f"{key} masked {rate_text(realised)} instead of {rate_text(asked)}")
     return f"The grid does not allow every mask rate: {'; '.join(arms)}." if arms else ""
 
 
-def table_note(params: Params, final: pd.DataFrame) -> str:
+def table_note(results: Results, compared: list[Comparison]) -> str:
     """What the table's columns are."""
-    count = len(params.seeds)
-    seeds = f"Mean over {count} seeds ± their standard deviation" if count > 1 else "One seed"
-    delta = "ΔFID is each seed's FID less scratch's with that seed; negative is better."
+    counts = {arm.num_seeds for arm in compared if arm.seeds}
+    with_delta = any(arm.against is not None for arm in compared)
+    with_interval = max(counts) >= ENOUGH
     return " ".join(
         [
-            f"{seeds}, at the end of the budget.",
+            f"{_what_a_cell_is(counts)}, at the end of the budget.",
             "Lower FID and KID, higher precision and recall are better.",
-            *([] if reference_arm(final) is None else [delta]),
-            "Asked and realised are mask rates.",
-            "TFLOPs (10¹² operations) and images seen include pretraining.",
-            "The seconds are wall-clock; they compare only on one idle machine.",
+            *([] if results.scale is None else [_SCALE_ROWS]),
+            *(["FID SD: standard deviation of the seeds."] if max(counts) > 1 else []),
+            *(_delta_notes(with_interval) if with_delta else []),
+            "Asked and realised are mask rates; tuned: from how many trials the hyperparameters were chosen.",
+            "TFLOPs (10¹² operations), images seen and device seconds include pretraining.",
+            "Device seconds are those in training steps; they compare only on one idle machine.",
         ]
     )
 
 
-def notes(params: Params, summary: pd.DataFrame) -> list[str]:
+def _what_a_cell_is(counts: set[int]) -> str:
+    if counts == {1}:
+        return "One seed (n=1): no interval"
+    if max(counts) < ENOUGH:
+        return "Mean over seeds, too few for an interval"
+    return "Mean over seeds [95 % interval by Student's t]"
+
+
+def _delta_notes(with_interval: bool) -> list[str]:
+    notes = [
+        "ΔFID is each seed's FID less scratch's with that seed; negative is better.",
+        "Same FID at: the part of scratch's compute at which the arm's FID curve falls to scratch's final FID "
+        "for good; never: not within the budget.",
+    ]
+    if with_interval:
+        notes.append("… is an open end: the interval reaches beyond the first or the last milestone.")
+        notes.append("p (Holm): of ΔFID being zero, adjusted for the number of arms.")
+    return notes
+
+
+def notes(params: Params, results: Results, compared: list[Comparison]) -> list[str]:
     """What the metrics can and can't tell."""
-    row = summary.iloc[0]
-    num_samples, num_real = int(row["num_samples"]), int(row["floor_num_samples"])
-    fid, kid = number_text(summary["fid_floor"].mean()), number_text(summary["kid_floor"].mean() * 1000)
-    floor = (
-        f"The floor is real images scored against real images ({num_real:,}): fid {fid}, kid×1000 {kid}. "
-        "A score near it cannot be told from real data."
-    )
-    if num_real != num_samples:
-        floor += f" The arms were scored with {num_samples:,} images, so the bias of their FID is another."
+    samples = params.sampling.num_samples
     return [
-        f"FID is biased by the number of samples ({num_samples:,} here): compare it only between equal "
-        "numbers. KID is not biased, but noisier; where the two disagree about an arm, believe neither.",
-        floor,
+        f"FID is biased: it falls as the number of samples grows ({samples:,} here), by an amount that depends on the "
+        "model. Compare it only between equal numbers of samples. KID is not biased, but noisier; where the two "
+        "disagree about the order of two arms, the verdict says so: believe neither.",
+        *_scale_notes(results.scale, samples),
         "Precision is how many samples look real; recall is how much of the real data's variety they cover.",
         f"Every arm spends the same {MATCHED_BY[params.budget.match]}, pretraining and finetuning together.",
+        *_method_notes(compared),
     ]
 
 
-def pictures(params: Params) -> list[Picture]:
-    """The figures with what they show."""
-    several = len(params.seeds) > 1
-    return [
-        Picture(
-            "fid_vs_mask_rate.png",
-            "Final FID against mask rate",
-            "Below the black line masked pretraining paid, above it it cost."
-            f"{' Bars and the grey band are the range of the seeds.' if several else ''}"
-            " The FID axis need not start at zero; points of equal rate stand a little apart.",
-        ),
-        Picture(
-            "fid_vs_flops.png",
-            "FID against training compute",
-            "Each point is a milestone; compute counts pretraining."
-            f"{' Lines are means, bands and small points the seeds.' if several else ''}"
-            " The axes need not start at zero.",
-        ),
-        Picture(
-            "losses.png",
-            "Training losses",
-            f"{'Averaged over seeds. ' if several else ''}Masked and unmasked losses are not comparable, nor "
-            "are losses of different mask rates: they are errors on different problems. A finetuning curve "
-            "starts where its pretraining stopped.",
-        ),
-        Picture(
-            "samples.png",
-            "Samples",
-            f"Real images, and samples at the end of the budget, seed {params.seeds[0]}: the same cell holds "
-            "the same image seed in every arm; none was selected.",
-            density=1.0,  # a pixel of a sample is a whole number of the page's
-        ),
-    ]
+def _scale_notes(scale: dict[str, Any] | None, num_samples: int) -> list[str]:
+    if scale is None:
+        return ["The scales, real against real and the untrained network, are missing."]
+    floor, untrained = scale["floor"], scale["untrained"]
+    text = (
+        f"The floor is real images scored against real images ({floor['num_samples']:,}): {_scores_text(floor)}. "
+        "A score near it cannot be told from real data."
+    )
+    if floor["num_samples"] != num_samples:
+        text += f" The arms were scored with {num_samples:,} images, so the bias of their FID is another."
+    return [text, f"The untrained network: {_scores_text(untrained)}. An arm near it has learned nothing."]
 
 
-def facts(params: Params, results: Results, summary: pd.DataFrame) -> list[tuple[str, str]]:
-    """What was run, on what, with what."""
-    row = summary.iloc[0]
+def _scores_text(scores: dict[str, Any]) -> str:
+    return (
+        f"FID {number_text(scores['fid'])}, KID×1000 {number_text(scores['kid'] * 1000)}, precision "
+        f"{scores['precision']:.3f}, recall {scores['recall']:.3f}"
+    )
+
+
+def _method_notes(compared: list[Comparison]) -> list[str]:
+    if all(arm.against is None for arm in compared):
+        return []
+    text = (
+        "Compute at equal FID: each seed's FID is interpolated linearly in log compute between milestones; the "
+        "estimate is the compute from which on the mean over seeds stays at or below scratch's final mean. A curve "
+        "that is there at its first milestone already is said to need at most that much."
+    )
+    if any(arm.num_seeds >= ENOUGH for arm in compared):
+        text += (
+            " Its 95 % interval is the set of computes at which a paired t-interval of the difference contains zero "
+            "(Fieller's way), open where that set reaches the first or the last milestone."
+        )
+    return [text]
+
+
+def facts(params: Params, results: Results) -> list[tuple[str, str]]:
+    """The protocol: what was run, on what, with what."""
     return [
         *_data_facts(params, results.manifest),
         ("arms", f"{len(params.arms)}: {', '.join(params.arms)}"),
         ("seeds", ", ".join(map(str, params.seeds))),
         *_method_facts(params),
-        ("samples scored", f"{int(row['num_samples']):,} per arm and seed"),
-        ("feature extractor", _extractor_text(row, results.features_record)),
+        ("samples scored", f"{params.sampling.num_samples:,} per arm and seed, against all real images"),
+        ("feature extractor", _extractor_text(results.features_record)),
+        (
+            "intervals",
+            f"{100 * CONFIDENCE:.0f} %, Student's t over seeds, paired by seed with scratch; Holm's correction",
+        ),
         *_origin_facts(results.records),
     ]
 
 
 def _data_facts(params: Params, manifest: dict[str, Any]) -> list[tuple[str, str]]:
     size, kind = params.dataset.image_size, "grey" if params.dataset.channels == 1 else "RGB"
+    done: dict[str, Any] = manifest.get("protocol") or {}
+    resize = f"to {size}×{size}, {done.get('resize_filter', 'unknown filter')}, antialiased"
+    box = f" {done['crop_box']}" if done.get("crop_box") else ""
     return [
         ("dataset", _plain(manifest.get("source", params.dataset.source))),
         ("images", f"{manifest['count']:,} of {size}×{size} pixels, {kind}"),
-        ("protocol", _plain(manifest.get("protocol", "unknown"))),
         ("data sha256", manifest["sha256"]),
+        ("crop", f"{done.get('crop', 'unknown')}{box}"),
+        ("resize", resize),
     ]
 
 
@@ -175,14 +242,15 @@ def _method_facts(params: Params) -> list[tuple[str, str]]:
         ("budget", f"equal {MATCHED_BY[budget.match]}: that of {budget.unmasked_steps:,} unmasked steps"),
         ("model", f"U-ViT, patch size {model.patch_size}, {size}"),
         ("diffusion", f"{process}, predicts {diffusion.prediction}"),
-        ("sampler", f"{sampling.sampler}, {sampling.num_steps} steps{eta}, EMA weights"),
+        ("sampler", f"{sampling.sampler}, {sampling.num_steps} steps{eta}"),
+        ("weights sampled", f"EMA weights, decay {params.training.ema_decay:g}"),
     ]
 
 
-def _extractor_text(row: pd.Series, features: dict[str, Any]) -> str:
+def _extractor_text(features: dict[str, Any]) -> str:
     accuracy = features.get("classifier_accuracy")
     held_out = "" if accuracy is None else f"; held-out accuracy {accuracy:.1%}"
-    return f"{row['extractor']}, sha256 {row['extractor_sha256']}{held_out}"
+    return f"{features['extractor']}, sha256 {features['extractor_sha256']}{held_out}"
 
 
 def _origin_facts(records: list[dict[str, Any]]) -> list[tuple[str, str]]:

@@ -1,7 +1,11 @@
-"""The report stage: from the results of every arm and seed to one folder of tables, figures and a page."""
+"""From the results of every arm and seed to one folder of tables, figures and a page."""
 
 from __future__ import annotations
 
+import re
+import sys
+import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -10,67 +14,110 @@ from maskdm import paths
 from maskdm.config import Params
 from maskdm.errors import UserError
 from maskdm.publishing import publish_folder
+from maskdm.report.comparison import Comparison, compare_arms
 from maskdm.report.figures import draw_figures
-from maskdm.report.findings import answer, compare_arms
-from maskdm.report.page import Content, render_markdown, render_page
-from maskdm.report.prose import cautions, facts, notes, pictures, table_note
+from maskdm.report.page import Content, Picture, render_markdown, render_page
+from maskdm.report.prose import cautions, facts, missing_lines, notes, table_note
 from maskdm.report.results import Results, read_results
-from maskdm.report.tables import display_table, final_frame, format_final, summary_frame, table_markdown, write_csv
+from maskdm.report.sensitivity import trials_table, tuning_note
+from maskdm.report.tables import TERMINAL_WIDTH, display_table, format_table, summary_frame, verdict_frame, write_csv
+from maskdm.report.verdicts import Verdict, answer, judge_arms
+
+SUMMARY, VERDICTS, PAGE = "summary.csv", "verdicts.csv", "report.html"
 
 
-def write_report(params: Params, output: Path = paths.REPORT) -> pd.DataFrame:
-    """Write tables, figures, summary.md and index.html from the results of every arm and seed.
+@dataclass(frozen=True)
+class Report:
+    """What a report says in numbers.
+
+    Attributes:
+        summary: a row per arm, seed and milestone, as in summary.csv.
+        verdicts: a row per arm, as in verdicts.csv.
+        missing: what it does without, a line each.
+    """
+
+    summary: pd.DataFrame
+    verdicts: pd.DataFrame
+    missing: list[str]
+
+
+def write_report(params: Params, output: Path = paths.REPORT) -> Report:
+    """Write tables, figures, summary.md and report.html from what there is of the results.
 
     Args:
         params: what was run.
         output: the folder, published whole.
 
-    Returns:
-        the final table: a row per arm, as in final.csv.
-
     Raises:
-        UserError: a result is missing, stale or not comparable, or the folder can't be written.
+        UserError: nothing can be shown, or the folder can't be written.
     """
     results = read_results(params)
-    summary = summary_frame(results, params.budget.milestones)
-    final = final_frame(summary)
-    content = report_content(params, results, summary, final)
+    summary = summary_frame(params, results)
+    compared = compare_arms(params, results, summary)
+    judged = judge_arms(params, compared, results.missing)
+    verdicts = verdict_frame(params, compared, judged)
     with publish_folder(output) as folder:
-        write_csv(summary, folder / "summary.csv")
-        write_csv(final, folder / "final.csv")
-        draw_figures(params, results, summary, folder)
-        _write(folder / "final.md", table_markdown(content.table) + "\n")
+        write_csv(summary, folder / SUMMARY)
+        write_csv(verdicts, folder / VERDICTS)
+        pictures = draw_figures(params, results, summary, compared, folder)
+        content = _content(params, results, compared, judged, display_table(verdicts, summary), pictures)
         _write(folder / "summary.md", render_markdown(content))
-        _write(folder / "index.html", render_page(content, folder))
-    return final
+        _write(folder / PAGE, render_page(content, folder))
+    return Report(summary, verdicts, content.missing)
+
+
+def print_report(report: Report) -> None:
+    """Print the verdicts and the table, and to stderr what is missing."""
+    for line in report.missing:
+        print(f"missing: {line}", file=sys.stderr)
+    for _, row in report.verdicts.iterrows():
+        print(_wrapped(f"{row['arm']}: {row['verdict']}"))
+    print(f"\n{format_table(report.verdicts, report.summary)}")
+    print(f"\nreport: {(paths.REPORT / PAGE).resolve()}")
 
 
 def print_summary(params: Params) -> None:
-    """Print the table of a report that was written before, and where the report is.
+    """Print the verdicts and the table of a report that was written before.
 
     Raises:
         UserError: there is none.
     """
-    table = paths.REPORT / "final.csv"
-    if not table.is_file():
-        raise UserError(f"{table} is missing; run first: dvc repro")
-    print(format_final(pd.read_csv(table)))
-    print(f"\nexperiment {params.name}; the report: {(paths.REPORT / 'index.html').resolve()}")
+    for name in (VERDICTS, SUMMARY):
+        if not (paths.REPORT / name).is_file():
+            raise UserError(f"{paths.REPORT / name} is missing; run first: dvc repro")
+    print(f"experiment {params.name}\n")
+    print_report(Report(pd.read_csv(paths.REPORT / SUMMARY), pd.read_csv(paths.REPORT / VERDICTS), []))
 
 
-def report_content(params: Params, results: Results, summary: pd.DataFrame, final: pd.DataFrame) -> Content:
+def _wrapped(text: str) -> str:
+    """A verdict in lines for a terminal, `n = 3` and `95 %` never broken."""
+    glued = re.sub(r"(?<= =) (?=\d)|(?<=[np]) (?== )|(?<=\d) (?=%)", "\N{NO-BREAK SPACE}", text)
+    lines = textwrap.fill(glued, TERMINAL_WIDTH, subsequent_indent="    ", break_on_hyphens=False)
+    return lines.replace("\N{NO-BREAK SPACE}", " ")
+
+
+def _content(
+    params: Params,
+    results: Results,
+    compared: list[Comparison],
+    judged: list[Verdict],
+    table: pd.DataFrame,
+    pictures: list[Picture],
+) -> Content:
     """Everything the report says, as plain text: the answer, its numbers, its limits and its origin."""
-    findings = compare_arms(summary, final)
     return Content(
         title=f"Does masked pretraining pay? {params.name}",
-        answer=answer(params, findings),
-        cautions=cautions(params, summary, final),
-        table=display_table(final),
-        table_note=table_note(params, final),
-        findings=findings,
-        notes=notes(params, summary),
-        pictures=pictures(params),
-        facts=facts(params, results, summary),
+        answer=answer(params, compared),
+        cautions=cautions(params, results, compared),
+        missing=missing_lines(results.missing),
+        verdicts=judged,
+        table=table,
+        table_note=table_note(results, compared),
+        notes=notes(params, results, compared),
+        pictures=pictures,
+        tuning=trials_table(params, results),
+        tuning_note=tuning_note(params, results),
+        facts=facts(params, results),
     )
 
 

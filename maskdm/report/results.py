@@ -1,8 +1,7 @@
-"""What the report reads: enumerated from params.yaml, never globbed, and checked for being of one piece."""
+"""What the report reads: enumerated from params.yaml, never globbed; what cannot be shown is named with the reason."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,21 +12,50 @@ import pandas as pd
 from maskdm import paths
 from maskdm.config import Params
 from maskdm.errors import UserError
+from maskdm.report.files import UnusableError, open_images, read_curve, read_json, require
+from maskdm.report.tuning import ORIGIN_KEYS, Choice, read_choice, read_trial
 
-SCORES = ("fid", "kid", "kid_std", "precision", "recall")
-MILESTONE_KEYS = ("step", "flops", "images_seen", *SCORES)
-# Two runs' scores may be compared only where these agree.
-COMPARABLE_KEYS = ("extractor", "extractor_sha256", "num_samples", "data_sha256")
-FLOOR_KEYS = ("fid_floor", "kid_floor", "floor_num_samples")
+SCORES = ("fid", "kid", "kid_std", "precision", "recall", "num_samples")
+MILESTONE_KEYS = ("step", "flops", "images_seen", "tokens_seen", *SCORES)
 MASK_KEYS = ("strategy", "mask_rate", "block_size")
-METRICS_KEYS = (*MASK_KEYS, "realised_mask_rate", *COMPARABLE_KEYS, *FLOOR_KEYS, "milestones")
-CURVE_COLUMNS = ("step", "loss", "lr", "images_seen", "tokens_seen", "flops")
+METRICS_KEYS = (*MASK_KEYS, "realised_mask_rate", *ORIGIN_KEYS, "milestones")
+TIMED_KEYS = ("wall_seconds", "device_seconds", "data_wait_seconds", "timings")
+TIMING_COLUMNS = ("step", "device_seconds", "data_wait_seconds", "peak_memory_gib")
+ARM_STAGES = ("pretrain", "finetune", "sample", "evaluate")
 MAX_SHOWN = 64  # images of a panel in samples.png, at most
 
 
 @dataclass(frozen=True)
+class Missing:
+    """A result that params.yaml asks for and the report does without.
+
+    Attributes:
+        arm: None where it belongs to no arm.
+        seed: None where it belongs to no seed.
+        reason: what is wrong, with the file.
+        command: what makes it.
+    """
+
+    arm: str | None
+    seed: int | None
+    reason: str
+    command: str
+
+    @property
+    def what(self) -> str:
+        """The arm and seed, as people say it."""
+        if self.arm is None:
+            return "every arm"
+        return self.arm if self.seed is None else f"{self.arm}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
 class Run:
-    """What one arm with one seed left behind."""
+    """What one arm with one seed left behind.
+
+    The curves have the columns of curve.csv and of `TIMING_COLUMNS`, cumulative from the start of pretraining on,
+    the step alone from the start of the stage on.
+    """
 
     arm: str
     seed: int
@@ -37,6 +65,7 @@ class Run:
     pretrain_curve: pd.DataFrame
     finetune_curve: pd.DataFrame
     samples: np.ndarray  # (N, H, W, C) uint8, the first of the final milestone
+    wall_seconds: dict[str, float]  # of pretrain, finetune, sample and evaluate
 
     @property
     def file(self) -> Path:
@@ -46,33 +75,68 @@ class Run:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything the report shows."""
+    """Everything the report shows.
+
+    Attributes:
+        real: (N, H, W, C) uint8, spread over the first shard.
+        scale: the content of scale.json: `floor` and `untrained` scores; None when it is missing.
+        runs: in the order of params.yaml.
+        choices: by arm, how it came by its hyperparameters.
+        missing: what is asked for and not among these.
+    """
 
     manifest: dict[str, Any]
     prepare_record: dict[str, Any]
     features_record: dict[str, Any]
-    real: np.ndarray  # (N, H, W, C) uint8, spread over the first shard
+    real: np.ndarray
+    scale: dict[str, Any] | None
     runs: list[Run]
+    choices: dict[str, Choice]
+    missing: list[Missing]
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """The records of every stage read."""
+        """The records that say what made the numbers."""
         of_runs = [r for run in self.runs for r in (run.pretrain_record, run.finetune_record)]
         return [self.prepare_record, self.features_record, *of_runs]
+
+    @property
+    def tuning_wall_seconds(self) -> dict[str, float]:
+        """By arm, what its trials took; without the arms that had none."""
+        return {arm: choice.wall_seconds for arm, choice in self.choices.items() if choice.trials}
+
+
+class _Missed:
+    """Collects what is missing while the rest is read."""
+
+    def __init__(self) -> None:
+        self.found: list[Missing] = []
+
+    def add(self, error: UnusableError, arm: str | None = None, seed: int | None = None) -> None:
+        self.found.append(Missing(arm, seed, error.reason, error.command))
 
 
 def read_results(params: Params) -> Results:
     """Read the results of every arm and seed of params.yaml; those of removed arms are not looked at.
 
     Raises:
-        UserError: a file is missing, unreadable, stale, or not comparable with the others.
+        UserError: the data or the real images' features are unknown, or no arm can be shown.
     """
-    manifest = _read_json(paths.DATA / "manifest.json", "maskdm prepare", ("count", "sha256", "shards"))
-    prepare = _read_json(paths.record("prepare"), "maskdm prepare", ("wall_seconds",))
-    features = _read_json(paths.record("features"), "maskdm features", ("wall_seconds",))
-    runs = [_read_run(params, arm, seed) for arm in params.arms for seed in params.seeds]
-    _check_comparable(runs, manifest)
-    return Results(manifest, prepare, features, _read_real(manifest), runs)
+    try:
+        manifest = read_json(paths.DATA / "manifest.json", "maskdm prepare", ("count", "sha256", "shards"))
+        prepare = read_json(paths.record("prepare"), "maskdm prepare", ("wall_seconds",))
+        features = read_json(paths.record("features"), "maskdm features", ("wall_seconds", *ORIGIN_KEYS))
+        real = _read_real(manifest)
+    except UnusableError as error:
+        raise UserError(str(error)) from error
+    origin = {**{key: features[key] for key in ORIGIN_KEYS}, "data_sha256": manifest["sha256"]}
+    missed = _Missed()
+    scale = _read_scale(origin, missed)
+    choices = _read_choices(params, origin, missed)
+    runs = _read_runs(params, origin, missed)
+    if not runs:
+        raise UserError(_nothing_left(missed.found))
+    return Results(manifest, prepare, features, real, scale, runs, choices, missed.found)
 
 
 def milestone_key(fraction: float) -> str:
@@ -80,106 +144,143 @@ def milestone_key(fraction: float) -> str:
     return f"{fraction:.3f}"
 
 
-def _read_run(params: Params, arm: str, seed: int) -> Run:
-    final = paths.samples(arm, seed) / f"milestone-{milestone_key(params.budget.milestones[-1])}.npy"
-    return Run(
-        arm,
-        seed,
-        metrics=_read_metrics(params, arm, seed),
-        pretrain_record=_read_record("pretrain", arm, seed),
-        finetune_record=_read_record("finetune", arm, seed),
-        pretrain_curve=_read_curve(paths.pretrain(arm, seed), command("pretrain", arm, seed)),
-        finetune_curve=_read_curve(paths.finetune(arm, seed), command("finetune", arm, seed)),
-        samples=np.array(_open_images(final, command("sample", arm, seed))[:MAX_SHOWN]),
-    )
-
-
-def _read_record(stage: str, arm: str, seed: int) -> dict[str, Any]:
-    return _read_json(paths.record(stage, arm, seed), command(stage, arm, seed), ("train_seconds",))
-
-
-def _read_metrics(params: Params, arm: str, seed: int) -> dict[str, Any]:
-    file, made_by = paths.metrics(arm, seed), command("evaluate", arm, seed)
-    metrics = _read_json(file, made_by, METRICS_KEYS)
-    for key in MASK_KEYS:
-        asked = getattr(params.arm(arm), key)
-        if metrics[key] != asked:
-            raise UserError(
-                f"{file} is stale: arm {arm} was made with {key} {metrics[key]}, params.yaml has {asked}; "
-                f"run its stages again, from `{command('pretrain', arm, seed)}` to `{made_by}`"
-            )
-    for fraction in params.budget.milestones:
-        milestone = (metrics["milestones"] or {}).get(milestone_key(fraction))
-        if milestone is None:
-            raise UserError(f"{file} lacks milestone {milestone_key(fraction)} of arm {arm}: run `{made_by}`")
-        _require(milestone, MILESTONE_KEYS, file, made_by)
-    return metrics
-
-
-def _read_json(file: Path, made_by: str, keys: tuple[str, ...]) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _unreadable(file, made_by, error) from error
-    _require(content, keys, file, made_by)
-    return content
-
-
-def _require(content: Any, keys: tuple[str, ...], file: Path, made_by: str) -> None:
-    missing = [k for k in keys if k not in content] if isinstance(content, dict) else list(keys)
-    if missing:
-        raise UserError(f"{file} lacks {', '.join(missing)}: make it again with `{made_by}`")
-
-
-def _read_curve(folder: Path, made_by: str) -> pd.DataFrame:
-    file = folder / "curve.csv"
-    try:
-        curve = pd.read_csv(file, dtype="float64")
-    except (OSError, ValueError) as error:  # pandas' parser errors are ValueErrors
-        raise _unreadable(file, made_by, error) from error
-    _require(dict.fromkeys(curve.columns), CURVE_COLUMNS, file, made_by)
-    return curve
-
-
-def _read_real(manifest: dict[str, Any]) -> np.ndarray:
-    shard = _open_images(paths.DATA / manifest["shards"][0]["file"], "maskdm prepare")
-    # Spread over the shard: a folder tree is read class by class, and its first images would be one class.
-    return np.array(shard[np.unique(np.linspace(0, len(shard) - 1, MAX_SHOWN).astype(int))])
-
-
-def _open_images(file: Path, made_by: str) -> np.ndarray:
-    try:
-        images: np.ndarray = np.load(file, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise _unreadable(file, made_by, error) from error
-    if images.ndim != 4 or images.shape[-1] not in (1, 3) or images.dtype != np.uint8 or not len(images):
-        raise UserError(
-            f"{file}: expected uint8 images (N, H, W, 1 or 3), got {images.dtype} {images.shape}; run `{made_by}`"
-        )
-    return images
-
-
-def _unreadable(file: Path, made_by: str, error: Exception) -> UserError:
-    if isinstance(error, FileNotFoundError):
-        return UserError(f"{file} is missing: make it with `{made_by}`")
-    return UserError(f"{file} cannot be read ({error}): make it again with `{made_by}`")
-
-
 def command(stage: str, arm: str, seed: int) -> str:
     """The command that makes what a stage leaves behind for an arm and seed."""
     return f"maskdm {stage} --arm {arm} --seed {seed}"
 
 
-def _check_comparable(runs: list[Run], manifest: dict[str, Any]) -> None:
-    first = runs[0]
-    for run in runs:
-        made_by = command("evaluate", run.arm, run.seed)
-        if run.metrics["data_sha256"] != manifest["sha256"]:
-            raise UserError(f"{run.file} was scored against other data than {paths.DATA} holds: run `{made_by}`")
-        for key in COMPARABLE_KEYS:
-            ours, others = run.metrics[key], first.metrics[key]
-            if ours != others:
-                raise UserError(
-                    f"{run.file} and {first.file} are not comparable: {key} is {ours} and {others}; "
-                    f"run `{made_by}` or `{command('evaluate', first.arm, first.seed)}`"
-                )
+def _nothing_left(missing: list[Missing]) -> str:
+    first = next(m for m in missing if m.seed is not None)
+    return (
+        f"there is nothing to report: none of the arms of params.yaml has results that can be shown; the first, "
+        f"{first.what}: {first.reason}; run `{first.command}`   (or everything: dvc repro)"
+    )
+
+
+def _read_scale(origin: dict[str, Any], missed: _Missed) -> dict[str, Any] | None:
+    try:
+        scale = read_json(paths.SCALE, "maskdm scale", ("floor", "untrained", *ORIGIN_KEYS))
+        for name in ("floor", "untrained"):
+            require(scale[name], SCORES, f"{name} in {paths.SCALE}", "maskdm scale")
+        _check_origin(scale, origin, paths.SCALE, "maskdm scale")
+    except UnusableError as error:
+        missed.add(error)
+        return None
+    return scale
+
+
+def _read_choices(params: Params, origin: dict[str, Any], missed: _Missed) -> dict[str, Choice]:
+    """Where a trial is missing, how the arm's values came about is not known."""
+    choices = {}
+    for arm in params.arms:
+        try:
+            trials = [read_trial(params, arm, name, origin) for name in _trial_names(params)]
+            choices[arm] = read_choice(params, arm, trials)
+        except UnusableError as error:
+            missed.add(error, arm)
+    return choices
+
+
+def _trial_names(params: Params) -> list[str]:
+    return list(params.tuning.trials) if params.tuning.enabled else []
+
+
+def _read_runs(params: Params, origin: dict[str, Any], missed: _Missed) -> list[Run]:
+    runs = []
+    for arm in params.arms:
+        for seed in params.seeds:
+            try:
+                runs.append(_read_run(params, arm, seed, origin))
+            except UnusableError as error:
+                missed.add(error, arm, seed)
+    return runs
+
+
+def _read_run(params: Params, arm: str, seed: int, origin: dict[str, Any]) -> Run:
+    records = {  # in the order of the stages: the first that has not run is the one to name
+        stage: read_json(
+            paths.record(stage, arm, seed),
+            command(stage, arm, seed),
+            TIMED_KEYS if stage in ("pretrain", "finetune") else ("wall_seconds",),
+        )
+        for stage in ARM_STAGES
+    }
+    pretrain, finetune = records["pretrain"], records["finetune"]
+    pretrain_curve = _timed(paths.pretrain(arm, seed), pretrain, {}, command("pretrain", arm, seed))
+    finetune_curve = _timed(paths.finetune(arm, seed), finetune, pretrain, command("finetune", arm, seed))
+    metrics = _read_metrics(params, arm, seed, origin)
+    _check_steps(params, metrics, finetune_curve, arm, seed)
+    final = paths.samples(arm, seed) / f"milestone-{milestone_key(params.budget.milestones[-1])}.npy"
+    return Run(
+        arm,
+        seed,
+        metrics=metrics,
+        pretrain_record=pretrain,
+        finetune_record=finetune,
+        pretrain_curve=pretrain_curve,
+        finetune_curve=finetune_curve,
+        samples=np.array(open_images(final, command("sample", arm, seed))[:MAX_SHOWN]),
+        wall_seconds={stage: float(record["wall_seconds"]) for stage, record in records.items()},
+    )
+
+
+def _timed(folder: Path, record: dict[str, Any], before: dict[str, Any], made_by: str) -> pd.DataFrame:
+    """A curve with the seconds and memory of its rows; `before` is the record of the stage before."""
+    file = folder / "curve.csv"
+    curve = read_curve(file, made_by)
+    timings = pd.DataFrame(record["timings"], columns=list(TIMING_COLUMNS)).astype("float64")
+    for column in ("device_seconds", "data_wait_seconds"):
+        timings[column] += before.get(column, 0.0)
+    peaks = [timing["peak_memory_gib"] for timing in before.get("timings", [])]
+    timings["peak_memory_gib"] = timings["peak_memory_gib"].clip(lower=max(peaks, default=0.0))
+    if not set(curve["step"]) <= set(timings["step"]):
+        raise UnusableError(f"{file} and the timings of its record are of different runs", made_by)
+    return curve.merge(timings, on="step", how="left")
+
+
+def _read_metrics(params: Params, arm: str, seed: int, origin: dict[str, Any]) -> dict[str, Any]:
+    file, made_by = paths.metrics(arm, seed), command("evaluate", arm, seed)
+    metrics = read_json(file, made_by, METRICS_KEYS)
+    for key in MASK_KEYS:
+        asked = getattr(params.arm(arm), key)
+        if metrics[key] != asked:
+            reason = f"{file} is stale: it was made with {key} {metrics[key]}, params.yaml has {asked}"
+            raise UnusableError(reason, command("pretrain", arm, seed))
+    _check_origin(metrics, origin, file, made_by)
+    for fraction in params.budget.milestones:
+        milestone: Any = (metrics["milestones"] or {}).get(milestone_key(fraction))
+        where = f"milestone {milestone_key(fraction)} in {file}"
+        require(milestone, MILESTONE_KEYS, where, made_by)
+        if milestone["num_samples"] != params.sampling.num_samples:
+            raise UnusableError(
+                f"{where} was scored with {milestone['num_samples']} samples, params.yaml has "
+                f"{params.sampling.num_samples}, and FID depends on their number",
+                command("sample", arm, seed),
+            )
+    return metrics
+
+
+def _check_steps(params: Params, metrics: dict[str, Any], curve: pd.DataFrame, arm: str, seed: int) -> None:
+    """Every milestone must be a row of the curve: its seconds are there."""
+    for fraction in params.budget.milestones:
+        step = metrics["milestones"][milestone_key(fraction)]["step"]
+        if step not in set(curve["step"]):
+            raise UnusableError(
+                f"{paths.finetune(arm, seed) / 'curve.csv'} has no row for step {step}, which "
+                f"{paths.metrics(arm, seed)} says is milestone {milestone_key(fraction)}",
+                command("finetune", arm, seed),
+            )
+
+
+def _check_origin(scores: dict[str, Any], origin: dict[str, Any], file: Path, made_by: str) -> None:
+    """Scores may be compared only if they are of the same data, by the same extractor."""
+    for key in ORIGIN_KEYS:
+        if scores[key] != origin[key]:
+            reason = f"{file} is not comparable with results/features and results/data now"
+            raise UnusableError(f"{reason}: its {key} is {scores[key]}, theirs {origin[key]}", made_by)
+
+
+def _read_real(manifest: dict[str, Any]) -> np.ndarray:
+    shard = open_images(paths.DATA / manifest["shards"][0]["file"], "maskdm prepare")
+    # Spread over the shard: a folder tree is read class by class, and its first images would be one class.
+    return np.array(shard[np.unique(np.linspace(0, len(shard) - 1, MAX_SHOWN).astype(int))])

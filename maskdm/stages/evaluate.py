@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from maskdm import device, paths
 from maskdm.checkpoint import file_sha256
 from maskdm.config import Params
 from maskdm.errors import UserError
-from maskdm.evaluation import check_counts, compute_metrics
-from maskdm.extractors import FeatureExtractor
 from maskdm.publishing import publish_json
-from maskdm.stages import features, finetune, sample
-from maskdm.stages.inputs import open_data, read_array, read_json, require
+from maskdm.stages import finetune, sample
+from maskdm.stages.inputs import open_data, read_array, read_json, require, with_chosen_values
+from maskdm.stages.scoring import Scorer
 from maskdm.stages.session import stage_session
 from maskdm.tracking import publish_arm
 
@@ -26,37 +22,27 @@ def run(params: Params, arm: str, seed: int) -> None:
     Raises:
         UserError: samples or features are missing, do not belong together, or are too few.
     """
+    params = with_chosen_values(params, arm)
     compute, images = device.resolve(params.compute), open_data(params)
     samples = require(paths.samples(arm, seed), "sample", arm, seed)
-    reference = require(paths.FEATURES, "features")
     weights = require(paths.finetune(arm, seed), "finetune", arm, seed)
     milestones = read_json(weights / finetune.MILESTONES, "finetune")
-    info = read_json(reference / features.INFO_FILE, "features")
-    real = read_array(reference / features.REFERENCE_FILE, "features")
-    _check_origins(params, arm, seed, images.sha256, info)
-    extractor = _open_same_extractor(params, reference, compute, info)
-    check_counts(params.sampling.num_samples, len(real), params.evaluation)
+    scorer = Scorer(params, compute, images.sha256)
+    scale = _read_scale(scorer)
+    _check_samples(params, arm, seed)
     with stage_session(params, "evaluate", arm, seed) as (tracked, record):
         for key, milestone in milestones.items():
-            name = finetune.milestone_name(float(key))
-            milestone.update(
-                _score(params, samples / f"{name}.npy", extractor, real, f"score {arm} at {float(key):.0%}")
-            )
+            drawn = read_array(samples / f"{finetune.milestone_name(float(key))}.npy", "sample")
+            milestone.update(scorer.score(drawn, f"score {arm} at {float(key):.0%}").as_dict())
             tracked.log(round(100 * float(key)), **{k: v for k, v in milestone.items() if k != "step"})
-        metrics = {
-            **_about(params, arm, seed, images.sha256, info),
-            **_final(milestones),
-            "milestones": milestones,
-        }
-        publish_json(paths.metrics(arm, seed), metrics)
+        about = {**_about(params, arm, seed), **scorer.origin, **scale}
+        publish_json(paths.metrics(arm, seed), {**about, **_final(milestones), "milestones": milestones})
         record.update(compute.describe_device())
     publish_arm(params, arm, seed)
 
 
-def _check_origins(params: Params, arm: str, seed: int, data_sha256: str, info: dict[str, Any]) -> None:
-    """Features must be of these data, and samples of these weights; the engines see to it, hands may not."""
-    if info["data_sha256"] != data_sha256:
-        raise UserError("results/features was made from other data than results/data; run first: maskdm features")
+def _check_samples(params: Params, arm: str, seed: int) -> None:
+    """Samples must be of these weights; the engines see to it, hands may not."""
     drawn = read_json(paths.samples(arm, seed) / sample.INFO, "sample")["weights_sha256"]
     weights = paths.finetune(arm, seed)
     for fraction in params.budget.milestones:
@@ -68,30 +54,23 @@ def _check_origins(params: Params, arm: str, seed: int, data_sha256: str, info: 
             )
 
 
-def _score(params: Params, file: Path, extractor: FeatureExtractor, real: np.ndarray, title: str) -> dict[str, float]:
-    images = read_array(file, "sample")
-    drawn = extractor.features(images, params.evaluation.batch_size, title)
-    return compute_metrics(drawn, real, params.evaluation).as_dict()
+def _read_scale(scorer: Scorer) -> dict[str, float]:
+    """The scale that stands beside the arm's scores."""
+    scale = read_json(require(paths.SCALE, "scale"), "scale")
+    if any(scale[key] != value for key, value in scorer.origin.items()):
+        raise UserError(f"{paths.SCALE} is of other data or another extractor; run first: maskdm scale")
+    floor, untrained = scale["floor"], scale["untrained"]
+    return {
+        "fid_floor": floor["fid"],
+        "kid_floor": floor["kid"],
+        "floor_num_samples": floor["num_samples"],
+        "fid_untrained": untrained["fid"],
+        "kid_untrained": untrained["kid"],
+    }
 
 
-def _open_same_extractor(
-    params: Params, reference: Path, compute: device.Compute, info: dict[str, Any]
-) -> FeatureExtractor:
-    """The extractor that made the reference: features of two extractors must never be compared."""
-    wanted: str = params.evaluation.features
-    if info["extractor"].split("/")[0] == wanted:
-        extractor = features.open_extractor(params, reference, compute)
-        if extractor.sha256 == info["extractor_sha256"]:
-            return extractor
-        wanted = f"{extractor.name} ({extractor.sha256[:12]})"
-    raise UserError(
-        f"results/features was made with {info['extractor']} ({info['extractor_sha256'][:12]}), but params.yaml "
-        f"names {wanted}; run first: maskdm features"
-    )
-
-
-def _about(params: Params, arm: str, seed: int, data_sha256: str, info: dict[str, Any]) -> dict[str, Any]:
-    """What the numbers are of, and the scale beside them."""
+def _about(params: Params, arm: str, seed: int) -> dict[str, Any]:
+    """What the numbers are of."""
     config = params.arm(arm)
     return {
         "arm": arm,
@@ -100,8 +79,6 @@ def _about(params: Params, arm: str, seed: int, data_sha256: str, info: dict[str
         "mask_rate": config.mask_rate,
         "block_size": config.block_size,
         "realised_mask_rate": params.visible_of(arm).realised_mask_rate(params.grid),
-        "data_sha256": data_sha256,
-        **{k: info[k] for k in ("extractor", "extractor_sha256", "fid_floor", "kid_floor", "floor_num_samples")},
     }
 
 

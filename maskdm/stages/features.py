@@ -1,4 +1,4 @@
-"""Stage `features`: the feature extractor, the real images' features, and the floor of the metrics."""
+"""Stage `features`: the feature extractor and the real images' features."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from maskdm import device, paths
 from maskdm.config import Params
 from maskdm.data.arrays import ImageArrays
 from maskdm.errors import UserError
-from maskdm.evaluation import check_counts, floor_metrics
+from maskdm.evaluation import check_counts
 from maskdm.extractors import FeatureExtractor, open_classifier, open_pretrained, save_classifier
 from maskdm.publishing import publish_folder, publish_json
 from maskdm.stages.inputs import open_data
@@ -39,7 +39,7 @@ def run(params: Params) -> None:
             extractor = open_extractor(params, folder, compute)
             real = extractor.features(images.all(), params.evaluation.batch_size, "real features")
             np.save(folder / REFERENCE_FILE, real)
-            info = {**_describe(params, extractor, real, accuracy), "data_sha256": images.sha256}
+            info = {**_describe(extractor, real, accuracy), "data_sha256": images.sha256}
             publish_json(folder / INFO_FILE, info)
         record.update(info)
         tracked.tags(extractor=extractor.name, extractor_sha256=extractor.sha256)
@@ -72,19 +72,12 @@ def _train_classifier(params: Params, images: ImageArrays, path: Path) -> float:
 
 
 def _describe(
-    params: Params, extractor: FeatureExtractor, real: np.ndarray, accuracy: float | None
+    extractor: FeatureExtractor, real: np.ndarray, accuracy: float | None
 ) -> dict[str, str | int | float | None]:
-    half = params.evaluation.model_copy(
-        update={"kid_subset_size": min(params.evaluation.kid_subset_size, len(real) // 2)}
-    )
-    floor = floor_metrics(real, half)
     return {
         "extractor": extractor.name,
         "extractor_sha256": extractor.sha256,
         "num_features": real.shape[1],
         "num_real": len(real),
         "classifier_accuracy": accuracy,
-        "fid_floor": floor.fid,
-        "kid_floor": floor.kid,
-        "floor_num_samples": floor.num_samples,
     }

@@ -9,11 +9,10 @@ from maskdm import paths
 from maskdm.checkpoint import architecture_of, file_sha256, load_weights
 from maskdm.compute import ArmPlan, plan_arm
 from maskdm.config import Params
-from maskdm.data.arrays import ImageArrays
 from maskdm.masking import Masking
 from maskdm.publishing import publish_folder, publish_json
 from maskdm.stages import pretrain
-from maskdm.stages.inputs import open_data, require
+from maskdm.stages.inputs import open_data, require, with_chosen_values
 from maskdm.stages.session import stage_session
 from maskdm.stages.training import Spent, Trainer, TrainingJob, write_curve
 from maskdm.tracking import publish_arm
@@ -29,8 +28,10 @@ def run(params: Params, arm: str, seed: int) -> None:
     Raises:
         UserError: the dataset or the checkpoint is missing or does not fit, or the loss is not finite.
     """
+    params = with_chosen_values(params, arm)
     images, plan = open_data(params), plan_arm(params, arm)
-    job = _job(params, arm, seed, images, plan)
+    checkpoint = require(paths.pretrain(arm, seed), "pretrain", arm, seed) / pretrain.CHECKPOINT
+    job = finetuning_job(params, arm, seed, images.num_classes, checkpoint, paths.finetune(arm, seed))
     trainer = Trainer(job, images)
     kept = trainer.store.folder / "milestones"
     with stage_session(params, "finetune", arm, seed) as (tracked, record):
@@ -54,10 +55,24 @@ def milestone_name(fraction: float) -> str:
     return f"milestone-{fraction:.3f}"
 
 
-def _job(params: Params, arm: str, seed: int, images: ImageArrays, plan: ArmPlan) -> TrainingJob:
-    checkpoint = require(paths.pretrain(arm, seed), "pretrain", arm, seed) / pretrain.CHECKPOINT
-    config = params.finetune_of(arm)
-    init, _ = load_weights(checkpoint, config.init_from, architecture_of(params, images.num_classes))
+def finetuning_job(
+    params: Params, arm: str, seed: int, num_classes: int, checkpoint: Path, output: Path
+) -> TrainingJob:
+    """What finetuning an arm is.
+
+    Args:
+        params: the experiment, the arm's chosen values applied.
+        arm: its key.
+        seed: of the run.
+        num_classes: of the dataset.
+        checkpoint: the pretrained weights.
+        output: names the work folder.
+
+    Raises:
+        UserError: the checkpoint is damaged or does not fit.
+    """
+    config, plan = params.finetune_of(arm), plan_arm(params, arm)
+    init, _ = load_weights(checkpoint, config.init_from, architecture_of(params, num_classes))
     return TrainingJob(
         params=params,
         stage="finetune",
@@ -66,7 +81,7 @@ def _job(params: Params, arm: str, seed: int, images: ImageArrays, plan: ArmPlan
         config=config,
         plan=plan.finetune,
         masking=Masking("none", params.grid),
-        output=paths.finetune(arm, seed),
+        output=output,
         milestones=tuple(step for _, step in plan.milestones),
         spent=Spent().after(plan.pretrain.num_steps, plan.pretrain),
         init=init,

@@ -43,6 +43,22 @@ def open_data(params: Params) -> ImageArrays:
     return images
 
 
+def with_chosen_values(params: Params, arm: str) -> Params:
+    """The params that an arm runs with: those of the trial that the stage `choose` took.
+
+    Raises:
+        UserError: it has not run, or for other params.
+    """
+    chosen = read_json(require(paths.chosen(arm), "choose"), "choose")
+    given = params.tuning.trials.get(chosen["trial"]) if params.tuning.enabled else {}
+    if chosen["values"] != given:
+        raise UserError(
+            f"{paths.chosen(arm)} says trial {chosen['trial']!r} with {chosen['values']}, which is not in params.yaml; "
+            "run first: maskdm choose"
+        )
+    return params.with_values(arm, given) if given else params
+
+
 def read_json(path: Path, stage: str) -> Any:
     """The content of a small file of an earlier stage.
 

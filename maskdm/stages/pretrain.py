@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from maskdm import paths
 from maskdm.compute import plan_arm
 from maskdm.config import Params
 from maskdm.masking import Masking
 from maskdm.publishing import publish_folder
-from maskdm.stages.inputs import open_data
+from maskdm.stages.inputs import open_data, with_chosen_values
 from maskdm.stages.session import stage_session
 from maskdm.stages.training import Trainer, TrainingJob, write_curve
 
@@ -19,19 +21,10 @@ def run(params: Params, arm: str, seed: int) -> None:
     """Pretrain an arm into results/pretrain/ARM/seed-SEED; `scratch` publishes its initialisation.
 
     Raises:
-        UserError: the dataset is missing, or the loss is not finite.
+        UserError: the dataset or the arm's values are missing, or the loss is not finite.
     """
-    images, config = open_data(params), params.arm(arm)
-    job = TrainingJob(
-        params=params,
-        stage="pretrain",
-        arm=arm,
-        seed=seed,
-        config=params.pretrain_of(arm),
-        plan=plan_arm(params, arm).pretrain,
-        masking=Masking(config.strategy, params.grid, config.mask_rate or 0.0, config.block_size),
-        output=paths.pretrain(arm, seed),
-    )
+    params = with_chosen_values(params, arm)
+    images, job = open_data(params), pretraining_job(params, arm, seed, paths.pretrain(arm, seed))
     trainer = Trainer(job, images)
     with stage_session(params, "pretrain", arm, seed) as (tracked, record):
         state = trainer.run(tracked, record, keep=lambda _: None)
@@ -39,3 +32,25 @@ def run(params: Params, arm: str, seed: int) -> None:
             trainer.save_weights(folder / CHECKPOINT, state)
             write_curve(folder / CURVE, state)
     trainer.store.clear()
+
+
+def pretraining_job(params: Params, arm: str, seed: int, output: Path) -> TrainingJob:
+    """What pretraining an arm is.
+
+    Args:
+        params: the experiment, the arm's chosen values applied.
+        arm: its key.
+        seed: of the run.
+        output: names the work folder.
+    """
+    config = params.arm(arm)
+    return TrainingJob(
+        params=params,
+        stage="pretrain",
+        arm=arm,
+        seed=seed,
+        config=params.pretrain_of(arm),
+        plan=plan_arm(params, arm).pretrain,
+        masking=Masking(config.strategy, params.grid, config.mask_rate or 0.0, config.block_size),
+        output=output,
+    )

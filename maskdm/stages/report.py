@@ -6,19 +6,19 @@ import sys
 
 from maskdm import paths
 from maskdm.config import Params
-from maskdm.report import format_final, write_report
+from maskdm.report import print_report, write_report
 from maskdm.stages.session import stage_session
 from maskdm.tracking import flush, publish_arm, unsent_note
 
 
 def run(params: Params) -> None:
-    """Write results/report from the metrics of all arms, and bring MLflow up to date with results/.
+    """Write results/report from what there is of all arms, and bring MLflow up to date with results/.
 
     Raises:
-        UserError: an arm's result is missing.
+        UserError: no arm has results that can be shown.
     """
     with stage_session(params, "report") as (tracked, _):
-        final = write_report(params)
+        report = write_report(params)
         for figure in sorted(paths.REPORT.glob("*.png")):
             tracked.figure(figure)
     for arm in params.arms:
@@ -26,5 +26,4 @@ def run(params: Params) -> None:
             publish_arm(params, arm, seed)
     if params.tracking.enabled and not flush():
         print(f"warning: tracking: {unsent_note()}", file=sys.stderr)
-    print(format_final(final))
-    print(f"\nreport: {paths.REPORT / 'index.html'}")
+    print_report(report)

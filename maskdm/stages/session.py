@@ -16,7 +16,7 @@ from maskdm.tracking import StageRun, stage_run
 
 @contextmanager
 def stage_session(
-    params: Params, stage: str, arm: str | None = None, seed: int | None = None
+    params: Params, stage: str, arm: str | None = None, seed: int | None = None, trial: str | None = None
 ) -> Iterator[tuple[StageRun, dict[str, Any]]]:
     """Track, time and record a stage.
 
@@ -26,28 +26,33 @@ def stage_session(
     Yields:
         the MLflow run of the stage, and its record, a flat dict that the block may add to.
     """
-    title = stage if arm is None else f"{stage} {arm} seed {seed}"
-    with one_writer(paths.lock(stage, arm, seed), title), stage_run(params, stage, arm, seed) as tracked:
-        tracked.params(**_given(params, stage, arm))
-        record: dict[str, Any] = {"stage": stage, "arm": arm, "seed": seed}
+    which = () if arm is None else (arm, f"seed {seed}" if trial is None else f"trial {trial}")
+    lock = one_writer(paths.lock(stage, arm, seed, trial), " ".join((stage, *which)))
+    with lock, stage_run(params, stage, arm, seed, trial) as tracked:
+        tracked.params(**_given(params, stage, arm, trial))
+        record: dict[str, Any] = {"stage": stage, "arm": arm, "seed": seed, "trial": trial}
         with measured(params, record):
             yield tracked, record
         record["data_sha256"] = ImageArrays.open(paths.DATA).sha256
         if stage != "report":
-            publish_json(paths.record(stage, arm, seed), record)
+            publish_json(paths.record(stage, arm, seed, trial), record)
         tracked.log(0, wall_seconds=record["wall_seconds"], peak_memory_gib=record["peak_memory_gib"])
         tracked.tags(**_origin(record))
 
 
-def _given(params: Params, stage: str, arm: str | None) -> dict[str, Any]:
+def _given(params: Params, stage: str, arm: str | None, trial: str | None) -> dict[str, Any]:
     """The section of params.yaml that a stage is about; of an arm, as the arm merges it."""
     if stage in ("pretrain", "finetune"):
         assert arm is not None
         merged = params.pretrain_of(arm) if stage == "pretrain" else params.finetune_of(arm)
         return {**params.arm(arm).model_dump(include={"strategy", "mask_rate", "block_size"}), **merged.model_dump()}
+    if trial is not None:
+        return dict(params.tuning.trials[trial])
     sections: dict[str, Section] = {
         "prepare": params.dataset,
         "features": params.evaluation,
+        "scale": params.sampling,
+        "choose": params.tuning,
         "sample": params.sampling,
         "evaluate": params.evaluation,
         "report": params.budget,

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from maskdm import device, paths, rng
@@ -75,6 +74,7 @@ class TrainingJob:
         spent: before this stage.
         init: weights to start from; None draws them from the seed.
         init_sha256: of the file that `init` comes from.
+        trial: of tuning, if it is one; for messages.
     """
 
     params: Params
@@ -89,11 +89,13 @@ class TrainingJob:
     spent: Spent = Spent()
     init: dict[str, Tensor] | None = None
     init_sha256: str = ""
+    trial: str | None = None
 
     @property
     def title(self) -> str:
         """For messages and progress."""
-        return f"{self.stage} {self.arm} seed {self.seed}"
+        run = f"seed {self.seed}" if self.trial is None else f"trial {self.trial}"
+        return f"{self.stage} {self.arm} {run}"
 
     def fingerprint(self, data_sha256: str) -> str:
         """Of everything that the job's result depends on."""
@@ -140,13 +142,16 @@ class Trainer:
             with_labels=params.model.class_conditional,
         )
 
-    def run(self, tracked: StageRun, record: dict[str, Any], keep: Callable[[TrainState], None]) -> TrainState:
+    def run(
+        self, tracked: StageRun, record: dict[str, Any], keep: Callable[[TrainState], None], prefix: str = ""
+    ) -> TrainState:
         """Train from the newest saved state, or from the start.
 
         Args:
             tracked: gets every row of the curve.
             record: gets time and compute.
             keep: called at milestones with a good state.
+            prefix: of what is tracked.
         """
         if (saved := self.store.load()) is not None:
             restore_state(self.state, *saved)
@@ -156,23 +161,27 @@ class Trainer:
 
         def log(row: dict[str, float]) -> None:
             step = int(row["step"])
-            tracked.log(step, **{name: value for name, value in row.items() if name != "step"})
+            tracked.log(step, **{prefix + name: value for name, value in row.items() if name != "step"})
             bar.update_to(step, f"loss {row['loss']:.4f}")
 
         def save(good: TrainState) -> None:
             if good.step in self.job.milestones:
                 keep(good)
             if self.store.is_due:
-                self.store.save(state_tensors(good), self._state_info(good))
+                self.save_state(good)
 
         try:
             train(self.state, self._train_run(), self.batches, self.compute, log, save)
         except NonFiniteLossError as error:
-            raise NonFiniteLossError(f"{error}. {self._keep_last_good()}") from None
+            raise NonFiniteLossError(f"{error}. {self._keep_last_good()}", error.reason) from None
         finally:
             bar.close()
-        self._account(record, tracked)
+        self._account(record, tracked, prefix)
         return self.state
+
+    def save_state(self, state: TrainState) -> None:
+        """Save a good state, so that the next run of the job goes on from it."""
+        self.store.save(state_tensors(state), self._state_info(state))
 
     def save_weights(self, path: Path, state: TrainState) -> None:
         """Write the raw and the averaged weights of a state."""
@@ -231,27 +240,27 @@ class Trainer:
             "architecture": self.architecture,
             "step": state.step,
             "curve": state.curve,
-            "seconds": state.seconds,
+            "timings": state.timings,
         }
 
-    def _account(self, record: dict[str, Any], tracked: StageRun) -> None:
-        job, seconds = self.job, self.state.seconds
+    def _account(self, record: dict[str, Any], tracked: StageRun, prefix: str) -> None:
+        job, seconds, waited = self.job, self.state.device_seconds, self.state.data_wait_seconds
         facts = {
             "steps": job.plan.num_steps,
             "num_visible": job.plan.num_visible,
             "realised_mask_rate": 1 - job.plan.num_visible / job.params.grid.num_patches,
             "flops_per_step": job.plan.flops_per_step,
             "flops": job.plan.flops,
-            "train_seconds": round(seconds, 3),
+            "device_seconds": round(seconds, 3),
+            "data_wait_seconds": round(waited, 3),
+            "data_wait_share": round(waited / seconds, 4) if seconds else 0.0,
             "images_per_second": round(job.plan.num_steps * job.plan.batch_size / seconds, 1) if seconds else None,
             "num_parameters": num_parameters(self.state.model),
         }
-        if self.compute.device.type == "cuda":
-            facts["peak_device_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
-        record.update(facts, **self.compute.describe())
+        record.update(facts, timings=self.state.timings, **self.compute.describe())
         tracked.params(**self.compute.describe())
-        in_curve = self.job.spent.as_dict()  # cumulative there, and logged with every row
-        once = {name: fact for name, fact in facts.items() if fact is not None and name not in in_curve}
+        in_curve = {*job.spent.as_dict(), "device_seconds", "data_wait_seconds"}  # cumulative, with every row
+        once = {prefix + name: fact for name, fact in facts.items() if fact is not None and name not in in_curve}
         tracked.log(job.plan.num_steps, **once)
 
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 STAGE_VERSIONS = {
     "prepare": 1,
-    "features": 1,
+    "features": 2,
+    "scale": 1,
+    "tune": 1,
+    "choose": 1,
     "pretrain": 1,
     "finetune": 1,
     "sample": 1,
-    "evaluate": 1,
-    "report": 1,
+    "evaluate": 2,
+    "report": 2,
 }

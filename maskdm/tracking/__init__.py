@@ -8,10 +8,10 @@ finds the runs, `arm_content` says what an arm run carries, `publishing` makes i
 """
 
 from maskdm.tracking.background import flush, sync, unsent_note
-from maskdm.tracking.publishing import publish_arm
+from maskdm.tracking.publishing import publish_arm, publish_report
 from maskdm.tracking.stage_runs import StageRun, stage_run
 from maskdm.tracking.store import store_uri
-from maskdm.tracking.views import chart_url, compare_url
+from maskdm.tracking.views import chart_url, compare_url, trials_url
 
 __all__ = [
     "StageRun",
@@ -19,8 +19,10 @@ __all__ = [
     "compare_url",
     "flush",
     "publish_arm",
+    "publish_report",
     "stage_run",
     "store_uri",
     "sync",
+    "trials_url",
     "unsent_note",
 ]

@@ -2,59 +2,27 @@
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import json
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from maskdm import paths
 from maskdm.config import Params
+from maskdm.tracking.dataset import read_dataset
+from maskdm.tracking.run_content import Points, RunContent, finite, only_numbers, read_json, read_rows
 
-ARM_STAGES = ("pretrain", "finetune", "sample", "evaluate")
+TRAINING_STAGES = ("pretrain", "finetune")
+ARM_STAGES = (*TRAINING_STAGES, "sample", "evaluate")
+REPORT = "report"  # not of an arm, but the last that says something of it
 SECTIONS = {"dataset", "model", "diffusion", "budget", "training", "sampling", "evaluation", "compute"}
-SCORES = ("fid", "kid", "precision", "recall", "flops")
+SCORES = ("fid", "kid", "precision", "recall", "flops", "images_seen", "tokens_seen")
+SCALES = ("fid_floor", "kid_floor", "fid_untrained", "kid_untrained")
+# What only the report knows of an arm: it compares with scratch, over all seeds.
+VERDICTS = ("delta_fid", "compute_ratio", "flops_at_equal_fid", "device_seconds_at_equal_fid")
 
 
-@dataclass
-class ArmContent:
-    """What an arm's run carries.
-
-    Attributes:
-        params: what the arm was given, flat.
-        points: a deterministic metric's value by (key, step): another value is another result.
-        measures: timings and the like, which differ between equal runs.
-        tags: provenance.
-        images: the PNG grids.
-    """
-
-    params: dict[str, str]
-    points: dict[tuple[str, int], float] = field(default_factory=dict)
-    measures: dict[str, float] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
-    images: list[Path] = field(default_factory=list)
-
-    @property
-    def images_sha256(self) -> str:
-        """A hash of all images with their names."""
-        files = [(image.name, hashlib.sha256(image.read_bytes()).hexdigest()) for image in self.images]
-        return hashlib.sha256(json.dumps(files).encode()).hexdigest()
-
-    @property
-    def has_results(self) -> bool:
-        """Whether there is anything to publish."""
-        return bool(self.points or self.measures or self.tags or self.images)
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the arm has been evaluated."""
-        return any(key == "fid" for key, _ in self.points)
-
-
-def read_arm(params: Params, arm: str, seed: int, through: str = "evaluate", base: Path = Path()) -> ArmContent:
+def read_arm(params: Params, arm: str, seed: int, through: str = "evaluate", base: Path = Path()) -> RunContent:
     """Gather what results/ holds of an arm; what isn't there is left out.
 
     Args:
@@ -67,16 +35,20 @@ def read_arm(params: Params, arm: str, seed: int, through: str = "evaluate", bas
     Raises:
         ValueError: a file is not what its stage writes.
     """
-    stages = ARM_STAGES[: ARM_STAGES.index(through) + 1]
-    content = ArmContent(arm_params(params, arm, seed))
+    stages = ARM_STAGES if through == REPORT else ARM_STAGES[: ARM_STAGES.index(through) + 1]
+    records = {stage: read_json(base / paths.record(stage, arm, seed)) for stage in stages}
+    content = RunContent(arm_params(params, arm, seed), dataset=read_dataset(base))
     for stage, folder in (("pretrain", paths.pretrain(arm, seed)), ("finetune", paths.finetune(arm, seed))):
         if stage in stages:
-            content.points |= dict(_curve(stage, base / folder / "curve.csv"))
+            rows = read_rows(base / folder / "curve.csv")
+            content.points |= _losses(stage, rows) | _throughput(stage, rows, records[stage])
     if "sample" in stages:
         content.images = sorted((base / paths.samples(arm, seed)).glob("*.png"))
     if "evaluate" in stages:
-        _add_metrics(content, _read_json(base / paths.metrics(arm, seed)))
-    _add_records(content, {stage: _read_json(base / paths.record(stage, arm, seed)) for stage in stages})
+        _add_metrics(content, read_json(base / paths.metrics(arm, seed)))
+    _add_records(content, records)
+    if through == REPORT and content.has_results:
+        _add_verdict(content, arm, read_rows(base / paths.REPORT / "verdicts.csv"))
     return content
 
 
@@ -101,7 +73,7 @@ def arm_params(params: Params, arm: str, seed: int) -> dict[str, str]:
 def pretrain_params(params: Params, arm: str) -> dict[str, Any]:
     """What an arm's pretraining was given: nothing but a share of 0 where there is none."""
     own = params.pretrain_of(arm)
-    return own.model_dump(mode="json") if own.share else {"share": own.share}
+    return own.model_dump(mode="json") if own.share or own.steps else {"share": own.share}
 
 
 def _flat(nested: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -112,57 +84,69 @@ def _flat(nested: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield prefix + key, value
 
 
-def _curve(stage: str, file: Path) -> Iterator[tuple[tuple[str, int], float]]:
-    if not file.is_file():
-        return
-    with file.open(encoding="utf-8", newline="") as handle:
-        for row in csv.DictReader(handle):
-            loss = _finite(row["loss"])
-            if loss is not None:
-                yield (f"{stage}/loss", int(row["step"])), loss
+def _losses(stage: str, rows: list[dict[str, str]]) -> Points:
+    losses = {int(row["step"]): finite(row["loss"]) for row in rows}
+    return {(f"{stage}/loss", step): loss for step, loss in losses.items() if loss is not None}
 
 
-def _add_metrics(content: ArmContent, metrics: dict[str, Any]) -> None:
+def _throughput(stage: str, rows: list[dict[str, str]], record: dict[str, Any]) -> Points:
+    """Images per second between one row of the curve and the next; the first row holds the warm-up."""
+    seen = {int(row["step"]): float(row["images_seen"]) for row in rows}
+    seconds = {int(timing["step"]): float(timing["device_seconds"]) for timing in record.get("timings", [])}
+    steps = sorted(seen.keys() & seconds.keys())
+    return {
+        (f"{stage}/images_per_second", after): (seen[after] - seen[before]) / (seconds[after] - seconds[before])
+        for before, after in pairwise(steps)
+        if seconds[after] > seconds[before]
+    }
+
+
+def _add_metrics(content: RunContent, metrics: dict[str, Any]) -> None:
     """Scores at the milestones; steps are percents of the budget, so that arms share their abscissae."""
     for fraction, scores in metrics.get("milestones", {}).items():
         percent = round(100 * float(fraction))
-        values = {(key, percent): _finite(scores.get(key)) for key in SCORES}
-        content.points |= {at: value for at, value in values.items() if value is not None}
-    fid_floor = _finite(metrics.get("fid_floor"))
-    if fid_floor is not None:
-        content.points["fid_floor", 0] = fid_floor
+        found = only_numbers({key: scores.get(key) for key in SCORES})
+        content.points |= {(key, percent): value for key, value in found.items()}
+        content.status = "FINISHED"
+    scales = only_numbers({key: metrics.get(key) for key in SCALES})
+    content.points |= {(key, 0): value for key, value in scales.items()}
     content.params |= {key: str(metrics[key]) for key in ("num_samples", "extractor") if metrics.get(key)}
     if metrics.get("data_sha256"):
         content.tags["data_sha256"] = str(metrics["data_sha256"])
 
 
-def _add_records(content: ArmContent, records: dict[str, dict[str, Any]]) -> None:
-    measures = {f"{stage}_seconds": _finite(record.get("wall_seconds")) for stage, record in records.items()}
-    measures |= {
-        f"{stage}_images_per_second": _finite(record.get("images_per_second")) for stage, record in records.items()
-    }
-    measures["train_seconds"] = _train_seconds(records, content.params["strategy"])
-    memory = [_finite(record.get("peak_memory_gib")) for record in records.values()]
-    measures["peak_memory_gib"] = max((gib for gib in memory if gib is not None), default=None)
-    content.measures = {key: value for key, value in measures.items() if value is not None}
-    latest = next((record for record in reversed(records.values()) if record), {})
-    if latest.get("git_commit"):
-        content.tags["git_commit"] = str(latest["git_commit"])
-    content.tags |= {f"version.{name}": str(version) for name, version in latest.get("versions", {}).items()}
+def _add_records(content: RunContent, records: dict[str, dict[str, Any]]) -> None:
+    trained = [records[stage] for stage in TRAINING_STAGES if records.get(stage)]
+    device_seconds = _total("device_seconds", records, content.params["strategy"])
+    waited = _total("data_wait_seconds", records, content.params["strategy"])
+    measures = {f"{stage}_seconds": record.get("wall_seconds") for stage, record in records.items()}
+    measures |= {f"{stage}_images_per_second": record.get("images_per_second") for stage, record in records.items()}
+    measures["device_seconds"] = device_seconds
+    measures["data_wait_share"] = waited / device_seconds if device_seconds and waited is not None else None
+    measures["peak_memory_gib"] = max(map(_peak_memory_gib, trained), default=None)
+    content.measures |= only_numbers(measures)
+    content.add_provenance(next((record for record in reversed(records.values()) if record), {}))
 
 
-def _train_seconds(records: dict[str, dict[str, Any]], strategy: str) -> float | None:
-    """Seconds in steps of pretraining and finetuning together; nothing where one of them is unknown."""
-    pretrain, finetune = (_finite(records.get(stage, {}).get("train_seconds")) for stage in ("pretrain", "finetune"))
+def _total(key: str, records: dict[str, dict[str, Any]], strategy: str) -> float | None:
+    """Of pretraining and finetuning together; nothing where one of them is unknown."""
+    pretrain, finetune = (finite(records.get(stage, {}).get(key)) for stage in TRAINING_STAGES)
     if finetune is None or (pretrain is None and strategy != "none"):
         return None
     return finetune + (pretrain or 0.0)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+def _peak_memory_gib(record: dict[str, Any]) -> float:
+    """Of the device while training, as the timings have it; of the process where there are none."""
+    timed = [float(timing["peak_memory_gib"]) for timing in record.get("timings", [])]
+    return max(timed, default=finite(record.get("peak_memory_gib")) or 0.0)
 
 
-def _finite(value: Any) -> float | None:
-    number = math.nan if value is None or value == "" else float(value)
-    return number if math.isfinite(number) else None
+def _add_verdict(content: RunContent, arm: str, rows: list[dict[str, str]]) -> None:
+    """What the report says of the arm; what it does not say must not be left of an older report."""
+    row = next((row for row in rows if row["arm"] == arm), {})
+    found = only_numbers({key: row.get(key) for key in VERDICTS})
+    content.measures |= found
+    content.withdrawn = set(VERDICTS) - set(found)
+    if row.get("verdict"):
+        content.tags["verdict"] = row["verdict"]

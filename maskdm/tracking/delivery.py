@@ -5,12 +5,29 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from itertools import groupby, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from maskdm.errors import UserError
+from maskdm.tracking.dataset import add_dataset
 from maskdm.tracking.publishing import publish
-from maskdm.tracking.spool import END, FIGURE, METRICS, PARAMS, PUBLISH, RUN, TAGS, Event, SpoolReader
-from maskdm.tracking.store import PARENT, ArmKey, Point, Store, shown, write_points
+from maskdm.tracking.registry import publish_models
+from maskdm.tracking.spool import (
+    END,
+    EXPERIMENT,
+    FIGURE,
+    METRICS,
+    MODELS,
+    PARAMS,
+    PUBLISH,
+    RUN,
+    TAGS,
+    Event,
+    SpoolReader,
+)
+from maskdm.tracking.store import PARENT, ArmKey, Point, Store, TrialKey, shown, write_points
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
 
 EVENTS_PER_BATCH = 1000
 # Of an event or a file that is wrong in itself: it would be refused for ever, and everything behind it held up.
@@ -29,11 +46,13 @@ class Delivery:
     def __init__(self, store: Store, spool: SpoolReader) -> None:
         self._store, self._spool = store, spool
         self._handlers: dict[str, Callable[[dict[str, Any]], None]] = {
+            EXPERIMENT: self._experiment,
             RUN: self._start,
             PARAMS: self._params,
             TAGS: self._tags,
             FIGURE: self._figure,
             PUBLISH: lambda event: publish(store, event),
+            MODELS: lambda event: publish_models(store, event),
             END: self._end,
         }
 
@@ -67,22 +86,34 @@ class Delivery:
             line = f"{self._spool.folder.name}: left out {events[0].kind}: {shown(str(error))}"
             print(line, file=sys.stderr, flush=True)
 
+    def _experiment(self, event: dict[str, Any]) -> None:
+        with self._store.lock():
+            self._store.tag_experiment(event["name"], event["tags"])
+
     def _start(self, event: dict[str, Any]) -> None:
-        """Create the run in place of older ones of the stage; the arm's status is its latest stage's."""
+        """Create the run in place of older ones of the stage, or of the trial."""
+        with self._store.lock():
+            name, tags, older = self._identify(event)
+            for run in older:
+                self._store.client.delete_run(run.info.run_id)
+            self._spool.mark(run_id=self._store.new_run(event["experiment"], name, tags, event["time_ms"]))
+        if event.get("dataset") is not None:
+            add_dataset(self._store, self._store.client.get_run(self._run_id), event["dataset"])
+
+    def _identify(self, event: dict[str, Any]) -> tuple[str, dict[str, str], list[Run]]:
+        """Name and tags of the run that a stage wants, and the runs that it supersedes."""
         store, experiment, stage = self._store, event["experiment"], event["stage"]
         tags = {"maskdm.kind": "stage", "maskdm.stage": stage}
-        with store.lock():
-            if event["arm"] is None:
-                older = store.top_level_stages(experiment, stage)
-            else:
-                arm = ArmKey(**event["arm"])
-                parent = store.arm_run(arm, event["time_ms"])
-                store.client.update_run(parent, status="RUNNING")
-                older = store.stages_of(experiment, parent, stage)
-                tags |= {PARENT: parent, "maskdm.arm": arm.arm, "maskdm.seed": str(arm.seed)}
-            for run in older:
-                store.client.delete_run(run.info.run_id)
-            self._spool.mark(run_id=store.new_run(experiment, stage, tags, event["time_ms"]))
+        if event.get("trial") is not None:
+            trial = TrialKey(**event["trial"])
+            return trial.run_name, tags | trial.tags, store.trial_runs(trial)
+        if event["arm"] is None:
+            return stage, tags, store.top_level_stages(experiment, stage)
+        arm = ArmKey(**event["arm"])
+        parent = store.arm_run(arm, event["time_ms"])
+        store.client.update_run(parent, status="RUNNING")  # the arm's status is its latest stage's
+        tags |= {PARENT: parent, "maskdm.arm": arm.arm, "maskdm.seed": str(arm.seed)}
+        return stage, tags, store.stages_of(experiment, parent, stage)
 
     @property
     def _run_id(self) -> str:

@@ -1,6 +1,6 @@
-"""The comparison of arms as a saved view: an experiment's tag that MLflow's UI reads.
+"""The comparison of arms, and of trials, as saved views: an experiment's tags that MLflow's UI reads.
 
-Its format is undocumented; this one was seen to work in MLflow 3.17.
+Their format is undocumented; this one was seen to work in MLflow 3.17, and a test looks at the real UI.
 """
 
 from __future__ import annotations
@@ -8,80 +8,133 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from maskdm.config import Params
+from maskdm.tracking.trial_content import tuned_paths
+
 VIEW_NAME = "arms"
-VIEW_TAG = f"mlflow.sharedViewState.{VIEW_NAME}"
-ARMS_FILTER = "tags.`maskdm.kind` = 'arm'"
-# The table's columns with their widths in pixels.
+TRIALS_VIEW_NAME = "trials"
+SHARED_VIEW = "mlflow.sharedViewState."
+VIEW_TAG = SHARED_VIEW + VIEW_NAME
+TRIALS_VIEW_TAG = SHARED_VIEW + TRIALS_VIEW_NAME
+# The kind of experiment whose page shows runs; MLflow infers it from runs, of an empty experiment it asks.
+KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
+# The table's columns with their widths in pixels; MLflow shows the first two always.
+NAME_COLUMNS = {"attributes.`Run Name`": 200, "runDateAndNestInfo": 110}
 COLUMNS = {
-    "params.`strategy`": 90,
-    "params.`realised_mask_rate`": 150,
-    "metrics.`fid`": 90,
-    "metrics.`kid`": 100,
-    "metrics.`precision`": 90,
-    "metrics.`recall`": 90,
-    "metrics.`flops`": 160,
-    "metrics.`train_seconds`": 110,
+    "params.`strategy`": 85,
+    "params.`mask_rate`": 95,
+    "metrics.`fid`": 120,
+    "metrics.`compute_ratio`": 125,
+    "metrics.`device_seconds`": 125,
+    "metrics.`delta_fid`": 110,
+    "metrics.`kid`": 110,
+    "metrics.`precision`": 110,
+    "metrics.`recall`": 110,
 }
-# The charts' sections; other metrics follow under MLflow's own heading, which must be listed to be kept.
-SECTIONS: dict[str, tuple[str, ...]] = {
-    "Scores by percent of the budget": ("fid", "kid", "precision", "recall"),
-    "Loss by step": ("pretrain/loss", "finetune/loss"),
+TRIAL_COLUMNS = {"params.`arm`": 110, "params.`trial`": 90}
+TRIAL_SCORES = {"metrics.`kid`": 110, "metrics.`fid`": 110, "metrics.`precision`": 110, "metrics.`recall`": 110}
+STEP, BAR = "step", "bar"
+# The charts' sections: (metric, what it is drawn against: the step, another metric, or a bar per arm).
+# MLflow's own section must be listed to be kept; it holds all other metrics.
+Charts = tuple[tuple[str, str], ...]
+SECTIONS: dict[str, Charts] = {
+    "Quality against compute": (("fid", "flops"), ("kid", "flops")),
+    "Compute for scratch's FID; device seconds": (
+        ("compute_ratio", BAR),
+        ("device_seconds", BAR),
+    ),
+    "Loss by step": (("pretrain/loss", STEP), ("finetune/loss", STEP)),
+    "Images per second by step": (("pretrain/images_per_second", STEP), ("finetune/images_per_second", STEP)),
+    "Precision and recall against compute": (("precision", "flops"), ("recall", "flops")),
     "Model metrics": (),
 }
 
 
-def view_json() -> str:
-    """The view: every arm run, best FID first, with what the ablation compares."""
-    return json.dumps(_table() | _charts())
+def experiment_tags(params: Params) -> dict[str, str]:
+    """What an experiment carries for the UI."""
+    tags = {KIND_TAG: KIND, VIEW_TAG: _saved("Arms, best FID first", arms_view(params))}
+    if params.tuning.enabled:
+        tags[TRIALS_VIEW_TAG] = _saved("Trials of the tuning, best first", trials_view(params))
+    return tags
 
 
-def _table() -> dict[str, Any]:
+def arms_view(params: Params) -> dict[str, Any]:
+    """A row per arm, best FID first, its seeds folded; a line per arm, the mean of its seeds."""
+    group = {"aggregateFunction": "average", "groupByKeys": [{"mode": "param", "groupByData": "arm"}]}
     return {
-        "searchFilter": ARMS_FILTER,
-        "orderByKey": "metrics.`fid`",
+        **_table("arm", "fid", COLUMNS),
+        **_charts(SECTIONS),
+        "groupBy": group if len(params.seeds) > 1 else None,  # a group's row has no text, such as the strategy
+        "groupsExpanded": {f"param.arm.{arm}": False for arm in params.arms},  # unfolded unless it is said of each
+        "useGroupedValuesInCharts": True,
+    }
+
+
+def trials_view(params: Params) -> dict[str, Any]:
+    """A row per trial of every arm, best first, with the values that it tried."""
+    columns = TRIAL_COLUMNS | {f"params.`{path}`": 130 for path in tuned_paths(params)} | TRIAL_SCORES
+    return {**_table("trial", params.tuning.metric, columns), "groupBy": None}
+
+
+def _saved(name: str, view: dict[str, Any]) -> str:
+    """A view as MLflow's menu of views keeps it; its time is always the same, so that equal views are equal."""
+    return json.dumps({"name": name, "createdAt": 0, "updatedAt": 0, "state": json.dumps(view)})
+
+
+def _table(kind: str, metric: str, columns: dict[str, int]) -> dict[str, Any]:
+    widths = NAME_COLUMNS | columns
+    return {
+        "searchFilter": f"tags.`maskdm.kind` = '{kind}'",
+        "orderByKey": f"metrics.`{metric}`",
         "orderByAsc": True,
         "startTime": "ALL",
         "lifecycleFilter": "Active",
         "modelVersionFilter": "All Runs",
         "datasetsFilter": [],
-        "selectedColumns": list(COLUMNS),
-        "columnOrder": list(COLUMNS),
-        "columnWidths": COLUMNS,
-        "runsExpanded": {},
-        "runsPinned": [],
-        "runsHidden": [],
+        "selectedColumns": list(columns),
+        "columnOrder": list(widths),
+        "columnWidths": widths,
         "runsHiddenMode": "SHOW_ALL",
-        "groupBy": None,
     }
 
 
-def _charts() -> dict[str, Any]:
+def _charts(sections: dict[str, Charts]) -> dict[str, Any]:
     return {
         "compareRunSections": [
-            {"uuid": name, "name": name, "display": True, "isReordered": True, "columns": 2} for name in SECTIONS
+            {"uuid": name, "name": name, "display": bool(charts), "isReordered": True, "columns": 2}
+            for name, charts in sections.items()
         ],
-        "compareRunCharts": [_line(name, metric) for name, metrics in SECTIONS.items() for metric in metrics],
+        "compareRunCharts": [_chart(name, *chart) for name, charts in sections.items() for chart in charts],
         "isAccordionReordered": True,  # else MLflow sorts its own sections before ours
     }
 
 
-def _line(section: str, metric: str) -> dict[str, Any]:
-    return {
-        "type": "LINE",
+def _chart(section: str, metric: str, against: str) -> dict[str, Any]:
+    chart = {
         "uuid": f"maskdm-{metric}",
         "metricSectionId": section,
         "metricKey": metric,
-        "xAxisKey": "step",
+        "runsCountToCompare": 100,
+        "deleted": False,
+        "isGenerated": False,
+    }
+    return chart | ({"type": "BAR"} if against == BAR else _line(metric, against))
+
+
+def _line(metric: str, against: str) -> dict[str, Any]:
+    """A line over steps, or over another metric, whose values at equal steps are the abscissae."""
+    by_step = against == STEP
+    return {
+        "type": "LINE",
+        "selectedMetricKeys": [metric],
+        "xAxisKey": "step" if by_step else "metric",
+        "selectedXAxisMetricKey": "" if by_step else against,
         "xAxisScaleType": "linear",
         "scaleType": "linear",
         "yAxisKey": "metric",
         "yAxisExpressions": [],
         "range": {},
         "lineSmoothness": 0,
-        "selectedXAxisMetricKey": "",
-        "useGlobalXaxisKey": True,
+        "useGlobalXaxisKey": False,  # else MLflow's setting for all charts takes the place of ours
         "useGlobalLineSmoothing": True,
-        "runsCountToCompare": 100,
-        "deleted": False,
-        "isGenerated": False,
     }

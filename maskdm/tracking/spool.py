@@ -25,7 +25,8 @@ from maskdm import paths
 
 EVENTS = "events.jsonl"
 PROGRESS = "sent.json"
-RUN, METRICS, PARAMS, TAGS, FIGURE, PUBLISH, END = "run", "metrics", "params", "tags", "figure", "publish", "end"
+EXPERIMENT, RUN, METRICS, PARAMS, TAGS, FIGURE = "experiment", "run", "metrics", "params", "tags", "figure"
+PUBLISH, MODELS, END = "publish", "models", "end"
 
 
 def tracking_folder(root: Path) -> Path:

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from maskdm import paths
 from maskdm.config import Params
 from maskdm.tracking.background import wake_sender, warn_if_unsent
-from maskdm.tracking.spool import END, METRICS, PARAMS, RUN, TAGS, Spool
-from maskdm.tracking.store import ArmKey, arm_key, store_uri
+from maskdm.tracking.dataset import read_dataset
+from maskdm.tracking.saved_view import experiment_tags
+from maskdm.tracking.spool import END, EXPERIMENT, METRICS, PARAMS, RUN, TAGS, Spool
+from maskdm.tracking.store import TrialKey, arm_key, store_uri
+
+TRAINING = ("tune", "pretrain", "finetune")  # the stages whose runs name the data
 
 
 class StageRun:
@@ -39,16 +44,16 @@ class SpooledStageRun(StageRun):
 
     Args:
         root: the project's root.
-        stage: the stage's name.
-        experiment: MLflow's experiment.
-        arm: the arm run that this run belongs to, if any.
+        name: for the spool's folder.
+        run: what the run is of: experiment and stage, the arm run that it belongs to or the trial that it is, the data.
+        tags: of the experiment.
     """
 
-    def __init__(self, root: Path, stage: str, experiment: str, arm: ArmKey | None) -> None:
+    def __init__(self, root: Path, name: str, run: dict[str, Any], tags: dict[str, str]) -> None:
         self._root = root
-        name = stage if arm is None else f"{stage}-{arm.arm}-{arm.seed}"
         self._spool = Spool(root, name, store_uri())
-        self._spool.append(RUN, experiment=experiment, stage=stage, arm=arm and arm._asdict())
+        self._spool.append(EXPERIMENT, name=run["experiment"], tags=tags)
+        self._spool.append(RUN, **run)
         wake_sender(root, self._spool)  # after the spool is there: a sender that ends just now sees it
 
     def log(self, step: int, **metrics: float) -> None:  # noqa: D102
@@ -75,27 +80,44 @@ class SpooledStageRun(StageRun):
 
 
 @contextmanager
-def stage_run(params: Params, stage: str, arm: str | None = None, seed: int | None = None) -> Iterator[StageRun]:
+def stage_run(
+    params: Params, stage: str, arm: str | None = None, seed: int | None = None, trial: str | None = None
+) -> Iterator[StageRun]:
     """Track a stage's run around its work; MLflow's failures never reach the stage.
 
     Args:
         params: `tracking.enabled` false makes it all a no-op.
         stage: the stage's name.
         arm: the arm, where the stage belongs to one.
-        seed: the arm's seed.
+        seed: the arm's seed; of a trial it does not matter.
+        trial: the trial of the arm: a run of its own kind, no part of an arm run; none where nothing is tuned.
 
     Yields:
         what the stage logs to. The run ends FINISHED; FAILED or (Ctrl-C, exit) KILLED when the block raises.
     """
-    if not params.tracking.enabled:
+    if not params.tracking.enabled or (trial is not None and not params.tuning.enabled):
         yield StageRun()
         return
-    root, key = paths.project_root(), None if arm is None or seed is None else arm_key(params, arm, seed)
+    root = paths.project_root()
+    name, described = _describe(params, stage, arm, seed, trial)
     warn_if_unsent(root)
-    run = SpooledStageRun(root, stage, params.name, key)
+    run = SpooledStageRun(root, name, described, experiment_tags(params))
     try:
         yield run
     except BaseException as error:
         run.finish("FAILED" if isinstance(error, Exception) else "KILLED")
         raise
     run.finish("FINISHED")
+
+
+def _describe(
+    params: Params, stage: str, arm: str | None, seed: int | None, trial: str | None
+) -> tuple[str, dict[str, Any]]:
+    """A name for the spool, and what the run is of."""
+    dataset = read_dataset() if stage in TRAINING else None
+    run: dict[str, Any] = {"experiment": params.name, "stage": stage, "arm": None, "trial": None, "dataset": dataset}
+    if arm is not None and trial is not None:
+        return f"{stage}-{arm}-{trial}", {**run, "trial": TrialKey(params.name, arm, trial)._asdict()}
+    if arm is not None and seed is not None:
+        return f"{stage}-{arm}-{seed}", {**run, "arm": arm_key(params, arm, seed)._asdict()}
+    return stage, run

@@ -1,6 +1,7 @@
 """The MLflow store: opened once, and its runs found or created under a lock.
 
-One **arm run** per (experiment, arm, seed) carries what is compared; each of its stages is a child run.
+One **arm run** per (experiment, arm, seed) carries what is compared; each of its stages is a child run. A trial of an
+arm's hyperparameters is a run of its own.
 Without the lock, processes that start together on a fresh database crash in its migration or make runs twice.
 """
 
@@ -18,15 +19,15 @@ from typing import TYPE_CHECKING, NamedTuple
 from maskdm import paths
 from maskdm.config import Params, fingerprint
 from maskdm.tracking.arm_content import pretrain_params
-from maskdm.tracking.saved_view import VIEW_TAG, view_json
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
 PARENT = "mlflow.parentRunId"
-# Changes no arm's results, or only other arms'; `pretrain` and `finetune` count as the arm merges them.
-NOT_OF_AN_ARM = {"name", "seeds", "arms", "tracking", "saving", "pretrain", "finetune"}
+# Changes no arm's results, or only other arms'; `pretrain` and `finetune` count as the arm merges them, and what
+# tuning has chosen is in the params that an arm is given.
+NOT_OF_AN_ARM = {"name", "seeds", "arms", "tuning", "tracking", "saving", "pretrain", "finetune"}
 POINTS_PER_BATCH = 1000  # mlflow's limit
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 # Only where the user set nothing: mlflow's own retries of a refused connection take minutes.
@@ -35,6 +36,7 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 
 
@@ -50,6 +52,24 @@ class ArmKey(NamedTuple):
     def run_name(self) -> str:
         """The name that MLflow shows."""
         return f"{self.arm}-seed-{self.seed}"
+
+
+class TrialKey(NamedTuple):
+    """What identifies the run of an arm's trial: the newest is the one."""
+
+    experiment: str
+    arm: str
+    trial: str
+
+    @property
+    def run_name(self) -> str:
+        """The name that MLflow shows."""
+        return f"{self.arm}-{self.trial}"
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """The tags that such a run is found by."""
+        return {"maskdm.kind": "trial", "maskdm.arm": self.arm, "maskdm.trial": self.trial}
 
 
 class Point(NamedTuple):
@@ -155,29 +175,50 @@ class Store:
         found = self.client.get_experiment_by_name(name)
         return None if found is None else str(found.experiment_id)
 
+    def tag_experiment(self, name: str, tags: dict[str, str]) -> None:
+        """Make an experiment carry tags."""
+        experiment_id = self.experiment(name)
+        known = self.client.get_experiment(experiment_id).tags
+        for key, value in tags.items():
+            if known.get(key) != value:
+                self.client.set_experiment_tag(experiment_id, key, value)
+
     def _ensure_experiment(self, name: str) -> str:
         found = self.client.get_experiment_by_name(name)
         if found is None:
-            created = self.client.create_experiment(name, self._artifact_location())
-            self.client.set_experiment_tag(created, VIEW_TAG, view_json())
-            return str(created)
-        experiment_id = str(found.experiment_id)
+            return str(self.client.create_experiment(name, self._artifact_location()))
         if found.lifecycle_stage == "deleted":
-            self.client.restore_experiment(experiment_id)
-        if found.tags.get(VIEW_TAG) != view_json():
-            self.client.set_experiment_tag(experiment_id, VIEW_TAG, view_json())
-        return experiment_id
+            self.client.restore_experiment(found.experiment_id)
+        return str(found.experiment_id)
 
     def _artifact_location(self) -> str | None:
         """Beside a local database: mlflow's own default is the folder where a stage happens to run."""
         return artifacts_folder(self._root).as_uri() if self._uri.startswith(DATABASES) else None
+
+    def run_of(self, key: ArmKey | TrialKey, start_ms: int) -> str:
+        """The id of the run of an arm or a trial, created where need be."""
+        return self.arm_run(key, start_ms) if isinstance(key, ArmKey) else self._trial_run(key, start_ms)
+
+    def replace_run(self, key: ArmKey | TrialKey, old: str) -> str:
+        """Supersede the run of an arm or a trial, whose points are wrong, by an empty one.
+
+        That of an arm takes over its stages.
+        """
+        start_ms = self.client.get_run(old).info.start_time + 1  # newer: kept if we are killed before the end
+        if isinstance(key, ArmKey):
+            new = self.new_arm_run(key, start_ms)
+            self._adopt_stages(key, old, new)
+        else:
+            new = self._new_trial_run(key, start_ms)
+        self.client.delete_run(old)
+        return new
 
     def arm_run(self, key: ArmKey, start_ms: int) -> str:
         """The id of the arm's run, created where need be; runs of other params go, stages and all."""
         runs = self._search(key.experiment, kind="arm", arm=key.arm, seed=str(key.seed))
         current = [run for run in runs if run.data.tags.get("maskdm.fingerprint") == key.fingerprint]
         kept = current[0].info.run_id if current else self.new_arm_run(key, start_ms)
-        for twin in current[1:]:  # replace_arm_run was killed half-way
+        for twin in current[1:]:  # replace_run was killed half-way
             self._adopt_stages(key, twin.info.run_id, kept)
         for run in runs:
             if run.info.run_id != kept:
@@ -188,14 +229,6 @@ class Store:
         """Create an arm run."""
         tags = {"maskdm.arm": key.arm, "maskdm.seed": str(key.seed), "maskdm.fingerprint": key.fingerprint}
         return self.new_run(key.experiment, key.run_name, {"maskdm.kind": "arm", **tags}, start_ms)
-
-    def replace_arm_run(self, key: ArmKey, old: str) -> str:
-        """Supersede an arm run whose points are wrong by an empty one, which takes over its stages."""
-        start_ms = self.client.get_run(old).info.start_time
-        new = self.new_arm_run(key, start_ms + 1)  # newer, so that it is kept if we are killed before the end
-        self._adopt_stages(key, old, new)
-        self.client.delete_run(old)
-        return new
 
     def new_run(self, experiment: str, name: str, tags: dict[str, str], start_ms: int) -> str:
         """Create a run."""
@@ -214,6 +247,19 @@ class Store:
     def top_level_stages(self, experiment: str, stage: str) -> list[Run]:
         """The runs of a stage that belongs to no arm."""
         return [run for run in self._search(experiment, kind="stage", stage=stage) if PARENT not in run.data.tags]
+
+    def trial_runs(self, key: TrialKey) -> list[Run]:
+        """The runs of an arm's trial, the newest first."""
+        return self._search(key.experiment, kind="trial", arm=key.arm, trial=key.trial)
+
+    def _trial_run(self, key: TrialKey, start_ms: int) -> str:
+        runs = [run.info.run_id for run in self.trial_runs(key)]
+        for older in runs[1:]:
+            self.client.delete_run(older)
+        return str(runs[0]) if runs else self._new_trial_run(key, start_ms)
+
+    def _new_trial_run(self, key: TrialKey, start_ms: int) -> str:
+        return self.new_run(key.experiment, key.run_name, {**key.tags, "maskdm.stage": "tune"}, start_ms)
 
     def _search(self, experiment: str, parent: str | None = None, **tags: str) -> list[Run]:
         """Active runs with those maskdm.* tags, the newest first."""

@@ -7,14 +7,14 @@ from urllib.parse import urlencode
 from maskdm import paths
 from maskdm.config import Params
 from maskdm.errors import UserError
-from maskdm.tracking.saved_view import VIEW_NAME
+from maskdm.tracking.saved_view import TRIALS_VIEW_NAME, VIEW_NAME
 from maskdm.tracking.store import open_store, shown, store_uri
 
 LOCAL_UI = "http://127.0.0.1:5000"
 
 
 def compare_url(params: Params, base: str = LOCAL_UI) -> str:
-    """The table of arms, best FID first.
+    """The table of arms, best FID first, a row per arm.
 
     Args:
         params: their `name` is the experiment.
@@ -23,11 +23,11 @@ def compare_url(params: Params, base: str = LOCAL_UI) -> str:
     Raises:
         UserError: the store can't be read, or holds nothing of this experiment.
     """
-    return f"{_runs_url(params, base)}?{urlencode({'viewStateShareKey': VIEW_NAME})}"
+    return _url(params, base, viewStateShareKey=VIEW_NAME)
 
 
 def chart_url(params: Params, base: str = LOCAL_UI) -> str:
-    """The charts of arms: scores over the budget and losses, a line per arm.
+    """The charts of arms: scores against compute, losses, throughput; a line per arm.
 
     Args:
         params: their `name` is the experiment.
@@ -36,12 +36,26 @@ def chart_url(params: Params, base: str = LOCAL_UI) -> str:
     Raises:
         UserError: the store can't be read, or holds nothing of this experiment.
     """
-    query = {"compareRunsMode": "CHART", "viewStateShareKey": VIEW_NAME}
-    return f"{_runs_url(params, base)}?{urlencode(query)}"
+    return _url(params, base, compareRunsMode="CHART", viewStateShareKey=VIEW_NAME)
 
 
-def _runs_url(params: Params, base: str) -> str:
-    return f"{base.rstrip('/')}/#/experiments/{_experiment_id(params)}/runs"
+def trials_url(params: Params, base: str = LOCAL_UI) -> str:
+    """The table of the tuning's trials, best first.
+
+    Args:
+        params: their `name` is the experiment.
+        base: where the UI is served.
+
+    Raises:
+        UserError: the store can't be read, or holds nothing of this experiment.
+    """
+    return _url(params, base, viewStateShareKey=TRIALS_VIEW_NAME)
+
+
+def _url(params: Params, base: str, **query: str) -> str:
+    """The runs' page; MLflow opens on a page for chat traces unless it is told that models are trained."""
+    query["workflowType"] = "machine_learning"
+    return f"{base.rstrip('/')}/#/experiments/{_experiment_id(params)}/runs?{urlencode(query)}"
 
 
 def _experiment_id(params: Params) -> str:

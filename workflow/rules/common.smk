@@ -12,6 +12,7 @@ except ParamsError as error:
 
 ARMS = list(PARAMS.arms)
 SEEDS = list(PARAMS.seeds)
+TRIALS = list(PARAMS.tuning.trials)
 
 # dvc.yaml names the parameters that make a stage stale; a change of their values reruns it here as well.
 with open(workflow.source_path("../../dvc.yaml")) as _file:
@@ -23,7 +24,9 @@ def depends_on(stage):
 
     def values(wildcards):
         names = [
-            name.replace("${item.arm}", wildcards.get("arm", ""))
+            name.replace("${item.arm}", wildcards.get("arm", "")).replace(
+                "${item.trial}", wildcards.get("trial", "")
+            )
             for name in STAGES[stage]["params"]
         ]
         return {name: _value(name) for name in names}
@@ -40,4 +43,5 @@ def _value(name):
 
 wildcard_constraints:
     arm="[a-z0-9-]+",
+    trial="[a-z0-9-]+",
     seed=r"\d+",

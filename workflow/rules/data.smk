@@ -1,4 +1,4 @@
-# The dataset as arrays, and the real images' features.
+# The dataset as arrays, the real images' features, and the scale of the metrics.
 rule prepare:
     output:
         directory("results/data"),
@@ -28,4 +28,22 @@ rule features:
     params:
         depends_on=depends_on("features"),
     shell:
-        "maskdm features --stage-version 1 > {log} 2>&1"
+        "maskdm features --stage-version 2 > {log} 2>&1"
+
+
+rule scale:
+    input:
+        "results/data",
+        "results/features",
+    output:
+        "results/metrics/scale.json",
+        "results/records/scale.json",
+    log:
+        "logs/scale.log",
+    conda:
+        "../envs/maskdm.yaml"
+    threads: PARAMS.compute.threads
+    params:
+        depends_on=depends_on("scale"),
+    shell:
+        "maskdm scale --stage-version 1 > {log} 2>&1"

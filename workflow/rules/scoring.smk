@@ -21,6 +21,7 @@ rule evaluate:
     input:
         "results/data",
         "results/features",
+        "results/metrics/scale.json",
         "results/finetune/{arm}/seed-{seed}",
         "results/samples/{arm}/seed-{seed}",
     output:
@@ -34,15 +35,21 @@ rule evaluate:
     params:
         depends_on=depends_on("evaluate"),
     shell:
-        "maskdm evaluate --arm {wildcards.arm} --seed {wildcards.seed} --stage-version 1 > {log} 2>&1"
+        "maskdm evaluate --arm {wildcards.arm} --seed {wildcards.seed} --stage-version 2 > {log} 2>&1"
 
 
 rule report:
     input:
         "results/data",
         "results/features",
-        "results/records/prepare.json",
-        "results/records/features.json",
+        expand("results/tuning/{arm}/{trial}.json", arm=ARMS, trial=TRIALS),
+        expand("results/chosen/{arm}.json", arm=ARMS),
+        "results/metrics/scale.json",
+        expand(
+            "results/records/{stage}.json",
+            stage=["prepare", "features", "scale", "choose"],
+        ),
+        expand("results/records/tune-{arm}-{trial}.json", arm=ARMS, trial=TRIALS),
         expand("results/pretrain/{arm}/seed-{seed}", arm=ARMS, seed=SEEDS),
         expand("results/finetune/{arm}/seed-{seed}", arm=ARMS, seed=SEEDS),
         expand("results/samples/{arm}/seed-{seed}", arm=ARMS, seed=SEEDS),
@@ -63,4 +70,4 @@ rule report:
     params:
         depends_on=depends_on("report"),
     shell:
-        "maskdm report --stage-version 1 > {log} 2>&1"
+        "maskdm report --stage-version 2 > {log} 2>&1"

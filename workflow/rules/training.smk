@@ -2,6 +2,7 @@
 rule pretrain:
     input:
         "results/data",
+        "results/chosen/{arm}.json",
     output:
         directory("results/pretrain/{arm}/seed-{seed}"),
         "results/records/pretrain-{arm}-seed-{seed}.json",
@@ -19,6 +20,7 @@ rule pretrain:
 rule finetune:
     input:
         "results/data",
+        "results/chosen/{arm}.json",
         "results/pretrain/{arm}/seed-{seed}",
     output:
         directory("results/finetune/{arm}/seed-{seed}"),

@@ -1,0 +1,71 @@
+"""How a budget becomes steps: plain arithmetic, for the schema with closed-form costs, for `compute` with counted ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Split(NamedTuple):
+    """An arm's budget in steps.
+
+    Attributes:
+        pretrain_steps: of masked pretraining.
+        finetune_steps: of finetuning, to the end of the budget.
+        milestone_steps: finetuning steps done at each milestone; the last is `finetune_steps`.
+    """
+
+    pretrain_steps: int
+    finetune_steps: int
+    milestone_steps: tuple[int, ...]
+
+
+def split_budget(
+    budget: float,
+    share: float,
+    steps: int | None,
+    pretrain_cost: float,
+    finetune_cost: float,
+    milestones: Sequence[float],
+) -> Split:
+    """Pretraining takes its share, or so many steps; finetuning what these really left.
+
+    Args:
+        budget: what the arm may spend, in the unit of the costs.
+        share: the part of it for pretraining.
+        steps: so many pretraining steps instead of the share.
+        pretrain_cost: of a pretraining step.
+        finetune_cost: of a finetuning step.
+        milestones: increasing fractions of the budget that end with 1.
+
+    Raises:
+        ValueError: less than one step of either stage, a milestone within pretraining, or two on one step.
+    """
+    if steps is None:
+        steps = round(share * budget / pretrain_cost)
+        if share * budget < pretrain_cost and share > 0:
+            raise ValueError(
+                f"pretrain.share {share:g} of the budget pays for {share * budget / pretrain_cost:.2g} of one "
+                "pretraining step; raise budget.unmasked_steps or the share, or lower pretrain.batch_size"
+            )
+        spent = max(share, steps * pretrain_cost / budget)
+    else:
+        spent = steps * pretrain_cost / budget
+    left = budget - steps * pretrain_cost
+    if milestones[0] <= spent:
+        raise ValueError(
+            f"the first milestone ({milestones[0]:g} of the budget) falls into pretraining, which takes {spent:.3g} "
+            "of it; milestones are taken while finetuning"
+        )
+    if left < finetune_cost:
+        raise ValueError(
+            f"what pretraining leaves of the budget pays for {left / finetune_cost:.2g} of one finetuning step; raise "
+            "budget.unmasked_steps or lower finetune.batch_size"
+        )
+    at = [max(1, round((left - (1 - fraction) * budget) / finetune_cost)) for fraction in milestones]
+    if at != sorted(set(at)):
+        raise ValueError(
+            f"the milestones {list(milestones)} fall on finetuning steps {at}, which are not all different; raise "
+            "budget.unmasked_steps or name fewer milestones"
+        )
+    return Split(steps, round(left / finetune_cost), tuple(at))

@@ -1,0 +1,158 @@
+"""What is timed: real pieces of a training step and of sampling, on random data, a few seconds in all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from maskdm import paths
+from maskdm.backbone import UViT
+from maskdm.compute import build_model, patch_dim
+from maskdm.config import Params
+from maskdm.data.arrays import ImageArrays
+from maskdm.data.batches import Batches, Images
+from maskdm.device import Compute
+from maskdm.diffusion import Diffusion, draw_step, masked_dsm_loss
+from maskdm.errors import UserError
+from maskdm.masking import Masking
+from maskdm.optimization import Ema, clip_gradients, make_optimizer
+from maskdm.plan.store import Measurement
+from maskdm.sampling import on_images
+
+NUM_CLASSES = 10  # of a class-conditional network before the data are known: the number costs no time
+SYNTHETIC_IMAGES = 8192  # in memory, where no dataset is prepared
+MAX_REPETITIONS = 50
+
+
+class Bench:
+    """Builds what a stage builds, once, and times its pieces.
+
+    Args:
+        params: the experiment.
+        compute: device, threads and precision, as stages resolve them.
+        seconds: how long one measurement may go on after its first, untimed call.
+    """
+
+    def __init__(self, params: Params, compute: Compute, seconds: float) -> None:
+        self._params, self._compute, self._seconds = params, compute, seconds
+        self._generator = torch.Generator(compute.device).manual_seed(0)
+
+    def step(self, num_images: int, num_visible: int) -> Measurement:
+        """Draws, loss and backward of a (micro-)batch of images with so many visible patches."""
+        params, side = self._params, self._params.dataset.image_size
+        config = params.diffusion
+        diffusion = Diffusion(config.num_timesteps, config.schedule, config.prediction, self._compute.device)
+        masking = _masking(params, num_visible)
+        x_0 = torch.rand(num_images, params.dataset.channels, side, side, device=self._compute.device)
+        labels = torch.zeros(num_images, dtype=torch.int64, device=self._compute.device)
+
+        def run() -> None:
+            self._model.zero_grad()
+            draws = draw_step(
+                num_images, patch_dim(params), masking, config.num_timesteps, params.training.flip, self._generator
+            )
+            with self._compute.context():
+                loss = masked_dsm_loss(self._model, diffusion, x_0, draws, params.model.patch_size, labels)
+            loss.backward()
+
+        return self._time(run)
+
+    def update(self) -> Measurement:
+        """Clipping, AdamW and the average of the weights."""
+        training = self._params.training
+        model, parameters = self._model, list(self._model.parameters())
+        optimizer, ema = make_optimizer(model, training, self._params.finetune.lr), Ema(model, training.ema_decay)
+        for parameter in parameters:
+            parameter.grad = torch.full_like(parameter, 1e-3)
+
+        def run() -> None:
+            clip_gradients(parameters, training.grad_clip)
+            optimizer.step()
+            ema.update(0)
+
+        return self._time(run)
+
+    def gather(self, batch_size: int) -> Measurement:
+        """Getting a batch of images from the dataset to the device."""
+        batches = Batches(self._images, batch_size, 0, "plan", self._compute.device)
+        steps = iter(range(10**9))
+        return self._time(lambda: batches(next(steps)))
+
+    def evaluation(self, num_images: int) -> Measurement:
+        """One evaluation of the network while sampling."""
+        params, device, side = self._params, self._compute.device, self._params.dataset.image_size
+        t, labels = torch.zeros(2, num_images, dtype=torch.int64, device=device)
+        predict = on_images(self._model, params.model.patch_size, params.grid, labels)
+        x_t = torch.rand(num_images, params.dataset.channels, side, side, device=device)
+        with self._compute.context(training=False), torch.inference_mode():
+            return self._time(lambda: predict(x_t, t))
+
+    @cached_property
+    def _model(self) -> UViT:
+        return build_model(self._params, NUM_CLASSES).to(self._compute.device)
+
+    @cached_property
+    def _images(self) -> Images:
+        side, channels = self._params.dataset.image_size, self._params.dataset.channels
+        return open_images(self._params) or _Zeros(np.zeros((SYNTHETIC_IMAGES, side, side, channels), dtype=np.uint8))
+
+    def _time(self, run: Callable[[], object]) -> Measurement:
+        """Once untimed, then again and again until the time is up."""
+        run()
+        self._wait()
+        seconds: list[float] = []
+        while not seconds or (sum(seconds) < self._seconds and len(seconds) < MAX_REPETITIONS):
+            started = time.perf_counter()
+            run()
+            self._wait()
+            seconds.append(time.perf_counter() - started)
+        return Measurement(*_typical(seconds), datetime.now(UTC).date().isoformat())
+
+    def _wait(self) -> None:
+        if self._compute.device.type == "cuda":
+            torch.cuda.synchronize(self._compute.device)
+
+
+def open_images(params: Params) -> ImageArrays | None:
+    """The prepared dataset, if it is there and of the params' shape."""
+    try:
+        images = ImageArrays.open(paths.DATA)
+    except UserError:
+        return None
+    side = params.dataset.image_size
+    return images if images.shape == (side, side, params.dataset.channels) else None
+
+
+class _Zeros:
+    """Images in memory, as `Batches` wants them."""
+
+    labels: np.ndarray | None = None
+
+    def __init__(self, pixels: np.ndarray) -> None:
+        self._pixels = pixels
+
+    def __len__(self) -> int:
+        return len(self._pixels)
+
+    def gather(self, indices: np.ndarray) -> np.ndarray:
+        return self._pixels[indices]
+
+
+def _masking(params: Params, num_visible: int) -> Masking:
+    """A mask that leaves so many patches; how they are drawn costs next to nothing."""
+    num_patches = params.grid.num_patches
+    if num_visible == num_patches:
+        return Masking("none", params.grid)
+    return Masking("patch", params.grid, 1 - num_visible / num_patches)
+
+
+def _typical(seconds: list[float]) -> tuple[float, float]:
+    """The lower quartile, as other work on the machine only ever adds, and half the middle half's width as a share."""
+    ranked, count = sorted(seconds), len(seconds)
+    low, high = ranked[count // 4], ranked[3 * count // 4]
+    return low, round((high - low) / 2 / low, 3)

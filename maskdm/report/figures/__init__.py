@@ -1,0 +1,59 @@
+"""The figures, drawn without a display; equal inputs give equal bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.style
+import pandas as pd
+from matplotlib.figure import Figure
+
+from maskdm.config import Params
+from maskdm.report.comparison import Comparison
+from maskdm.report.figures.against_scratch import AGAINST_SCRATCH
+from maskdm.report.figures.fid_vs_compute import FID_VS_COMPUTE
+from maskdm.report.figures.heat_map import HEAT_MAP
+from maskdm.report.figures.kind import Kind, Shown
+from maskdm.report.figures.losses import LOSSES
+from maskdm.report.figures.masks import MASKS
+from maskdm.report.figures.samples import SAMPLES
+from maskdm.report.figures.stage_time import TIME
+from maskdm.report.figures.tuning import TUNING
+from maskdm.report.looks import DPI, STYLE
+from maskdm.report.page import Picture
+from maskdm.report.results import Results
+
+# In the order of the report: the answer first, then what it rests on.
+FIGURES = (AGAINST_SCRATCH, FID_VS_COMPUTE, HEAT_MAP, SAMPLES, MASKS, LOSSES, TIME, TUNING)
+
+
+def draw_figures(
+    params: Params, results: Results, summary: pd.DataFrame, compared: list[Comparison], folder: Path
+) -> list[Picture]:
+    """Draw every figure that there is something to draw for.
+
+    Args:
+        params: the experiment.
+        results: what was read of it.
+        summary: a row per arm, seed and milestone.
+        compared: every arm of params.yaml.
+        folder: an existing one; it receives the files.
+
+    Returns:
+        the figures with what stands beside them, in the order of the report.
+    """
+    shown = Shown(params, results, summary, {one.arm: one for one in compared})
+    kinds = [kind for kind in FIGURES if kind.applies(shown)]
+    with matplotlib.style.context(STYLE, after_reset=True):
+        for kind in kinds:
+            _save(kind.draw(shown), folder / kind.file)
+    return [_picture(kind, shown) for kind in kinds]
+
+
+def _save(figure: Figure, file: Path) -> None:
+    # No software version inside: equal figures, equal bytes.
+    figure.savefig(file, dpi=DPI, backend="agg", metadata={"Software": None})
+
+
+def _picture(kind: Kind, shown: Shown) -> Picture:
+    return Picture(kind.file, kind.title, kind.caption(shown), kind.alt(shown))

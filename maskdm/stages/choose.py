@@ -1,0 +1,55 @@
+"""Stage `choose`: for every arm the values of its best trial, or, without tuning, the values as given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from maskdm import paths
+from maskdm.config import Params
+from maskdm.errors import UserError
+from maskdm.publishing import publish_folder, publish_json
+from maskdm.stages.inputs import read_json
+from maskdm.stages.session import stage_session
+
+GIVEN = "given"
+
+
+def run(params: Params) -> None:
+    """Write results/chosen/ARM.json for every arm.
+
+    Raises:
+        UserError: a trial is missing or stale, or all trials of an arm have failed.
+    """
+    chosen = {arm: _choose(params, arm) for arm in params.arms}
+    with stage_session(params, "choose") as (tracked, record):
+        with publish_folder(paths.CHOSEN) as folder:
+            for arm, choice in chosen.items():
+                publish_json(folder / paths.chosen(arm).name, choice)
+        tracked.tags(**{f"chosen.{arm}": choice["trial"] for arm, choice in chosen.items()})
+        record["num_trials"] = len(params.tuning.trials) if params.tuning.enabled else 1
+
+
+def _choose(params: Params, arm: str) -> dict[str, Any]:
+    """The choice alone: a trial more that is not chosen must leave the file, and so the arm's training, as it is."""
+    tuning = params.tuning
+    if not tuning.enabled:
+        return {"arm": arm, "trial": GIVEN, "values": {}}
+    tried = {trial: _read_trial(params, arm, trial) for trial in tuning.trials}
+    finished = {trial: result for trial, result in tried.items() if result["failed"] is None}
+    if not finished:
+        reasons = "; ".join(f"{trial}: {result['failed']}" for trial, result in tried.items())
+        raise UserError(f"every trial of arm {arm} has failed ({reasons}); give tuning.trials smaller learning rates")
+    best = min(finished, key=lambda trial: finished[trial][tuning.metric])
+    return {"arm": arm, "trial": best, "values": tuning.trials[best]}
+
+
+def _read_trial(params: Params, arm: str, trial: str) -> dict[str, Any]:
+    tuning, again = params.tuning, f"run first: maskdm tune --arm {arm} --trial {trial}"
+    path = paths.trial(arm, trial)
+    if not path.is_file():
+        raise UserError(f"{path} is missing; {again}")
+    result: dict[str, Any] = read_json(path, "tune")
+    asked = (True, tuning.trials[trial], tuning.seed, tuning.budget_fraction)
+    if tuple(result[key] for key in ("trained", "values", "seed", "budget_fraction")) != asked:
+        raise UserError(f"{path} was made with other values than params.yaml names; {again}")
+    return result

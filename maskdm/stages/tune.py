@@ -1,0 +1,45 @@
+"""Stage `tune`: one trial of one arm; where tuning is not enabled, a file that says so, made without torch."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+from maskdm import paths
+from maskdm.config import Params
+from maskdm.publishing import publish_json
+from maskdm.stages.session import stage_session
+
+SPENT = ("images_seen", "tokens_seen", "flops")
+SCORES = ("fid", "kid", "kid_std", "precision", "recall", "num_samples")
+ORIGIN = ("extractor", "extractor_sha256", "data_sha256")
+
+
+def run(params: Params, arm: str, trial: str) -> None:
+    """Try a trial into results/tuning/ARM/TRIAL.json; without tuning it says that nothing was run.
+
+    A trial whose loss becomes non-finite has failed, which is a result: another one will be chosen.
+
+    Raises:
+        UserError: data or features are missing or do not fit.
+    """
+    result: dict[str, Any] = {
+        "arm": arm,
+        "trial": trial,
+        "values": params.tuning.trials[trial],
+        "seed": params.tuning.seed,
+        "budget_fraction": params.tuning.budget_fraction,
+        "trained": params.tuning.enabled,
+        "failed": None,
+        **dict.fromkeys((*SPENT, *SCORES, *ORIGIN)),
+    }
+    output = paths.trial(arm, trial)
+    work = output.with_suffix("")
+    with stage_session(params, "tune", arm, trial=trial) as (tracked, record):
+        if params.tuning.enabled:
+            from maskdm.stages.trial import run_trial
+
+            of_trial = params.for_trial(arm, params.tuning.trials[trial])
+            result |= run_trial(of_trial, arm, trial, work, tracked, record)
+        publish_json(output, result)
+    shutil.rmtree(paths.work(work), ignore_errors=True)  # only a killed trial needs its states

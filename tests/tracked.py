@@ -1,0 +1,213 @@
+"""What the tests of tracking share: results as the stages leave them, the sender's work, and what is in the store."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from maskdm import paths, publishing, tracking
+from maskdm.config import Params, parse_params
+from maskdm.tracking import arm_content, background
+from maskdm.tracking.sender import Sender
+from maskdm.tracking.spool import tracking_folder
+from maskdm.tracking.store import Store
+
+ARM, SEED = "patch-m50", 0
+IMAGES = 12800  # from one row of a curve to the next
+CONTENT: dict[str, Any] = {
+    "name": "tracking-test",
+    "seeds": [0, 1],
+    "dataset": {"source": "digits", "image_size": 8, "channels": 1},
+    "model": {"patch_size": 2, "dim": 64, "depth": 5, "num_heads": 4},
+    "diffusion": {"num_timesteps": 1000, "schedule": "cosine", "prediction": "x_0"},
+    "budget": {"match": "flops", "unmasked_steps": 1000, "milestones": [0.5, 1.0]},
+    "training": {},
+    "pretrain": {"share": 0.3, "lr": 2e-3, "batch_size": 128},
+    "finetune": {"lr": 2e-3, "batch_size": 128},
+    "sampling": {},
+    "evaluation": {},
+    "compute": {"device": "cpu", "precision": "fp32"},
+    "tuning": {"enabled": False, "seed": 1000, "budget_fraction": 0.3, "trials": {"given": {}}},
+    "arms": {"scratch": {"strategy": "none"}, ARM: {"strategy": "patch", "mask_rate": 0.5}},
+}
+
+
+def params_with(**sections: Any) -> Params:
+    return parse_params({**CONTENT, **sections})
+
+
+PARAMS = params_with()
+
+
+def write_results(arm: str = ARM, seed: int = SEED, fid: float = 20.0, losses: int = 30) -> None:
+    """What the stages leave of an arm; `scratch` has no pretraining."""
+    stages = ["finetune", "sample", "evaluate"] if arm == "scratch" else [*arm_content.ARM_STAGES]
+    for stage, folder in (("pretrain", paths.pretrain(arm, seed)), ("finetune", paths.finetune(arm, seed))):
+        if stage in stages:
+            rows = [f"{100 * i},{1 / i:.6f},0.002,{IMAGES * i},{51200 * i},{1e9 * i}" for i in range(1, losses + 1)]
+            text = "\n".join(["step,loss,lr,images_seen,tokens_seen,flops", *rows]) + "\n"
+            publishing.publish_text(folder / "curve.csv", text)
+    write_metrics(arm, seed, fid)
+    for number, stage in enumerate(stages, start=1):
+        write_record(stage, arm, seed, 10.0 * number, losses)
+    paths.samples(arm, seed).mkdir(parents=True, exist_ok=True)
+    (paths.samples(arm, seed) / "grid-1.000.png").write_bytes(b"PNG")
+
+
+def write_metrics(arm: str = ARM, seed: int = SEED, fid: float = 20.0) -> None:
+    """What `evaluate` leaves of an arm."""
+    scores = {"kid": 0.01, "kid_std": 0.001, "precision": 0.7, "recall": 0.6, "images_seen": 1, "step": 1}
+    milestones = {
+        "0.500": {"fid": fid + 5, "flops": 5e11, **scores},
+        "1.000": {"fid": fid, "flops": 1e12, **scores},
+    }
+    scales = {"fid_floor": 1.5, "kid_floor": 1e-4, "fid_untrained": 300.0, "kid_untrained": 0.5}
+    metrics = {"milestones": milestones, **scales, "num_samples": 1000, "extractor": "classifier"}
+    publishing.publish_json(paths.metrics(arm, seed), {**metrics, "data_sha256": "ab12"})
+
+
+def write_record(stage: str, arm: str = ARM, seed: int = SEED, seconds: float = 10.0, rows: int = 30) -> None:
+    """What a stage leaves in results/records; a row of the curve takes as many seconds as it has steps, over 50."""
+    record: dict[str, Any] = {"wall_seconds": seconds, "peak_memory_gib": seconds / 20, "git_commit": "c0ffee"}
+    if stage in ("pretrain", "finetune"):
+        timings = [
+            {"step": 100 * i, "device_seconds": 2.0 * i, "data_wait_seconds": 0.1 * i, "peak_memory_gib": 0.25}
+            for i in range(1, rows + 1)
+        ]
+        record |= {"device_seconds": seconds, "data_wait_seconds": seconds / 4, "timings": timings}
+    publishing.publish_json(paths.record(stage, arm, seed), {**record, "versions": {"torch": "2.7"}})
+
+
+def write_data(sha256: str = "ab" * 32, root: str | None = None) -> None:
+    """What `prepare` leaves beside the shards."""
+    labels = {"file": "labels.npy", "sha256": sha256, "class_names": ["0", "1"]}
+    source = {"kind": "image_folder" if root else "digits", "root": root, "limit": None}
+    manifest = {"count": 20, "shape": [8, 8, 1], "dtype": "uint8", "labels": labels, "source": source, "skipped": []}
+    publishing.publish_json(paths.DATA / "manifest.json", {**manifest, "sha256": sha256})
+
+
+def write_verdicts(**compute_ratios: float | None) -> None:
+    """What `report` leaves of the arms (their names with _ for -); None stands for never."""
+    rows = [
+        f"{arm.replace('_', '-')},-1.5,{ratio},{ratio * 1e12},{ratio * 30},as told"
+        if ratio is not None
+        else f"{arm.replace('_', '-')},2.5,,,,no better"
+        for arm, ratio in compute_ratios.items()
+    ]
+    columns = "arm,delta_fid,compute_ratio,flops_at_equal_fid,device_seconds_at_equal_fid,verdict"
+    publishing.publish_text(paths.REPORT / "verdicts.csv", "\n".join([columns, *rows]) + "\n")
+
+
+def send() -> None:
+    """What a sender does, here and now."""
+    assert tracking_folder(Path.cwd()).is_dir()
+    worker = Sender(Path.cwd())
+    worker.send()
+    assert worker._num_failures == 0
+
+
+def publish(params: Params = PARAMS, arm: str = ARM, seed: int = SEED, **through: str) -> None:
+    tracking.publish_arm(params, arm, seed, **through)
+    send()
+
+
+def log_run(stage: str = "prepare", arm: str | None = None, seed: int | None = None, params: Params = PARAMS) -> None:
+    """A stage that does nothing."""
+    with tracking.stage_run(params, stage, arm, seed):
+        pass
+    send()
+
+
+def sender_pid(root: Path) -> int | None:
+    """The process of the project's sender, if it has one."""
+    lock = tracking_folder(root) / background.LOCK
+    if not lock.exists():
+        return None
+    with lock.open() as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            wait_until(lambda: lock.read_text().endswith("\n"))
+            return int(lock.read_text())
+    return None
+
+
+def stop_sender(root: Path) -> None:
+    """Kill the project's sender, if it has one."""
+    pid = sender_pid(root)
+    if pid is not None:
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: sender_pid(root) is None)
+
+
+def wait_until(is_so: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def arm_runs(store: Store, arm: str = ARM) -> list[Any]:
+    return store._search(PARAMS.name, kind="arm", arm=arm)
+
+
+def all_runs(store: Store) -> list[Any]:
+    return list(store.client.search_runs([store.experiment(PARAMS.name)]))
+
+
+def history(store: Store, run: Any, key: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in store.client.get_metric_history(run.info.run_id, key)]
+
+
+def snapshot(store: Store) -> dict[str, Any]:
+    """Everything that could change."""
+    return {
+        run.info.run_id: (
+            run.to_dictionary(),
+            {
+                key: [m.to_dictionary() for m in store.client.get_metric_history(run.info.run_id, key)]
+                for key in run.data.metrics
+            },
+        )
+        for run in all_runs(store)
+    }
+
+
+def run_python(code: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """Start code in a process of its own, with PARAMS as `params`."""
+    preamble = """
+        import json, sys
+        from maskdm.config import parse_params
+        params = parse_params(json.loads(sys.argv[1]))
+    """
+    root = str(Path(tracking.__file__).parents[2])
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            textwrap.dedent(preamble) + textwrap.dedent(code),
+            json.dumps(CONTENT),
+            *arguments,
+        ],
+        env={**os.environ, "PYTHONPATH": root, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def free_port() -> int:
+    """A port that nobody listens on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,34 @@
+# Trials of every arm, and for every arm the values of its best one.
+rule tune:
+    input:
+        "results/data",
+        "results/features",
+    output:
+        "results/tuning/{arm}/{trial}.json",
+        "results/records/tune-{arm}-{trial}.json",
+    log:
+        "logs/tune-{arm}-{trial}.log",
+    conda:
+        "../envs/maskdm.yaml"
+    threads: PARAMS.compute.threads
+    params:
+        depends_on=depends_on("tune"),
+    shell:
+        "maskdm tune --arm {wildcards.arm} --trial {wildcards.trial} --stage-version 1 > {log} 2>&1"
+
+
+rule choose:
+    input:
+        expand("results/tuning/{arm}/{trial}.json", arm=ARMS, trial=TRIALS),
+    output:
+        expand("results/chosen/{arm}.json", arm=ARMS),
+        "results/records/choose.json",
+    log:
+        "logs/choose.log",
+    conda:
+        "../envs/maskdm.yaml"
+    threads: PARAMS.compute.threads
+    params:
+        depends_on=depends_on("choose"),
+    shell:
+        "maskdm choose --stage-version 1 > {log} 2>&1"
