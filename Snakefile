@@ -1,12 +1,16 @@
 # The pipeline for Snakemake: the stages of dvc.yaml, arms in parallel.
 #   snakemake --cores N                          the experiment of ./params.yaml
 #   snakemake -d experiments/<name> --cores N    another one
+#   snakemake --report report.html               what came out, as one page of Snakemake's
 from snakemake.utils import min_version
 
 min_version("9.0")
 
 
 configfile: "params.yaml"
+
+
+report: "workflow/report/workflow.rst"
 
 
 include: "workflow/rules/common.smk"

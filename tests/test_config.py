@@ -518,6 +518,7 @@ def test_name_of_a_trial_that_could_be_no_file_is_refused(name: str, enabled: bo
         ({"training.ema_deca": 0.9}, "training.ema_deca: unknown key; did you mean 'ema_decay'?"),
         ({"training.betas.0": 0.9}, "training.betas.0: unknown key"),
         ({"finetune.lrr": 1e-3}, "finetune.lrr: unknown key; did you mean 'lr'?"),
+        ({"pretrain.lrr": 1e-3}, "pretrain.lrr: unknown key; did you mean 'lr'?"),
         ({"finetune.lr": 1e-3, "pretrain.batchsize": 8}, "pretrain.batchsize: unknown key; did you mean 'batch_size'?"),
         ({"finetune.lr": -1}, "finetune.lr: input should be greater than 0, got -1"),
         ({"finetune.lr": "fast"}, "finetune.lr: input should be a valid number"),
@@ -533,6 +534,14 @@ def test_trial_that_can_not_be_run_is_named_with_what_is_wrong(values: dict[str,
     message = error_of(content_with("tuning/trials/wrong", values))
     assert message.startswith("tuning.trials.wrong: ")
     assert says in message
+
+
+def test_every_mistake_of_a_trial_gets_a_line_of_its_own() -> None:
+    with pytest.raises(ParamsError) as caught:
+        parse_params(content_with("tuning/trials/wrong", {"training.ema_deca": 0.9, "training.flop": 0.5}))
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith("params.yaml: tuning.trials.wrong: training.") for line in lines)
 
 
 @pytest.mark.parametrize(

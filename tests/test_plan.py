@@ -352,7 +352,6 @@ def test_a_busy_machine_measures_the_most_needed_and_scales_the_rest(
     assert found.num_missing == 2
     ratio = count_step_flops(tiny_params(), 1, 16) / count_step_flops(tiny_params(), 1, 4)
     assert found.steps[8, 16] == pytest.approx(0.032 * ratio)
-    monkeypatch.undo()
 
 
 def test_what_is_measured_are_real_steps() -> None:
@@ -530,6 +529,13 @@ def test_plan_has_a_row_per_arm_and_stage_and_runs_nothing(tiny: Experiment) -> 
     assert not tiny.path("results").exists()
 
 
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each measurement is one repetition."""
+    monkeypatch.setattr(calibration, "LONGEST_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("hasty")
 def test_plan_measures_this_machine_once(tiny: Experiment) -> None:
     first = tiny.succeed("plan")
     assert "measuring this machine, once: " in first.err
@@ -540,6 +546,7 @@ def test_plan_measures_this_machine_once(tiny: Experiment) -> None:
     assert "measuring" in tiny.succeed("plan", "--recalibrate").err
 
 
+@pytest.mark.usefixtures("hasty")
 def test_plan_measures_batches_from_the_prepared_data(prepared: Experiment) -> None:
     assert "with batches from results/data" in " ".join(prepared.succeed("plan").out.split())
 

@@ -87,8 +87,8 @@ def test_an_arm_carries_its_curves_scores_timings_and_provenance(store: Store) -
     assert history(store, run, "fid") == [(50, 25.0), (100, 20.0)]
     assert run.data.metrics.items() >= {"fid": 20.0, "flops": 1e12, "fid_floor": 1.5, "fid_untrained": 300.0}.items()
     assert history(store, run, "flops") == [(50, 5e11), (100, 1e12)]  # the charts' abscissae of fid
-    throughput = [(100 * i, IMAGES / 2.0) for i in range(2, 1501)]
-    assert history(store, run, "finetune/images_per_second") == pytest.approx(throughput)
+    throughput = [(100 * i, IMAGES / 2.0) for i in range(2, 1501)]  # the first row holds the warm-up
+    assert history(store, run, "finetune/images_per_second") == throughput
     timings = {
         "pretrain_seconds": 10.0,
         "evaluate_seconds": 40.0,

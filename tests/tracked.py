@@ -11,7 +11,8 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +212,20 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@contextmanager
+def run_ui(folder: Path, port: int) -> Iterator[None]:
+    """Serve `maskdm ui` in a folder, until the end of the block."""
+    command = [sys.executable, "-m", "maskdm", "ui", "--port", str(port)]
+    root = str(Path(tracking.__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": root}
+    process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        lines = iter(process.stdout.readline, "")
+        assert any(line.startswith("Ctrl-C") for line in lines), "the UI did not start"
+        yield
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)

@@ -203,6 +203,7 @@ class _Estimator:
         self, name: Literal["pretrain", "finetune"], plan: StagePlan, config: StageConfig, num_checkpoints: int
     ) -> StageEstimate:
         micro, calibration = config.micro_batch_size, self._calibration
+        held = self.weights if name == "finetune" else 0  # what it starts from
         return StageEstimate(
             stage=name,
             num_visible=plan.num_visible,
@@ -210,7 +211,7 @@ class _Estimator:
             num_steps=plan.num_steps,
             batch_size=plan.batch_size,
             flops_per_step=plan.flops_per_step,
-            memory=self._memory("training", plan.batch_size, micro or plan.batch_size, plan.num_visible),
+            memory=held + self._memory("training", plan.batch_size, micro or plan.batch_size, plan.num_visible),
             disk=num_checkpoints * SETS_KEPT * self.weights,
             seconds=plan.num_steps * calibration.step_seconds(plan, micro) if calibration else None,
         )

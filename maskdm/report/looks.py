@@ -99,26 +99,6 @@ def _arm_look(params: Params, key: str, rates: list[float], twin: int) -> Look:
     return Look(_shade(hue(params, arm), depth), MARKERS[rank % len(MARKERS)], dashes)
 
 
-def rate_lines(params: Params) -> dict[tuple[str, ...], tuple[str, Look]]:
-    """The arms that a line over mask rates joins, its label and look: a family, or part of it."""
-    lines: dict[tuple[str, int], list[str]] = {}
-    for key, twin in twins(params).items():
-        lines.setdefault((family(params.arm(key)), twin), []).append(key)
-    names = [name for name in families(params) if name != NO_MASKING]
-    return {
-        tuple(keys): (
-            name if twin == 0 else keys[0] if len(keys) == 1 else f"{name} (as {keys[0]})",
-            Look(
-                hue(params, params.arm(keys[0])),
-                MARKERS[names.index(name) % len(MARKERS)],
-                DASHES[twin % len(DASHES)],
-            ),
-        )
-        for (name, twin), keys in lines.items()
-        if name != NO_MASKING
-    }
-
-
 def twins(params: Params) -> dict[str, int]:
     """How many arms before it share an arm's family and mask rate, usually 0."""
     seen: Counter[tuple[str, float | None]] = Counter()

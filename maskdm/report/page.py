@@ -173,7 +173,7 @@ def _h(text: str) -> str:
 def _prose(text: str) -> str:
     """A sentence: `code` is set as code, and a number stays with its unit."""
     escaped = CODE.sub(r"<code>\1</code>", _h(text))
-    return re.sub(r"(\d) (%|s\b)", "\\1\u00a0\\2", escaped)
+    return re.sub(r"(?<=\d) (?=%|s\b)|(?<=\bn) (?== \d)|(?<=\bn =) (?=\d)", "\u00a0", escaped)
 
 
 def _anchor(title: str) -> str:

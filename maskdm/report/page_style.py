@@ -83,6 +83,8 @@ figcaption { margin-top: .5rem; }
 }
 @media print {
   @page { margin: 16mm; }
+  @page lying { size: landscape; }
+  .wide:has(> .result) { page: lying; } /* its columns need the width */
   body { font-size: 10pt; }
   main { max-width: none; padding: 0; }
   nav { display: none; }

@@ -32,7 +32,13 @@ if TYPE_CHECKING:
 EVENTS_PER_BATCH = 1000
 # Of an event or a file that is wrong in itself: it would be refused for ever, and everything behind it held up.
 WRONG = (UserError, ValueError, TypeError, KeyError, FileNotFoundError)
-REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE"}
+REFUSALS = {
+    "INVALID_PARAMETER_VALUE",
+    "RESOURCE_DOES_NOT_EXIST",
+    "RESOURCE_ALREADY_EXISTS",
+    "INVALID_STATE",
+    "ENDPOINT_NOT_FOUND",  # a server older than MLflow 3 knows no logged models
+}
 
 
 class Delivery:

@@ -152,9 +152,16 @@ def _ensure_logged(store: Store, candidate: Candidate, digest: str, run_id: str)
     tags = {**candidate.tags, DIGEST_TAG: digest}
     made = client.create_logged_model(experiment_id, candidate.key.run_name, run_id, tags)
     with tempfile.TemporaryDirectory() as place:
-        folder = save_model(Path(place), candidate.params, candidate.weights)
-        client.log_model_artifacts(made.model_id, str(folder))
+        client.log_model_artifacts(made.model_id, str(_save(Path(place), candidate)))
     return client.finalize_logged_model(made.model_id, "READY")
+
+
+def _save(place: Path, candidate: Candidate) -> Path:
+    """Write the model on this machine: what goes wrong here would go wrong again."""
+    try:
+        return save_model(place, candidate.params, candidate.weights)
+    except Exception as error:
+        raise ValueError(f"no model could be made of {candidate.weights}: {error}") from error
 
 
 def _note_output(store: Store, run_id: str, model_id: str) -> None:

@@ -61,7 +61,13 @@ rule report:
             seed=SEEDS,
         ),
     output:
-        directory("results/report"),
+        report(
+            directory("results/report"),
+            patterns=["{name}.html", "{name}.csv", "{name}.png"],
+            caption="../report/results.rst",
+            category="Does masked pretraining pay?",
+            labels={"what": "{name}"},
+        ),
     log:
         "logs/report.log",
     conda:

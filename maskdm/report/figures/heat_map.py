@@ -54,7 +54,7 @@ def _draw(shown: Shown) -> Figure:
         _draw_cell(axes, shown, cell, across, colors)
     _finish(axes, rows, columns)
     if colors is not None:
-        _color_bar(figure, axes, colors, str(shown.reference))
+        _color_bar(figure, axes, colors, shown)
     return figure
 
 
@@ -93,9 +93,14 @@ def _colors(shown: Shown) -> ScalarMappable | None:
     """Symmetric around scratch; at most as far as from scratch to a perfect FID. None without scratch."""
     if shown.reference is None:
         return None
-    deltas = [abs(one.against.fid.difference.mean) for one in shown.compared.values() if one.against is not None]
-    limit = min(max(deltas, default=0.0), shown.compared[shown.reference].scores["fid"].mean)
-    return ScalarMappable(Normalize(-(limit or 1.0), limit or 1.0), COLORS)
+    limit = min(_largest(shown), shown.compared[shown.reference].scores["fid"].mean) or 1.0
+    return ScalarMappable(Normalize(-limit, limit), COLORS)
+
+
+def _largest(shown: Shown) -> float:
+    """The largest difference to scratch, better or worse."""
+    found = (one.against for one in shown.compared.values())
+    return max((abs(against.fid.difference.mean) for against in found if against is not None), default=0.0)
 
 
 def _box(axes: Axes, column: float, row: float, width: float, **look: Any) -> None:
@@ -147,9 +152,11 @@ def _finish(axes: Axes, rows: list[str], columns: list[str]) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _color_bar(figure: Figure, axes: Axes, colors: ScalarMappable, reference: str) -> None:
-    bar = figure.colorbar(colors, ax=axes, orientation="horizontal", aspect=50, pad=0.02, fraction=0.06, shrink=0.6)
-    bar.set_label(f"FID less {short(reference)}'s (negative, purple: better)")
+def _color_bar(figure: Figure, axes: Axes, colors: ScalarMappable, shown: Shown) -> None:
+    place: dict[str, Any] = {"orientation": "horizontal", "aspect": 50, "pad": 0.02, "fraction": 0.06, "shrink": 0.6}
+    is_clipped = _largest(shown) > (colors.get_clim()[1] or 0.0)
+    bar = figure.colorbar(colors, ax=axes, extend="max" if is_clipped else "neither", **place)
+    bar.set_label(f"FID less {short(str(shown.reference))}'s (negative, purple: better)")
     bar.outline.set_visible(False)
     bar.ax.xaxis.set_major_locator(MaxNLocator(5))
     bar.ax.xaxis.set_major_formatter(FuncFormatter(_signed_tick))
