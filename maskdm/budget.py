@@ -1,4 +1,4 @@
-"""How a budget becomes steps: plain arithmetic, for the schema with closed-form costs, for `compute` with counted ones."""
+"""How a budget becomes steps: arithmetic, for the schema with closed-form costs and `compute` with counted ones."""
 
 from __future__ import annotations
 

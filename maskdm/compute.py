@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from maskdm.backbone import UViT
-from maskdm.budget import split_budget
 from maskdm.config import ModelConfig, Params, StageConfig
 from maskdm.errors import ParamsError
 
@@ -57,50 +57,44 @@ class ArmPlan:
         return self.pretrain.flops + self.finetune.flops
 
 
-def plan_arm(params: Params, arm: str) -> ArmPlan:
-    """Split an arm's budget into steps.
-
-    The budget is the cost of `budget.unmasked_steps` finetuning steps as `finetune` describes them; `budget.match`
-    says what cost means. Pretraining takes its share, finetuning what pretraining really left, so that all arms
-    spend the same to within half a step.
-
-    Raises:
-        ParamsError: there is no such arm, or the budget is too small to tell its milestones apart.
-    """
-    pretrain, finetune = params.pretrain_of(arm), params.finetune_of(arm)
-    num_visible, num_patches = params.visible_of(arm).num_visible, params.grid.num_patches
-    try:
-        split = split_budget(
-            params.budget.unmasked_steps * _cost(params, params.finetune, num_patches),
-            pretrain.share,
-            pretrain.steps,
-            _cost(params, pretrain, num_visible),
-            _cost(params, finetune, num_patches),
-            params.budget.milestones,
-        )
-    except ValueError as error:
-        raise ParamsError(f"arms.{arm}: {error}") from None
-    return ArmPlan(
-        pretrain=_stage_plan(params, pretrain, num_visible, split.pretrain_steps),
-        finetune=_stage_plan(params, finetune, num_patches, split.finetune_steps),
-        milestones=tuple(zip(params.budget.milestones, split.milestone_steps, strict=True)),
-    )
-
-
-def count_step_flops(params: Params, batch_size: int, num_visible: int) -> int:
-    """FLOPs of one training step: forward and backward, attention included, optimizer excluded.
+def count_image_flops(params: Params, num_visible: int) -> int:
+    """FLOPs of training on one image with S visible patches: forward and backward, attention included, no optimizer.
 
     Counted by `torch.utils.flop_counter` on the real network without data (the meta device), with attention as
     plain matrix products, so that the number does not depend on the kernel or the machine. Every product has the
-    batch as a factor, so one image is counted, once per S.
+    batch as a factor, so that a step costs B times as much.
+    """
+    return _count_image_flops(params.model, params.grid.num_patches, params.patch_dim, num_visible)
+
+
+def plan_arm(params: Params, arm: str, image_flops: Callable[[Params, int], int] = count_image_flops) -> ArmPlan:
+    """Split an arm's budget into steps.
+
+    Pretraining takes its share, finetuning what pretraining really left, so that all arms spend the same to within
+    half a step.
 
     Args:
-        params: gives the architecture.
-        batch_size: B.
-        num_visible: S.
+        params: the experiment.
+        arm: its key.
+        image_flops: (params, S) → FLOPs of training on one image.
+
+    Raises:
+        ParamsError: there is no such arm, or the budget is too small for it.
     """
-    shape = (params.grid.num_patches, patch_dim(params), num_visible)
-    return batch_size * _count_image_flops(params.model, *shape)
+    flops_of = partial(image_flops, params)
+    try:
+        split = params.split_of(arm, flops_of)
+    except ValueError as error:
+        raise ParamsError(f"arms.{arm}: {error}") from None
+
+    def stage(config: StageConfig, num_visible: int, num_steps: int) -> StagePlan:
+        return StagePlan(num_steps, config.batch_size, num_visible, config.batch_size * flops_of(num_visible))
+
+    return ArmPlan(
+        pretrain=stage(params.pretrain_of(arm), params.visible_of(arm).num_visible, split.pretrain_steps),
+        finetune=stage(params.finetune_of(arm), params.grid.num_patches, split.finetune_steps),
+        milestones=tuple(zip(params.budget.milestones, split.milestone_steps, strict=True)),
+    )
 
 
 @cache
@@ -118,22 +112,4 @@ def _count_image_flops(config: ModelConfig, num_patches: int, patch_dim: int, nu
 
 def build_model(params: Params, num_classes: int) -> UViT:
     """The network that params describe, weights not yet initialised."""
-    return UViT(params.model, params.grid.num_patches, patch_dim(params), num_classes)
-
-
-def patch_dim(params: Params) -> int:
-    """P, the pixels of a patch: p·p·C."""
-    return params.model.patch_size**2 * params.dataset.channels
-
-
-def _cost(params: Params, stage: StageConfig, num_visible: int) -> float:
-    if params.budget.match == "steps":
-        return 1.0
-    if params.budget.match == "images":
-        return float(stage.batch_size)
-    return float(count_step_flops(params, stage.batch_size, num_visible))
-
-
-def _stage_plan(params: Params, stage: StageConfig, num_visible: int, num_steps: int) -> StagePlan:
-    flops_per_step = count_step_flops(params, stage.batch_size, num_visible)
-    return StagePlan(num_steps, stage.batch_size, num_visible, flops_per_step)
+    return UViT(params.model, params.grid.num_patches, params.patch_dim, num_classes)

@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -24,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from maskdm.budget import split_budget
+from maskdm.budget import Split, split_budget
 from maskdm.errors import ParamsError
 from maskdm.mask_geometry import Grid, Strategy, VisibleShape, visible_shape
 
@@ -138,7 +139,7 @@ class ModelConfig(Section):
         """FLOPs of forward and backward of one image in closed form, 2 per multiply-add.
 
         Backward costs twice the forward, but once where the input needs no gradient. The accounting counts on the
-        real network (`compute.count_step_flops`); this one lets a budget be refused before torch is imported.
+        real network (`compute.count_image_flops`); this one lets a budget be refused before torch is imported.
 
         Args:
             num_visible: S.
@@ -348,6 +349,11 @@ class Params(Section):
         side = self.dataset.image_size // self.model.patch_size
         return Grid(side, side)
 
+    @property
+    def patch_dim(self) -> int:
+        """P, the pixels of a patch: p·p·C."""
+        return self.model.patch_size**2 * self.dataset.channels
+
     def arm(self, key: str) -> ArmConfig:
         """The arm of that key.
 
@@ -373,6 +379,35 @@ class Params(Section):
         """How many patches an arm's pretraining sees."""
         arm = self.arm(key)
         return visible_shape(arm.strategy, arm.mask_rate or 0.0, self.grid, arm.block_size)
+
+    def split_of(self, key: str, image_flops: Callable[[int], int]) -> Split:
+        """An arm's budget in steps.
+
+        The budget is the cost of `budget.unmasked_steps` finetuning steps as `finetune` describes them, whatever the
+        arm's own batch size is; `budget.match` says what cost means.
+
+        Args:
+            key: the arm.
+            image_flops: S → FLOPs of forward and backward of one image.
+
+        Raises:
+            ValueError: the budget is too small for it.
+        """
+        pretrain, finetune, num_patches = self.pretrain_of(key), self.finetune_of(key), self.grid.num_patches
+
+        def cost(stage: StageConfig, num_visible: int) -> int:
+            if self.budget.match == "steps":
+                return 1
+            return stage.batch_size * (image_flops(num_visible) if self.budget.match == "flops" else 1)
+
+        return split_budget(
+            self.budget.unmasked_steps * cost(self.finetune, num_patches),
+            pretrain.share,
+            pretrain.steps,
+            cost(pretrain, self.visible_of(key).num_visible),
+            cost(finetune, num_patches),
+            self.budget.milestones,
+        )
 
     @model_validator(mode="after")
     def _combinations_are_possible(self) -> Self:
@@ -423,28 +458,9 @@ class Params(Section):
                 where = f"arms.{key}.{section}" + ("." if first["loc"] else ": ")
                 raise ValueError(f"{where}{_message(first, model)}") from None
         try:
-            self._split(key)
+            self.split_of(key, lambda num_visible: self.model.training_flops(num_visible, self.patch_dim))
         except ValueError as error:
             raise ValueError(f"arms.{key}: {error}") from None
-
-    def _split(self, key: str) -> None:
-        """The arm's budget in steps, with costs in closed form; `compute.plan_arm` does it with counted ones."""
-        pretrain, finetune, grid = self.pretrain_of(key), self.finetune_of(key), self.grid
-        split_budget(
-            self.budget.unmasked_steps * self._cost(self.finetune, grid.num_patches),
-            pretrain.share,
-            pretrain.steps,
-            self._cost(pretrain, self.visible_of(key).num_visible),
-            self._cost(finetune, grid.num_patches),
-            self.budget.milestones,
-        )
-
-    def _cost(self, stage: StageConfig, num_visible: int) -> int:
-        if self.budget.match == "steps":
-            return 1
-        patch_dim = self.model.patch_size**2 * self.dataset.channels
-        flops = self.model.training_flops(num_visible, patch_dim) if self.budget.match == "flops" else 1
-        return stage.batch_size * flops
 
     def _trials_are_possible(self) -> None:
         tuning = self.tuning

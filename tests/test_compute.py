@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from maskdm.backbone import UViT
-from maskdm.compute import ArmPlan, count_step_flops, patch_dim, plan_arm
+from maskdm.compute import ArmPlan, count_image_flops, plan_arm
 from maskdm.config import ModelConfig, Params, StageConfig
 from maskdm.diffusion import Diffusion, draw_step, masked_dsm_loss
 from maskdm.errors import ParamsError
@@ -55,7 +55,7 @@ def oracle_flops(model: ModelConfig, num_patches: int, patch_dim: int, num_visib
 
 
 def oracle_of(params: Params, num_visible: int) -> int:
-    return oracle_flops(params.model, params.grid.num_patches, patch_dim(params), num_visible)
+    return oracle_flops(params.model, params.grid.num_patches, params.patch_dim, num_visible)
 
 
 @pytest.mark.parametrize(
@@ -76,14 +76,14 @@ def test_counted_flops_are_the_architectures(
 ) -> None:
     params = tiny_params(model=model, dataset={"image_size": image_size, "channels": channels})
     num_visible = round((1 - rate) * params.grid.num_patches)
-    counted = count_step_flops(params, batch_size, num_visible)
+    counted = batch_size * count_image_flops(params, num_visible)
     assert counted == batch_size * oracle_of(params, num_visible)
-    assert batch_size * params.model.training_flops(num_visible, patch_dim(params)) == counted, "in closed form"
+    assert batch_size * params.model.training_flops(num_visible, params.patch_dim) == counted, "in closed form"
 
 
 def test_a_masked_step_costs_about_its_share_of_a_full_one() -> None:
     params = tiny_params(model={"patch_size": 1, "dim": 64})
-    full, masked = (count_step_flops(params, 4, n) for n in (64, 16))
+    full, masked = (4 * count_image_flops(params, n) for n in (64, 16))
     assert 0.2 < masked / full < 0.3
 
 
@@ -94,7 +94,7 @@ def test_counted_flops_are_those_of_a_real_training_step() -> None:
     draws = draw_step(6, 4, masking, 10, 0.5, torch.Generator().manual_seed(0))
     with FlopCounterMode(display=False) as counter, sdpa_kernel([SDPBackend.MATH]):
         masked_dsm_loss(model, diffusion, x_0, draws, 2, labels).backward()
-    assert counter.get_total_flops() == count_step_flops(params, 6, masking.num_visible)
+    assert counter.get_total_flops() == 6 * count_image_flops(params, masking.num_visible)
 
 
 # --- budgets
@@ -213,14 +213,14 @@ def test_scratch_spends_its_whole_budget_unmasked(match: str) -> None:
     plan = plan_arm(params, "scratch")
     assert (plan.pretrain.num_steps, plan.finetune.num_steps) == (0, 123)
     assert plan.finetune.num_visible == params.grid.num_patches
-    assert plan.flops == 123 * count_step_flops(params, 8, 16)
+    assert plan.flops == 123 * 8 * count_image_flops(params, 16)
 
 
 def test_pretraining_by_steps_takes_them_and_leaves_the_rest_to_finetuning() -> None:
     params = tiny_params(pretrain={"steps": 7}, arms={"a": {"strategy": "patch", "mask_rate": 0.5}})
     plan = plan_arm(params, "a")
     assert plan.pretrain.num_steps == 7
-    assert abs(plan.flops - 100 * count_step_flops(params, 8, 16)) <= count_step_flops(params, 8, 16) / 2
+    assert abs(plan.flops - 100 * 8 * count_image_flops(params, 16)) <= 8 * count_image_flops(params, 16) / 2
 
 
 TRIALS = {
@@ -268,7 +268,7 @@ def test_flops_of_a_plan_are_those_of_its_steps() -> None:
     params = tiny_params()
     plan = plan_arm(params, "block2-m75")
     assert plan.pretrain.num_visible == 4
-    assert plan.pretrain.flops == plan.pretrain.num_steps * count_step_flops(params, 8, 4)
+    assert plan.pretrain.flops == plan.pretrain.num_steps * 8 * count_image_flops(params, 4)
     assert plan.flops == plan.pretrain.flops + plan.finetune.flops
     assert plan.pretrain.num_steps > 0
 

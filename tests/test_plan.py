@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from maskdm import device
-from maskdm.compute import StagePlan, count_step_flops, plan_arm
+from maskdm.compute import StagePlan, count_image_flops, plan_arm
 from maskdm.config import ComputeConfig, Params
 from maskdm.plan import bench, calibration
 from maskdm.plan.calibration import Calibration, calibrate, measured_shapes
@@ -316,7 +316,7 @@ def test_another_network_is_measured_anew(asked: list[str], section: dict[str, A
 
 def test_a_dear_step_is_measured_on_a_part_and_scaled(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     params = tiny_params(pretrain={"batch_size": 800}, finetune={"batch_size": 800})
-    cap = 100 * count_step_flops(params, 1, 4)
+    cap = 100 * count_image_flops(params, 4)
     monkeypatch.setitem(calibration.MAX_FLOPS, "cpu", cap)
     found = measure(params)
     assert {"step 100 4", "step 1 4"} <= set(asked)
@@ -326,7 +326,7 @@ def test_a_dear_step_is_measured_on_a_part_and_scaled(asked: list[str], monkeypa
 
 def test_what_costs_the_same_at_any_batch_size_is_not_scaled(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     params = tiny_params(pretrain={"batch_size": 800}, finetune={"batch_size": 800})
-    monkeypatch.setitem(calibration.MAX_FLOPS, "cpu", 100 * count_step_flops(params, 1, 4))
+    monkeypatch.setitem(calibration.MAX_FLOPS, "cpu", 100 * count_image_flops(params, 4))
     monkeypatch.setattr(FakeBench, "step", lambda self, b, s: Measurement(0.05 + 0.001 * b * s, 0.1, "2024-02-03"))
     assert measure(params).steps == {(800, s): pytest.approx(0.05 + 0.8 * s) for s in (16, 8, 4)}
 
@@ -350,7 +350,7 @@ def test_a_busy_machine_measures_the_most_needed_and_scales_the_rest(
     found = measure(tiny_params())
     assert [name for name in asked if name.startswith("step")] == ["step 8 4"]
     assert found.num_missing == 2
-    ratio = count_step_flops(tiny_params(), 1, 16) / count_step_flops(tiny_params(), 1, 4)
+    ratio = count_image_flops(tiny_params(), 16) / count_image_flops(tiny_params(), 4)
     assert found.steps[8, 16] == pytest.approx(0.032 * ratio)
 
 
@@ -372,7 +372,7 @@ def test_what_is_measured_are_real_steps() -> None:
 def made_up(**changes: Any) -> Calibration:
     """A calibration of `tiny_params` in which time follows FLOPs."""
     params = tiny_params()
-    steps = {(8, s): 1e-9 * count_step_flops(params, 8, s) for s in (16, 8, 4)}
+    steps = {(8, s): 1e-9 * 8 * count_image_flops(params, s) for s in (16, 8, 4)}
     content: dict[str, Any] = {"steps": steps, "update": 0.0, "gathers": {8: 0.0}, "evaluation": 0.1, **changes}
     return Calibration(**content)
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from maskdm import rng
 from maskdm.checkpoint import load_all
-from maskdm.compute import build_model, count_step_flops, plan_arm
+from maskdm.compute import build_model, count_image_flops, plan_arm
 from maskdm.config import Params, fingerprint, load_params
 from maskdm.publishing import one_writer
 
@@ -119,7 +119,7 @@ def test_files_are_those_and_no_others(finished_once: Experiment) -> None:
 
 def test_arms_spend_the_same_to_within_a_step(scored_once: Experiment) -> None:
     params = params_of(scored_once)
-    step = count_step_flops(params, params.finetune.batch_size, params.grid.num_patches)
+    step = params.finetune.batch_size * count_image_flops(params, params.grid.num_patches)
     spent = [json_of(scored_once, f"results/metrics/{arm}-seed-0.json")["flops"] for arm in ARMS]
     assert spent[0] == params.budget.unmasked_steps * step
     assert max(spent) - min(spent) <= step
@@ -127,7 +127,7 @@ def test_arms_spend_the_same_to_within_a_step(scored_once: Experiment) -> None:
 
 def test_milestones_fall_where_the_budget_says(scored_once: Experiment) -> None:
     params = params_of(scored_once)
-    step = count_step_flops(params, params.finetune.batch_size, params.grid.num_patches)
+    step = params.finetune.batch_size * count_image_flops(params, params.grid.num_patches)
     for arm in ARMS:
         milestones = json_of(scored_once, f"results/finetune/{arm}/seed-0/milestones.json")
         assert list(milestones) == MILESTONES

@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from maskdm.compute import patch_dim
 from maskdm.config import ComputeConfig, Params, StageConfig, TrainingConfig
 from maskdm.data.batches import Batches
 from maskdm.device import Compute, resolve
@@ -62,7 +61,7 @@ def run_of(params: Params, num_steps: int, arm: str = "patch-m50", device: torch
             params.diffusion.num_timesteps, params.diffusion.schedule, params.diffusion.prediction, device
         ),
         patch_size=params.model.patch_size,
-        patch_dim=patch_dim(params),
+        patch_dim=params.patch_dim,
     )
 
 

@@ -12,7 +12,7 @@ import torch
 
 from maskdm import paths
 from maskdm.backbone import UViT
-from maskdm.compute import build_model, patch_dim
+from maskdm.compute import build_model
 from maskdm.config import Params
 from maskdm.data.arrays import ImageArrays
 from maskdm.data.batches import Batches, Images
@@ -54,7 +54,7 @@ class Bench:
         def run() -> None:
             self._model.zero_grad()
             draws = draw_step(
-                num_images, patch_dim(params), masking, config.num_timesteps, params.training.flip, self._generator
+                num_images, params.patch_dim, masking, config.num_timesteps, params.training.flip, self._generator
             )
             with self._compute.context():
                 loss = masked_dsm_loss(self._model, diffusion, x_0, draws, params.model.patch_size, labels)

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from maskdm.backbone import UViT
-from maskdm.compute import build_model, patch_dim
+from maskdm.compute import build_model
 from maskdm.config import Params
 from maskdm.device import Compute
 from maskdm.diffusion import Diffusion, Draws, masked_dsm_loss
@@ -53,7 +53,7 @@ class MemoryCounter:
         Weights, gradients, two moments and the average in float32; the activations saved for backward by a
         micro-batch; a batch of images and its noise.
         """
-        image = self._image_bytes + 4 * num_visible * patch_dim(self._params)
+        image = self._image_bytes + 4 * num_visible * self._params.patch_dim
         states = 5 * 4 * self.num_parameters
         activations = self.saved_for_backward(micro_batch_size, num_visible)
         return states + activations + batch_size * image + self._process_bytes
@@ -112,7 +112,7 @@ class MemoryCounter:
         draws = Draws(
             t=indices,
             visible_idx=torch.zeros(batch_size, num_visible, dtype=torch.int64),
-            noise=torch.zeros(batch_size, num_visible, patch_dim(params)),
+            noise=torch.zeros(batch_size, num_visible, params.patch_dim),
             flip=torch.zeros(batch_size, dtype=torch.bool),
         )
         x_0 = torch.zeros(batch_size, params.dataset.channels, side, side)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 
 from maskdm import paths
 from maskdm.config import Params
+from maskdm.errors import UserError
 from maskdm.report import print_report, write_report
+from maskdm.stages.inputs import with_chosen_values
 from maskdm.stages.session import stage_session
-from maskdm.tracking import flush, publish_arm, unsent_note
+from maskdm.tracking import flush, publish_report, unsent_note
 
 
 def run(params: Params) -> None:
@@ -19,11 +22,18 @@ def run(params: Params) -> None:
     """
     with stage_session(params, "report") as (tracked, _):
         report = write_report(params)
-        for figure in sorted(paths.REPORT.glob("*.png")):
-            tracked.figure(figure)
-    for arm in params.arms:
-        for seed in params.seeds:
-            publish_arm(params, arm, seed)
+        for file in sorted(paths.REPORT.iterdir()):
+            tracked.figure(file)
+    publish_report(params, _params_of_arms(params))
     if params.tracking.enabled and not flush():
         print(f"warning: tracking: {unsent_note()}", file=sys.stderr)
     print_report(report)
+
+
+def _params_of_arms(params: Params) -> dict[str, Params]:
+    """The params that each arm runs with; without those of which that is not known (yet)."""
+    found = {}
+    for arm in params.arms:
+        with suppress(UserError):
+            found[arm] = with_chosen_values(params, arm)
+    return found

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from maskdm import device, paths, rng
 from maskdm.checkpoint import architecture_of, save_weights
-from maskdm.compute import StagePlan, build_model, patch_dim
+from maskdm.compute import StagePlan, build_model
 from maskdm.config import Params, StageConfig, fingerprint
 from maskdm.data.arrays import ImageArrays
 from maskdm.data.batches import Batches
@@ -231,7 +231,7 @@ class Trainer:
             masking=job.masking,
             diffusion=Diffusion(diffusion.num_timesteps, diffusion.schedule, diffusion.prediction, self.compute.device),
             patch_size=job.params.model.patch_size,
-            patch_dim=patch_dim(job.params),
+            patch_dim=job.params.patch_dim,
             spent_after=lambda step: job.spent.after(step, job.plan).as_dict(),
         )
 
