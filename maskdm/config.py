@@ -471,10 +471,11 @@ class Params(Section):
                 raise ValueError(f"tuning.trials.{trial}: a trial's name may hold only a-z, 0-9 and '-'")
         if not tuning.enabled:
             return
+        possible = {(arm, trial): self._try(arm, trial, v) for trial, v in tuning.trials.items() for arm in self.arms}
         for arm in self.arms:
             tried: dict[str, str] = {}
-            for trial, values in tuning.trials.items():
-                given = self._try(arm, trial, values)
+            for trial in tuning.trials:
+                given = possible[arm, trial]
                 effective = fingerprint(given.pretrain_of(arm), given.finetune_of(arm), given.training)
                 if (twin := tried.setdefault(effective, trial)) != trial:
                     raise ValueError(
@@ -486,7 +487,10 @@ class Params(Section):
         try:
             return self.for_trial(arm, values)
         except ParamsError as error:
-            raise ValueError(f"tuning.trials.{trial}: {error}") from None
+            lines = [f"tuning.trials.{trial}: {line}" for line in str(error).splitlines()]
+            if "budget.unmasked_steps" in lines[-1]:
+                lines[-1] += f", or raise tuning.budget_fraction (now {self.tuning.budget_fraction:g})"
+            raise ValueError("\n".join(lines)) from None
 
     def with_values(self, arm: str, values: dict[str, Any]) -> Params:
         """These params with a trial's values in the place of an arm's own, and nothing left to tune.
@@ -519,13 +523,14 @@ class Params(Section):
         """
         given, fraction = self.with_values(arm, values), self.tuning.budget_fraction
         content = given.model_dump(mode="json", exclude_unset=True)
+        content["arms"] = {arm: content["arms"][arm]}  # the others' budgets are not this trial's
         content["seeds"], content["tuning"]["seed"] = [self.tuning.seed], self.tuning.seed + 1
         content["budget"] |= {
             "unmasked_steps": max(1, round(fraction * self.budget.unmasked_steps)),
             "milestones": [1.0],
         }
         if (steps := given.pretrain_of(arm).steps) is not None:
-            content["arms"][arm]["pretrain"]["steps"] = max(1, round(fraction * steps))
+            content["arms"][arm].setdefault("pretrain", {})["steps"] = max(1, round(fraction * steps))
         return parse_params(content, source="")
 
 
@@ -563,7 +568,8 @@ def parse_params(content: Any, source: str = "params.yaml") -> Params:
         return Params.model_validate(content)
     except ValidationError as error:
         where = f"{source}: " if source else ""
-        raise ParamsError("\n".join(f"{where}{_message(e)}" for e in error.errors())) from None
+        lines = [line for e in error.errors() for line in _message(e).splitlines()]
+        raise ParamsError("\n".join(f"{where}{line}" for line in lines)) from None
 
 
 def fingerprint(*parts: Any) -> str:

@@ -573,7 +573,7 @@ def test_trials_that_an_arms_own_values_make_equal_are_refused() -> None:
 def test_fraction_of_the_budget_that_pays_for_no_step_is_refused(fraction: float, says: str) -> None:
     message = error_of(content_with("tuning/budget_fraction", fraction))
     assert message.startswith("tuning.trials.given: arms.patch-m50: ")
-    assert says in message
+    assert says in message and f"raise tuning.budget_fraction (now {fraction:g})" in message
 
 
 def test_trials_of_the_whole_budget_have_one_milestone() -> None:

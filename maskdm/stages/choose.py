@@ -6,6 +6,7 @@ from typing import Any
 
 from maskdm import paths
 from maskdm.config import Params
+from maskdm.data.arrays import ImageArrays
 from maskdm.errors import UserError
 from maskdm.publishing import publish_folder, publish_json
 from maskdm.stages.inputs import read_json
@@ -34,7 +35,8 @@ def _choose(params: Params, arm: str) -> dict[str, Any]:
     tuning = params.tuning
     if not tuning.enabled:
         return {"arm": arm, "trial": GIVEN, "values": {}}
-    tried = {trial: _read_trial(params, arm, trial) for trial in tuning.trials}
+    data_sha256 = ImageArrays.open(paths.DATA).sha256
+    tried = {trial: _read_trial(params, arm, trial, data_sha256) for trial in tuning.trials}
     finished = {trial: result for trial, result in tried.items() if result["failed"] is None}
     if not finished:
         reasons = "; ".join(f"{trial}: {result['failed']}" for trial, result in tried.items())
@@ -43,7 +45,7 @@ def _choose(params: Params, arm: str) -> dict[str, Any]:
     return {"arm": arm, "trial": best, "values": tuning.trials[best]}
 
 
-def _read_trial(params: Params, arm: str, trial: str) -> dict[str, Any]:
+def _read_trial(params: Params, arm: str, trial: str, data_sha256: str) -> dict[str, Any]:
     tuning, again = params.tuning, f"run first: maskdm tune --arm {arm} --trial {trial}"
     path = paths.trial(arm, trial)
     if not path.is_file():
@@ -52,4 +54,6 @@ def _read_trial(params: Params, arm: str, trial: str) -> dict[str, Any]:
     asked = (True, tuning.trials[trial], tuning.seed, tuning.budget_fraction)
     if tuple(result[key] for key in ("trained", "values", "seed", "budget_fraction")) != asked:
         raise UserError(f"{path} was made with other values than params.yaml names; {again}")
+    if result["data_sha256"] != data_sha256:
+        raise UserError(f"{path} was scored against other data than results/data; {again}")
     return result

@@ -56,7 +56,7 @@ def with_chosen_values(params: Params, arm: str) -> Params:
             f"{paths.chosen(arm)} says trial {chosen['trial']!r} with {chosen['values']}, which is not in params.yaml; "
             "run first: maskdm choose"
         )
-    return params.with_values(arm, given) if given else params
+    return params.with_values(arm, chosen["values"]) if params.tuning.enabled else params
 
 
 def read_json(path: Path, stage: str) -> Any:

@@ -41,5 +41,7 @@ def run(params: Params, arm: str, trial: str) -> None:
 
             of_trial = params.for_trial(arm, params.tuning.trials[trial])
             result |= run_trial(of_trial, arm, trial, work, tracked, record)
+        else:
+            print(f"tuning is not enabled: nothing to try, {arm} runs with the values as given")
         publish_json(output, result)
-    shutil.rmtree(paths.work(work), ignore_errors=True)  # only a killed trial needs its states
+        shutil.rmtree(paths.work(work), ignore_errors=True)  # only a killed trial needs its states

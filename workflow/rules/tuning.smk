@@ -19,6 +19,7 @@ rule tune:
 
 rule choose:
     input:
+        "results/data",
         expand("results/tuning/{arm}/{trial}.json", arm=ARMS, trial=TRIALS),
     output:
         expand("results/chosen/{arm}.json", arm=ARMS),
