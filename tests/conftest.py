@@ -105,6 +105,8 @@ class Experiment:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # tests that were started in the background ignore Ctrl-C, and what they start would, too
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def path(self, *parts: str) -> Path:

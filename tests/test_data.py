@@ -37,6 +37,7 @@ def make_params(threads: int = 1, **dataset: Any) -> Params:
             "sampling": {},
             "evaluation": {},
             "compute": {"threads": threads},
+            "tuning": {"enabled": False, "seed": 1, "budget_fraction": 0.5, "trials": {"given": {}}},
             "arms": {"scratch": {"strategy": "none"}},
         }
     )

@@ -161,7 +161,8 @@ def test_an_arm_is_trained_after_its_choice_and_a_choice_after_all_trials(worksp
     stages = snakemake_stages(workspace)
     choose = next(stage for cmd, stage in stages.items() if cmd.startswith("maskdm choose"))
     arms, trials = ("scratch", "patch-m50"), ("given", "lr-high")
-    assert choose.inputs == {f"results/tuning/{arm}/{trial}.json" for arm in arms for trial in trials}
+    of_trials = {f"results/tuning/{arm}/{trial}.json" for arm in arms for trial in trials}
+    assert choose.inputs == {"results/data", *of_trials}
     for cmd, stage in stages.items():
         if (found := re.match(r"maskdm (?:pretrain|finetune) --arm (\S+)", cmd)) is not None:
             chosen = {name for name in stage.inputs if "chosen" in name}

@@ -49,6 +49,7 @@ def run(root: str | Path, threads: int = 1, output: str = "out", **dataset: Any)
         "sampling": {},
         "evaluation": {},
         "compute": {"threads": threads},
+        "tuning": {"enabled": False, "seed": 1, "budget_fraction": 0.5, "trials": {"given": {}}},
         "arms": {"scratch": {"strategy": "none"}},
     }
     return prepare(parse_params(content), Path(output))

@@ -286,5 +286,5 @@ def _distinct(texts: Iterable[str]) -> str:
 def _plain(value: Any) -> str:
     """A value of a manifest or record as people write it."""
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_plain(inner)}" for name, inner in sorted(value.items()))
+        return ", ".join(f"{name} {_plain(inner)}" for name, inner in sorted(value.items()) if inner is not None)
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

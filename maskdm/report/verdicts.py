@@ -93,7 +93,10 @@ def _result_parts(params: Params, arm: Comparison, against: Against, reference: 
     if gap.low > 0:
         return [f"{_worse(against, name)}: {said}"]
     text = f"not distinguishable from {name} {at_equal}: FID {_difference(gap)} {_interval(gap, with_n=True)}"
-    return [text] if against.crossing.at is None else [text, _crossing_text(against, f"its mean reaches {name}'s FID")]
+    if against.crossing.at is not None:
+        return [text, _crossing_text(against, f"its mean reaches {name}'s FID")]
+    never = all(gap >= 0 for gap in against.at_milestones.values())
+    return [text, "on average no better at any budget tried"] if never else [text]
 
 
 def _without_interval(against: Against, name: str, at_equal: str) -> list[str]:
