@@ -409,6 +409,19 @@ class Params(Section):
             self.budget.milestones,
         )
 
+    def trained_with(self, key: str) -> str:
+        """A fingerprint of all params that an arm's weights depend on; its chosen values must have been applied."""
+        arm = self.arm(key)
+        pretrain = {} if arm.strategy == "none" else self.pretrain_of(key).model_dump(mode="json")
+        mask = arm.model_dump(include={"strategy", "mask_rate", "block_size"})
+        budget = (self.budget.model_dump(mode="json"), self.finetune.batch_size)
+        return fingerprint(self.model, self.diffusion, budget, self.training, mask, pretrain, self.finetune_of(key))
+
+    @property
+    def scored_with(self) -> str:
+        """A fingerprint of how images are drawn and scored."""
+        return fingerprint(self.sampling, self.evaluation)
+
     @model_validator(mode="after")
     def _combinations_are_possible(self) -> Self:
         if len(set(self.seeds)) != len(self.seeds):

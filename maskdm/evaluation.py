@@ -92,8 +92,9 @@ def compute_metrics(samples: np.ndarray, real: np.ndarray, config: EvaluationCon
 def floor_metrics(real: np.ndarray, num_samples: int, config: EvaluationConfig) -> Metrics:
     """Real images in the place of samples, against the other real images: about what a perfect model would get.
 
-    As many of them as samples are scored, so that FID has the same bias; at most half, for both sides need some.
-    KID's subsets shrink with them where they must.
+    As many of them as samples are scored, at most half, for both sides need some. Samples are scored against all real
+    images and these only against the others, so that the floor's bias is the larger one: where the others are few, the
+    floor of FID is rather too high. KID's subsets shrink with them where they must.
 
     Args:
         real: features of the real images, (M, D).

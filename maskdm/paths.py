@@ -46,7 +46,7 @@ def metrics(arm: str, seed: int) -> Path:
 
 def record(stage: str, arm: str | None = None, seed: int | None = None, trial: str | None = None) -> Path:
     """The provenance and timing of one run of a stage: what differs between equal runs lives here alone."""
-    which = "" if arm is None else f"-{arm}-seed-{seed}" if trial is None else f"-{arm}-{trial}"
+    which = "" if arm is None else f"-{arm}-seed-{seed}" if trial is None else f"-{arm}-trial-{trial}"
     return RESULTS / "records" / f"{stage}{which}.json"
 
 

@@ -7,7 +7,7 @@ import sys
 from itertools import pairwise
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from maskdm.budget import Split, split_budget
@@ -31,6 +31,10 @@ def budgets(draw: st.DrawFn) -> dict[str, float | int | list[float] | None]:
     }
 
 
+# many random budgets are refused: that is what other tests are about
+FILTERED = settings(suppress_health_check=[HealthCheck.filter_too_much])
+
+
 def split_of(budget: dict) -> Split:
     """The split, where there is one; an error is what other tests are about."""
     try:
@@ -40,6 +44,7 @@ def split_of(budget: dict) -> Split:
         raise
 
 
+@FILTERED
 @given(budgets())
 def test_the_budget_is_spent_to_within_half_a_finetuning_step(budget: dict) -> None:
     split = split_of(budget)
@@ -47,6 +52,7 @@ def test_the_budget_is_spent_to_within_half_a_finetuning_step(budget: dict) -> N
     assert abs(spent - budget["budget"]) <= (0.5 + 1e-9) * budget["finetune_cost"]
 
 
+@FILTERED
 @given(budgets())
 def test_pretraining_takes_its_share_to_within_half_a_step_or_its_steps(budget: dict) -> None:
     split = split_of(budget)
@@ -58,6 +64,7 @@ def test_pretraining_takes_its_share_to_within_half_a_step_or_its_steps(budget: 
     assert (split.pretrain_steps > 0) == (budget["share"] > 0)
 
 
+@FILTERED
 @given(budgets())
 def test_milestones_are_steps_in_order_up_to_the_last_one(budget: dict) -> None:
     split = split_of(budget)
@@ -66,6 +73,7 @@ def test_milestones_are_steps_in_order_up_to_the_last_one(budget: dict) -> None:
     assert split.milestone_steps[-1] == split.finetune_steps
 
 
+@FILTERED
 @given(budgets())
 def test_milestones_lie_where_their_fraction_is_spent(budget: dict) -> None:
     """To half a step; the first step, where the fraction is spent before it is over."""
@@ -75,6 +83,7 @@ def test_milestones_lie_where_their_fraction_is_spent(budget: dict) -> None:
         assert abs(off) <= (0.5 + 1e-9) * cost or (step == 1 and 0 < off <= cost)
 
 
+@FILTERED
 @given(budgets())
 def test_what_is_refused_is_refused_with_a_reason(budget: dict) -> None:
     """Independently: less than a step of a stage, a milestone in pretraining, or two on one step."""

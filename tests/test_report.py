@@ -170,8 +170,18 @@ def make_metrics(params: Params, arm: str, seed: int, fids: float | Sequence[flo
         **{key: getattr(config, key) for key in ("strategy", "mask_rate", "block_size")},
         "realised_mask_rate": params.visible_of(arm).realised_mask_rate(params.grid),
         **origin(),
+        "trained_with": with_choice(params, arm).trained_with(arm),
+        "scored_with": params.scored_with,
         "milestones": {f"{at:.3f}": make_milestone(at, fid) for at, fid in zip(fractions, fids, strict=True)},
     }
+
+
+def with_choice(params: Params, arm: str) -> Params:
+    """The params that the arm ran with."""
+    file = paths.chosen(arm)
+    if not params.tuning.enabled or not file.is_file():
+        return params
+    return params.with_values(arm, json.loads(file.read_text())["values"])
 
 
 def make_milestone(fraction: float, fid: float) -> dict:
@@ -783,10 +793,56 @@ class TestTuning:
         assert "how the hyperparameters of scratch came about is not known" in text and "save" not in text
         assert verdict_rows()["scratch"]["num_trials"] == "" and verdict_rows()["scratch"]["num_seeds"] == "3"
 
-    def test_tuning_that_was_switched_off_leaves_a_stale_choice(self):
+    def test_tuning_that_was_switched_off_leaves_stale_results(self):
         write_results(self.params)
-        off = make_params(PAIR)
-        assert [m.command for m in read_results(off).missing] == ["maskdm choose"] * 2
+        with pytest.raises(UserError, match=r"scratch-seed-0.json is stale: .* the arm's values have changed since"):
+            read_results(make_params(PAIR))
+
+    def test_an_arm_trained_with_another_choice_is_missing(self):
+        write_results(self.params)
+        trials = self.params.tuning.trials
+        other = next(
+            name
+            for name, values in trials.items()
+            if values != json.loads(paths.chosen("scratch").read_text())["values"]
+        )
+        for trial in trials:
+            file = paths.trial("scratch", trial)
+            write_json(file, {**json.loads(file.read_text()), "kid": 0.1 if trial != other else 0.001})
+        write_json(paths.chosen("scratch"), {"arm": "scratch", "trial": other, "values": trials[other]})
+        found = read_results(self.params)
+        assert {run.arm for run in found.runs} == set(self.params.arms) - {"scratch"}
+        assert all("values have changed since" in missing.reason for missing in found.missing)
+
+
+class TestStale:
+    """Results of other params than today's are missing, whatever of the files is still there."""
+
+    @pytest.mark.parametrize(
+        ("section", "change", "says"),
+        [
+            ("budget", {"unmasked_steps": 2000}, "model, diffusion, budget, training"),
+            ("budget", {"match": "steps"}, "model, diffusion, budget, training"),
+            ("model", {"depth": 7}, "model, diffusion, budget, training"),
+            ("finetune", {"lr": 1e-3}, "model, diffusion, budget, training"),
+            ("sampling", {"num_steps": 20}, "sampling or evaluation"),
+        ],
+        ids=str,
+    )
+    def test_results_of_other_params_are_stale(self, section: str, change: dict, says: str):
+        params = make_params(PAIR)
+        write_results(params)
+        content = params.model_dump(mode="json", exclude_unset=True)
+        content[section] |= change
+        with pytest.raises(UserError, match=f"is stale: {says}"):
+            read_results(parse_params(content))
+
+    def test_pretraining_of_others_does_not_make_scratch_stale(self):
+        params = make_params(PAIR)
+        write_results(params)
+        content = params.model_dump(mode="json", exclude_unset=True)
+        content["pretrain"]["lr"] = 1e-5
+        assert {run.arm for run in read_results(parse_params(content)).runs} == {"scratch"}
 
 
 class TestFiles:
@@ -854,7 +910,7 @@ class TestFiles:
         assert again == f"experiment digits-test\n\n{first}"
         assert max(map(len, first.splitlines()[:-1])) <= 110
         assert first.startswith("scratch: what the others are compared with") and "FID (n=3)" in first
-        assert not re.search(r"[np=]\n|\d\n *%", first) and "\N{NO-BREAK SPACE}" not in first
+        assert not re.search(r"\b[np]\n|=\n|\d\n *%", first) and "\N{NO-BREAK SPACE}" not in first
         assert first.splitlines()[-1].endswith("results/report/report.html")
 
     def test_without_a_report_the_summary_says_so(self):

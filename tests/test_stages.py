@@ -99,7 +99,7 @@ def test_files_are_those_and_no_others(finished_once: Experiment) -> None:
     expected |= {"results/metrics/scale.json"}
     for arm in ARMS:
         expected |= {f"results/tuning/{arm}/{trial}.json" for trial in TRIALS}
-        expected |= {f"results/records/tune-{arm}-{trial}.json" for trial in TRIALS}
+        expected |= {f"results/records/tune-{arm}-trial-{trial}.json" for trial in TRIALS}
         expected |= {f"results/chosen/{arm}.json"}
         expected |= {f"results/pretrain/{arm}/seed-0/{name}" for name in ("checkpoint.safetensors", "curve.csv")}
         finetuned = ["milestones.json", "curve.csv", *(f"milestone-{m}.safetensors" for m in MILESTONES)]

@@ -172,7 +172,8 @@ def _scale_notes(scale: dict[str, Any] | None, num_samples: int) -> list[str]:
     floor, untrained = scale["floor"], scale["untrained"]
     text = (
         f"The floor is real images scored against real images ({floor['num_samples']:,}): {_scores_text(floor)}. "
-        "A score near it cannot be told from real data."
+        "A score near it cannot be told from real data. They were scored against the other real images alone, the arms "
+        "against all: the floor of FID is rather too high than too low."
     )
     if floor["num_samples"] != num_samples:
         text += f" The arms were scored with {num_samples:,} images, so the bias of their FID is another."

@@ -18,7 +18,9 @@ from maskdm.report.tuning import ORIGIN_KEYS, Choice, read_choice, read_trial
 SCORES = ("fid", "kid", "kid_std", "precision", "recall", "num_samples")
 MILESTONE_KEYS = ("step", "flops", "images_seen", "tokens_seen", *SCORES)
 MASK_KEYS = ("strategy", "mask_rate", "block_size")
-METRICS_KEYS = (*MASK_KEYS, "realised_mask_rate", *ORIGIN_KEYS, "milestones")
+MadeWith = dict[str, str]  # fingerprints of the params behind a result
+MADE_WITH_KEYS = ("trained_with", "scored_with")
+METRICS_KEYS = (*MASK_KEYS, *MADE_WITH_KEYS, "realised_mask_rate", *ORIGIN_KEYS, "milestones")
 TIMED_KEYS = ("wall_seconds", "device_seconds", "data_wait_seconds", "timings")
 TIMING_COLUMNS = ("step", "device_seconds", "data_wait_seconds", "peak_memory_gib")
 ARM_STAGES = ("pretrain", "finetune", "sample", "evaluate")
@@ -133,7 +135,7 @@ def read_results(params: Params) -> Results:
     missed = _Missed()
     scale = _read_scale(origin, missed)
     choices = _read_choices(params, origin, missed)
-    runs = _read_runs(params, origin, missed)
+    runs = _read_runs(params, choices, origin, missed)
     if not runs:
         raise UserError(_nothing_left(missed.found))
     return Results(manifest, prepare, features, real, scale, runs, choices, missed.found)
@@ -185,18 +187,19 @@ def _trial_names(params: Params) -> list[str]:
     return list(params.tuning.trials) if params.tuning.enabled else []
 
 
-def _read_runs(params: Params, origin: dict[str, Any], missed: _Missed) -> list[Run]:
+def _read_runs(params: Params, choices: dict[str, Choice], origin: dict[str, Any], missed: _Missed) -> list[Run]:
     runs = []
     for arm in params.arms:
+        made_with = _made_with(params, choices, arm)
         for seed in params.seeds:
             try:
-                runs.append(_read_run(params, arm, seed, origin))
+                runs.append(_read_run(params, arm, seed, made_with, origin))
             except UnusableError as error:
                 missed.add(error, arm, seed)
     return runs
 
 
-def _read_run(params: Params, arm: str, seed: int, origin: dict[str, Any]) -> Run:
+def _read_run(params: Params, arm: str, seed: int, made_with: MadeWith | None, origin: dict[str, Any]) -> Run:
     records = {  # in the order of the stages: the first that has not run is the one to name
         stage: read_json(
             paths.record(stage, arm, seed),
@@ -208,7 +211,7 @@ def _read_run(params: Params, arm: str, seed: int, origin: dict[str, Any]) -> Ru
     pretrain, finetune = records["pretrain"], records["finetune"]
     pretrain_curve = _timed(paths.pretrain(arm, seed), pretrain, {}, command("pretrain", arm, seed))
     finetune_curve = _timed(paths.finetune(arm, seed), finetune, pretrain, command("finetune", arm, seed))
-    metrics = _read_metrics(params, arm, seed, origin)
+    metrics = _read_metrics(params, arm, seed, made_with, origin)
     _check_steps(params, metrics, finetune_curve, arm, seed)
     final = paths.samples(arm, seed) / f"milestone-{milestone_key(params.budget.milestones[-1])}.npy"
     return Run(
@@ -232,13 +235,15 @@ def _timed(folder: Path, record: dict[str, Any], before: dict[str, Any], made_by
     for column in ("device_seconds", "data_wait_seconds"):
         timings[column] += before.get(column, 0.0)
     peaks = [timing["peak_memory_gib"] for timing in before.get("timings", [])]
-    timings["peak_memory_gib"] = timings["peak_memory_gib"].clip(lower=max(peaks, default=0.0))
+    timings["peak_memory_gib"] = timings["peak_memory_gib"].clip(lower=max(peaks, default=0.0)).cummax()  # if resumed
     if not set(curve["step"]) <= set(timings["step"]):
         raise UnusableError(f"{file} and the timings of its record are of different runs", made_by)
     return curve.merge(timings, on="step", how="left")
 
 
-def _read_metrics(params: Params, arm: str, seed: int, origin: dict[str, Any]) -> dict[str, Any]:
+def _read_metrics(
+    params: Params, arm: str, seed: int, made_with: MadeWith | None, origin: dict[str, Any]
+) -> dict[str, Any]:
     file, made_by = paths.metrics(arm, seed), command("evaluate", arm, seed)
     metrics = read_json(file, made_by, METRICS_KEYS)
     for key in MASK_KEYS:
@@ -247,6 +252,8 @@ def _read_metrics(params: Params, arm: str, seed: int, origin: dict[str, Any]) -
             reason = f"{file} is stale: it was made with {key} {metrics[key]}, params.yaml has {asked}"
             raise UnusableError(reason, command("pretrain", arm, seed))
     _check_origin(metrics, origin, file, made_by)
+    if made_with is not None:
+        _check_made_with(metrics, made_with, file, arm, seed)
     for fraction in params.budget.milestones:
         milestone: Any = (metrics["milestones"] or {}).get(milestone_key(fraction))
         where = f"milestone {milestone_key(fraction)} in {file}"
@@ -258,6 +265,25 @@ def _read_metrics(params: Params, arm: str, seed: int, origin: dict[str, Any]) -
                 command("sample", arm, seed),
             )
     return metrics
+
+
+def _made_with(params: Params, choices: dict[str, Choice], arm: str) -> MadeWith | None:
+    """What results of an arm must have been made with; None where it is not known which values were chosen for it."""
+    if params.tuning.enabled:
+        if (choice := choices.get(arm)) is None:
+            return None
+        params = params.with_values(arm, choice.values)
+    return {"trained_with": params.trained_with(arm), "scored_with": params.scored_with}
+
+
+def _check_made_with(metrics: dict[str, Any], made_with: MadeWith, file: Path, arm: str, seed: int) -> None:
+    what = {
+        "trained_with": ("model, diffusion, budget, training or the arm's values have changed since", "pretrain"),
+        "scored_with": ("sampling or evaluation has changed since", "sample"),
+    }
+    for key, (reason, stage) in what.items():
+        if metrics[key] != made_with[key]:
+            raise UnusableError(f"{file} is stale: {reason}", command(stage, arm, seed))
 
 
 def _check_steps(params: Params, metrics: dict[str, Any], curve: pd.DataFrame, arm: str, seed: int) -> None:

@@ -69,8 +69,8 @@ def _tuned_note(params: Params, results: Results) -> str:
         f"Every arm tried the same {len(tuning.trials)} trials, each with {tuning.budget_fraction:.0%} of the budget, "
         f"on seed {tuning.seed}, which no score of this report comes from; the one with the lowest {name} was chosen. "
         "One seed cannot tell trials apart that lie close together, and the best values for a part of the budget need "
-        "not be those for all of it. The compute of the trials, the same for every arm, is not part of the compute in "
-        f"this report. Chosen: {chosen or 'nothing yet'}."
+        "not be those for all of it; the intervals over seeds do not contain the chance in this choice. The compute of "
+        f"the trials is not part of the compute in this report. Chosen: {chosen or 'nothing yet'}."
     )
 
 

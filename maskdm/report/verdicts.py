@@ -125,9 +125,11 @@ def matched_text(params: Params, against: Against) -> str:
 
 def _saves(arm: Comparison, against: Against, reference: Comparison) -> str:
     """The word is for what is clear, against a scratch arm that was tuned as much."""
-    ratio = against.ratio(against.crossing.at)
-    if not (_both_tuned(arm, reference) and against.is_clear and ratio is not None and ratio < 1):
+    ratio, high = against.ratio(against.crossing.at), against.ratio(against.crossing.high)
+    is_sure = against.is_clear and ratio is not None and high is not None and high <= 1
+    if not (_both_tuned(arm, reference) and is_sure):
         return ""
+    assert ratio is not None
     most = "at least " if against.crossing.at_most else ""
     return f"saves {most}{100 * (1 - ratio):.0f} % of the compute: "
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from maskdm import paths
@@ -19,14 +20,14 @@ def run(params: Params) -> None:
     """Write results/chosen/ARM.json for every arm.
 
     Raises:
-        UserError: a trial is missing or stale, or all trials of an arm have failed.
+        UserError: a trial is missing, stale, or not comparable with the others.
     """
     chosen = {arm: _choose(params, arm) for arm in params.arms}
     with stage_session(params, "choose") as (tracked, record):
         with publish_folder(paths.CHOSEN) as folder:
             for arm, choice in chosen.items():
                 publish_json(folder / paths.chosen(arm).name, choice)
-        tracked.tags(**{f"chosen.{arm}": choice["trial"] for arm, choice in chosen.items()})
+        tracked.tags(**{f"chosen.{arm}": choice["trial"] or "none: all failed" for arm, choice in chosen.items()})
         record["num_trials"] = len(params.tuning.trials) if params.tuning.enabled else 1
 
 
@@ -38,9 +39,15 @@ def _choose(params: Params, arm: str) -> dict[str, Any]:
     data_sha256 = ImageArrays.open(paths.DATA).sha256
     tried = {trial: _read_trial(params, arm, trial, data_sha256) for trial in tuning.trials}
     finished = {trial: result for trial, result in tried.items() if result["failed"] is None}
-    if not finished:
+    if not finished:  # the other arms can run; this one's pretraining will say why it can't
         reasons = "; ".join(f"{trial}: {result['failed']}" for trial, result in tried.items())
-        raise UserError(f"every trial of arm {arm} has failed ({reasons}); give tuning.trials smaller learning rates")
+        print(f"every trial of arm {arm} has failed: {reasons}", file=sys.stderr)
+        return {"arm": arm, "trial": None, "values": {}, "failed": reasons}
+    if len({result["extractor_sha256"] for result in finished.values()}) > 1:
+        raise UserError(
+            f"the trials of arm {arm} were scored with different feature extractors; run first, for each of them: "
+            f"maskdm tune --arm {arm} --trial TRIAL"
+        )
     best = min(finished, key=lambda trial: finished[trial][tuning.metric])
     return {"arm": arm, "trial": best, "values": tuning.trials[best]}
 

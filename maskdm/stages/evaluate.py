@@ -35,7 +35,8 @@ def run(params: Params, arm: str, seed: int) -> None:
             drawn = read_array(samples / f"{finetune.milestone_name(float(key))}.npy", "sample")
             milestone.update(scorer.score(drawn, f"score {arm} at {float(key):.0%}").as_dict())
             tracked.log(round(100 * float(key)), **{k: v for k, v in milestone.items() if k != "step"})
-        about = {**_about(params, arm, seed), **scorer.origin, **scale}
+        made_with = {**read_json(weights / finetune.RUN, "finetune"), "scored_with": params.scored_with}
+        about = {**_about(params, arm, seed), **made_with, **scorer.origin, **scale}
         publish_json(paths.metrics(arm, seed), {**about, **_final(milestones), "milestones": milestones})
         record.update(compute.describe_device())
     publish_arm(params, arm, seed)

@@ -20,6 +20,7 @@ from maskdm.training import TrainState
 
 MILESTONES = "milestones.json"
 CURVE = "curve.csv"
+RUN = "run.json"
 
 
 def run(params: Params, arm: str, seed: int) -> None:
@@ -41,6 +42,7 @@ def run(params: Params, arm: str, seed: int) -> None:
                 shutil.copyfile(kept / f"{step}.safetensors", folder / milestone_file(fraction))
             publish_json(folder / MILESTONES, _describe(job, plan))
             write_curve(folder / CURVE, state)
+            publish_json(folder / RUN, {"trained_with": params.trained_with(arm)})
     trainer.store.clear()
     publish_arm(params, arm, seed, through="finetune")
 

@@ -50,6 +50,11 @@ def with_chosen_values(params: Params, arm: str) -> Params:
         UserError: it has not run, or for other params.
     """
     chosen = read_json(require(paths.chosen(arm), "choose"), "choose")
+    if chosen["trial"] is None:
+        raise UserError(
+            f"every trial of arm {arm} has failed ({chosen['failed']}): it can't run; give tuning.trials smaller "
+            "learning rates, or remove the arm"
+        )
     given = params.tuning.trials.get(chosen["trial"]) if params.tuning.enabled else {}
     if chosen["values"] != given:
         raise UserError(

@@ -11,7 +11,7 @@ from maskdm.config import Params, Section
 from maskdm.data.arrays import ImageArrays
 from maskdm.publishing import one_writer, publish_json
 from maskdm.records import measured
-from maskdm.tracking import StageRun, stage_run
+from maskdm.tracking import StageRun, stage_run, trial_params
 
 
 @contextmanager
@@ -47,7 +47,8 @@ def _given(params: Params, stage: str, arm: str | None, trial: str | None) -> di
         merged = params.pretrain_of(arm) if stage == "pretrain" else params.finetune_of(arm)
         return {**params.arm(arm).model_dump(include={"strategy", "mask_rate", "block_size"}), **merged.model_dump()}
     if trial is not None:
-        return dict(params.tuning.trials[trial])
+        assert arm is not None
+        return dict(trial_params(params, arm, trial))
     sections: dict[str, Section] = {
         "prepare": params.dataset,
         "features": params.evaluation,

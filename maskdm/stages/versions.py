@@ -14,7 +14,7 @@ STAGE_VERSIONS = {
     "tune": 1,
     "choose": 1,
     "pretrain": 1,
-    "finetune": 1,
+    "finetune": 2,
     "sample": 1,
     "evaluate": 2,
     "report": 2,

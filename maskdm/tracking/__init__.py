@@ -13,6 +13,7 @@ from maskdm.tracking.background import flush, sync, unsent_note
 from maskdm.tracking.publishing import publish_arm, publish_report
 from maskdm.tracking.stage_runs import StageRun, stage_run
 from maskdm.tracking.store import store_uri
+from maskdm.tracking.trial_content import trial_params
 from maskdm.tracking.views import chart_url, compare_url, trials_url
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "stage_run",
     "store_uri",
     "sync",
+    "trial_params",
     "trials_url",
     "unsent_note",
 ]

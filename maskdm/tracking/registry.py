@@ -7,6 +7,7 @@ has an alias of its name, and the arm with the best mean FID, of those whose see
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import tempfile
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 BEST = "best"
 DIGEST_TAG = "maskdm.model"
+ALIASES_TAG = "maskdm.aliases"  # of the registered model: which aliases we have set
 LOGGED = "models:/"  # a version's source: this and the logged model's id
 RESERVED_ALIAS = re.compile(rf"latest|{BEST}|v\d+")  # mlflow's, and ours
 
@@ -180,9 +182,14 @@ def _aliases(candidates: list[Candidate], versions: dict[str, str]) -> dict[str,
 
 
 def _set_aliases(store: Store, name: str, wanted: dict[str, str]) -> None:
-    known = {alias: str(version) for alias, version in store.client.get_registered_model(name).aliases.items()}
+    """Set ours and delete those of ours that are no more; other people's stay."""
+    model = store.client.get_registered_model(name)
+    known = {alias: str(version) for alias, version in model.aliases.items()}
+    ours = set(json.loads(model.tags.get(ALIASES_TAG, "[]")))
     for alias, version in wanted.items():
         if known.get(alias) != version:
             store.client.set_registered_model_alias(name, alias, version)
-    for alias in set(known) - set(wanted):
+    for alias in (ours & set(known)) - set(wanted):
         store.client.delete_registered_model_alias(name, alias)
+    if ours != set(wanted):
+        store.client.set_registered_model_tag(name, ALIASES_TAG, json.dumps(sorted(wanted)))

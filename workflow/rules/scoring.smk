@@ -49,7 +49,7 @@ rule report:
             "results/records/{stage}.json",
             stage=["prepare", "features", "scale", "choose"],
         ),
-        expand("results/records/tune-{arm}-{trial}.json", arm=ARMS, trial=TRIALS),
+        expand("results/records/tune-{arm}-trial-{trial}.json", arm=ARMS, trial=TRIALS),
         expand("results/pretrain/{arm}/seed-{seed}", arm=ARMS, seed=SEEDS),
         expand("results/finetune/{arm}/seed-{seed}", arm=ARMS, seed=SEEDS),
         expand("results/samples/{arm}/seed-{seed}", arm=ARMS, seed=SEEDS),

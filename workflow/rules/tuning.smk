@@ -5,9 +5,9 @@ rule tune:
         "results/features",
     output:
         "results/tuning/{arm}/{trial}.json",
-        "results/records/tune-{arm}-{trial}.json",
+        "results/records/tune-{arm}-trial-{trial}.json",
     log:
-        "logs/tune-{arm}-{trial}.log",
+        "logs/tune-{arm}-trial-{trial}.log",
     conda:
         "../envs/maskdm.yaml"
     threads: PARAMS.compute.threads
