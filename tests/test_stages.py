@@ -68,6 +68,11 @@ def params_of(experiment: Experiment, arm: str | None = None) -> Params:
     return params.with_values(arm, values) if arm and values else params
 
 
+def with_chosen_values_of(experiment: Experiment, arm: str) -> Params:
+    params, chosen = params_of(experiment), json_of(experiment, f"results/chosen/{arm}.json")
+    return params.with_values(arm, chosen["values"]) if params.tuning.enabled else params
+
+
 def assert_equal_weights(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert got.keys() == expected.keys()
     for name, tensor in got.items():
@@ -102,7 +107,7 @@ def test_files_are_those_and_no_others(finished_once: Experiment) -> None:
         expected |= {f"results/records/tune-{arm}-trial-{trial}.json" for trial in TRIALS}
         expected |= {f"results/chosen/{arm}.json"}
         expected |= {f"results/pretrain/{arm}/seed-0/{name}" for name in ("checkpoint.safetensors", "curve.csv")}
-        finetuned = ["milestones.json", "curve.csv", *(f"milestone-{m}.safetensors" for m in MILESTONES)]
+        finetuned = ["milestones.json", "run.json", "curve.csv", *(f"milestone-{m}.safetensors" for m in MILESTONES)]
         expected |= {f"results/finetune/{arm}/seed-0/{name}" for name in finetuned}
         drawn = ["samples.json", *(f"milestone-{m}.{kind}" for m in MILESTONES for kind in ("npy", "png"))]
         expected |= {f"results/samples/{arm}/seed-0/{name}" for name in drawn}
@@ -222,7 +227,9 @@ def test_metrics_say_what_they_are_of(scored_once: Experiment, arm: str, rate: f
     metrics = json_of(scored_once, f"results/metrics/{arm}-seed-0.json")
     features = json_of(scored_once, "results/features/features.json")
     scale = json_of(scored_once, "results/metrics/scale.json")
-    assert set(metrics) == {*SCORES, *ABOUT, *ORIGIN, *SCALE, "milestones"}
+    assert set(metrics) == {*SCORES, *ABOUT, *ORIGIN, *SCALE, "trained_with", "scored_with", "milestones"}
+    params = with_chosen_values_of(scored_once, arm)
+    assert (metrics["trained_with"], metrics["scored_with"]) == (params.trained_with(arm), params.scored_with)
     assert (metrics["arm"], metrics["seed"], metrics["block_size"]) == (arm, 0, block)
     assert metrics["realised_mask_rate"] == rate
     assert metrics["mask_rate"] == (rate or None)
