@@ -414,8 +414,9 @@ def test_an_arm_that_is_gone_loses_its_alias_and_a_reserved_name_gets_none(store
         write_weights(arm)
     publish_report(params_with(seeds=[0], arms=arms))
     assert aliases(store) == {ARM: 3, "best": 1}
+    store.client.set_registered_model_alias(PARAMS.name, "champion", "2")
     publish_report(params_with(seeds=[0], arms={"latest": arms["latest"]}))
-    assert aliases(store) == {"best": 1}
+    assert aliases(store) == {"best": 1, "champion": 2}, "an alias that somebody else has set stays"
 
 
 def test_what_a_killed_sender_left_half_is_not_used(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
