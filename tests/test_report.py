@@ -415,6 +415,18 @@ class TestVerdicts:
         assert "save" not in (paths.REPORT / "verdicts.csv").read_text()
         assert "hyperparameters of scratch were given, not tuned" in page_text()
 
+    def test_saves_is_not_said_where_the_interval_reaches_beyond_what_scratch_spent(self):
+        """An arm that spends 1.3 times as much, clearly better at the end, and not clearly before."""
+        at_each = {"patch-m50": [(14.0, 9.9, 8.0), (14.0, 9.0, 8.01), (14.0, 10.6, 8.02)]}
+        write_results(self.tuned, {"scratch": [10.0, 10.01, 10.02], **at_each})
+        for seed in self.tuned.seeds:
+            edit_milestones("patch-m50", seed, flops=1.3)
+        write_report(self.tuned)
+        row = verdict_rows()["patch-m50"]
+        assert float(row["compute_ratio"]) < 1 < float(row["compute_ratio_high"]) and float(row["p_holm"]) < 0.05
+        assert row["verdict"].startswith("same FID with 0.96× the compute (95 %: 0.85–1.12")
+        assert "saves" not in page_text()
+
     def test_a_censored_crossing_is_at_most(self):
         text = self.verdict((9.0, 8.5, 8.0), self.tuned)
         assert text.startswith("saves at least 50 % of the compute: same FID with at most 0.50× the compute")
