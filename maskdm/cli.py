@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import FrameType
 
-from maskdm import __version__
+from maskdm import __version__, formats
 from maskdm.config import Params, load_params
 from maskdm.errors import ParamsError, UserError
 from maskdm.plan.gpus import DEFAULT_UTILISATION, GPUS
@@ -59,7 +59,7 @@ STAGES = {
     "evaluate": "FID, KID, precision and recall of the samples",
     "report": "tables, figures and the page over all arms, in results/report",
 }
-ARM_STAGES = {"pretrain", "finetune", "sample", "evaluate"}  # take --arm and --seed
+ARM_STAGES = set(formats.ARM_STAGES)  # take --arm and --seed
 TRIAL_STAGES = {"tune"}  # take --arm and --trial
 
 

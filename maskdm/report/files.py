@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-CURVE_COLUMNS = ("step", "loss", "lr", "images_seen", "tokens_seen", "flops")
+from maskdm.formats import CURVE_COLUMNS
 
 
 class UnusableError(Exception):

@@ -14,21 +14,11 @@ from typing import Any
 import pandas as pd
 
 from maskdm.report.page_style import PAGE, STYLE
-from maskdm.report.tables import table_markdown
+from maskdm.report.tables import LEFT_COLUMNS, table_markdown
 from maskdm.report.verdicts import Verdict
 
 LONG = 12  # rows or lines; what is longer and beside the point is folded
 CODE = re.compile(r"`([^`]+)`")
-TEXT_COLUMNS = (
-    "arm",
-    "strategy",
-    "trial",
-    "values",
-    "what",
-    "value",
-    "chosen",
-    "",
-)  # to the left; numbers to the right
 
 
 @dataclass(frozen=True)
@@ -204,7 +194,7 @@ def _html_note(text: str) -> str:
 def _html_table(table: pd.DataFrame, kind: str) -> str:
     if table.empty:
         return ""
-    sides = [' class="text"' if column in TEXT_COLUMNS else "" for column in table.columns]
+    sides = [' class="text"' if column in LEFT_COLUMNS else "" for column in table.columns]
     head = "".join(
         f'<th scope="col"{side}>{_h(column)}</th>' for column, side in zip(table.columns, sides, strict=True)
     )

@@ -12,8 +12,9 @@ import pandas as pd
 from maskdm import paths
 from maskdm.config import Params
 from maskdm.errors import UserError
+from maskdm.formats import ARM_STAGES, ORIGIN_KEYS, TRAINING_STAGES
 from maskdm.report.files import UnusableError, open_images, read_curve, read_json, require
-from maskdm.report.tuning import ORIGIN_KEYS, Choice, read_choice, read_trial
+from maskdm.report.tuning import Choice, read_choice, read_trial
 
 SCORES = ("fid", "kid", "kid_std", "precision", "recall", "num_samples")
 MILESTONE_KEYS = ("step", "flops", "images_seen", "tokens_seen", *SCORES)
@@ -23,7 +24,6 @@ MADE_WITH_KEYS = ("trained_with", "scored_with")
 METRICS_KEYS = (*MASK_KEYS, *MADE_WITH_KEYS, "realised_mask_rate", *ORIGIN_KEYS, "milestones")
 TIMED_KEYS = ("wall_seconds", "device_seconds", "data_wait_seconds", "timings")
 TIMING_COLUMNS = ("step", "device_seconds", "data_wait_seconds", "peak_memory_gib")
-ARM_STAGES = ("pretrain", "finetune", "sample", "evaluate")
 MAX_SHOWN = 64  # images of a panel in samples.png, at most
 
 
@@ -204,7 +204,7 @@ def _read_run(params: Params, arm: str, seed: int, made_with: MadeWith | None, o
         stage: read_json(
             paths.record(stage, arm, seed),
             command(stage, arm, seed),
-            TIMED_KEYS if stage in ("pretrain", "finetune") else ("wall_seconds",),
+            TIMED_KEYS if stage in TRAINING_STAGES else ("wall_seconds",),
         )
         for stage in ARM_STAGES
     }

@@ -8,11 +8,11 @@ from typing import Any
 
 from maskdm import paths
 from maskdm.config import Params
+from maskdm.formats import ORIGIN_KEYS
 from maskdm.report.files import UnusableError, read_json
 
 CHOICE_KEYS = ("trial", "values")
 TRIAL_KEYS = ("values", "seed", "budget_fraction", "trained", "failed", "fid", "kid")
-ORIGIN_KEYS = ("extractor", "extractor_sha256", "data_sha256")
 CHOOSE = "maskdm choose"
 
 

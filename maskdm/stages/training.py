@@ -18,6 +18,7 @@ from maskdm.data.arrays import ImageArrays
 from maskdm.data.batches import Batches
 from maskdm.diffusion import Diffusion
 from maskdm.errors import UserError
+from maskdm.formats import CURVE_COLUMNS
 from maskdm.masking import Masking
 from maskdm.optimization import Ema, make_optimizer
 from maskdm.progress import Progress
@@ -25,8 +26,6 @@ from maskdm.resume import StateStore
 from maskdm.stages.versions import STAGE_VERSIONS
 from maskdm.tracking import StageRun
 from maskdm.training import NonFiniteLossError, TrainRun, TrainState, restore_state, state_tensors, train
-
-CURVE_COLUMNS = ["step", "loss", "lr", "images_seen", "tokens_seen", "flops"]
 
 
 @dataclass(frozen=True)

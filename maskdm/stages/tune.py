@@ -7,12 +7,12 @@ from typing import Any
 
 from maskdm import paths
 from maskdm.config import Params
+from maskdm.formats import ORIGIN_KEYS
 from maskdm.publishing import publish_json
 from maskdm.stages.session import stage_session
 
 SPENT = ("images_seen", "tokens_seen", "flops")
 SCORES = ("fid", "kid", "kid_std", "precision", "recall", "num_samples")
-ORIGIN = ("extractor", "extractor_sha256", "data_sha256")
 
 
 def run(params: Params, arm: str, trial: str) -> None:
@@ -31,7 +31,7 @@ def run(params: Params, arm: str, trial: str) -> None:
         "budget_fraction": params.tuning.budget_fraction,
         "trained": params.tuning.enabled,
         "failed": None,
-        **dict.fromkeys((*SPENT, *SCORES, *ORIGIN)),
+        **dict.fromkeys((*SPENT, *SCORES, *ORIGIN_KEYS)),
     }
     output = paths.trial(arm, trial)
     work = output.with_suffix("")

@@ -9,11 +9,10 @@ from typing import Any
 
 from maskdm import paths
 from maskdm.config import Params
+from maskdm.formats import ARM_STAGES, TRAINING_STAGES
 from maskdm.tracking.dataset import read_dataset
 from maskdm.tracking.run_content import Points, RunContent, finite, only_numbers, read_json, read_rows
 
-TRAINING_STAGES = ("pretrain", "finetune")
-ARM_STAGES = (*TRAINING_STAGES, "sample", "evaluate")
 REPORT = "report"  # not of an arm, but the last that says something of it
 SECTIONS = {"dataset", "model", "diffusion", "budget", "training", "sampling", "evaluation", "compute"}
 SCORES = ("fid", "kid", "precision", "recall", "flops", "images_seen", "tokens_seen")

@@ -1,0 +1,8 @@
+"""Names in the files of results/ that their writers and their readers share."""
+
+from __future__ import annotations
+
+TRAINING_STAGES = ("pretrain", "finetune")
+ARM_STAGES = (*TRAINING_STAGES, "sample", "evaluate")  # of an arm and a seed, in their order
+CURVE_COLUMNS = ("step", "loss", "lr", "images_seen", "tokens_seen", "flops")
+ORIGIN_KEYS = ("extractor", "extractor_sha256", "data_sha256")  # scores may be compared only where these agree
