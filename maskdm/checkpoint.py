@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors with a description of what they are, never pickles."""
+"""Tensors on disk: safetensors with a description of what they are and a checksum, never pickles."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from maskdm.config import Params
 from maskdm.errors import UserError
 
-FORMAT = "maskdm-weights/1"
+FORMAT = "maskdm-tensors/2"
 Which = Literal["raw", "ema"]
+Sets = dict[str, dict[str, Tensor]]
 
 
 def architecture_of(params: Params, num_classes: int) -> dict[str, Any]:
@@ -31,24 +33,25 @@ def architecture_of(params: Params, num_classes: int) -> dict[str, Any]:
     }
 
 
-def save_weights(path: Path, states: dict[str, dict[str, Tensor]], info: dict[str, Any]) -> None:
-    """Write named sets of weights, e.g. {"raw": …, "ema": …}; equal content gives equal bytes.
+def save_tensors(path: Path, sets: Sets, info: dict[str, Any]) -> None:
+    """Write named sets of tensors, e.g. {"raw": …, "ema": …}; equal content gives equal bytes.
 
     Args:
         path: the file, not there yet.
-        states: name of the set → name of the parameter → tensor.
-        info: plain values that describe them; must hold `architecture`.
+        sets: name of the set → name of the tensor → tensor.
+        info: plain values that describe them; of weights, `architecture` too.
 
     Raises:
         OSError: the file can't be written.
     """
     tensors = {
         f"{kind}/{name}": tensor.detach().cpu().contiguous()
-        for kind, state in states.items()
-        for name, tensor in state.items()
+        for kind, named in sets.items()
+        for name, tensor in named.items()
     }
+    plain = json.loads(json.dumps({"format": FORMAT, **info}))
     # one metadata key: several would be written in random order
-    metadata = {"maskdm": json.dumps({"format": FORMAT, **info}, sort_keys=True)}
+    metadata = {"maskdm": json.dumps({**plain, "sha256": _digest(tensors, plain)}, sort_keys=True)}
     try:
         save_file(tensors, path, metadata)
     except SafetensorError as error:  # how safetensors reports a full disk: "… (os error 28)"
@@ -70,29 +73,32 @@ def load_weights(path: Path, which: Which, architecture: dict[str, Any]) -> tupl
     Raises:
         UserError: the file is damaged, not ours, or for another architecture.
     """
-    states, info = load_all(path)
-    _check_architecture(path, info["architecture"], architecture)
-    if which not in states:
+    sets, info = load_tensors(path)
+    _check_architecture(path, info.get("architecture", {}), architecture)
+    if which not in sets:
         raise _unreadable(path, f"it has no {which} weights")
-    return states[which], info
+    return sets[which], info
 
 
-def load_all(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Read every set of weights of a file of `save_weights`, and its info.
+def load_tensors(path: Path) -> tuple[Sets, dict[str, Any]]:
+    """Read every set of tensors of a file of `save_tensors`, and its info; what does not match its checksum is refused.
 
     Raises:
         UserError: the file is damaged or not ours.
     """
-    states: dict[str, dict[str, Tensor]] = {}
     try:
         with safe_open(path, framework="pt") as file:
             info = _info(path, file.metadata())
-            for key in file.keys():  # noqa: SIM118  (no mapping)
-                kind, name = key.split("/", 1)
-                states.setdefault(kind, {})[name] = file.get_tensor(key)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
+            if _digest(tensors, info) != info.pop("sha256", None):
+                raise ValueError("its content is not what was written: the checksum differs")
     except (SafetensorError, OSError, ValueError) as error:
         raise _unreadable(path, str(error)) from None
-    return states, info
+    sets: Sets = {}
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition("/")
+        sets.setdefault(kind, {})[name] = tensor
+    return sets, info
 
 
 def load_into(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
@@ -108,10 +114,14 @@ def load_into(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
         raise UserError(f"the weights of {path} do not fit the network: {reason}") from None
 
 
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _digest(tensors: dict[str, Tensor], info: dict[str, Any]) -> str:
+    """The sha256 of the info and of every tensor's name, type, shape and bytes."""
+    digest = hashlib.sha256(json.dumps({**info, "sha256": None}, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _info(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
@@ -120,7 +130,7 @@ def _info(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
     except (KeyError, ValueError):
         info = None
     found = info.get("format") if isinstance(info, dict) else None
-    if not isinstance(info, dict) or found != FORMAT or not isinstance(info.get("architecture"), dict):
+    if not isinstance(info, dict) or found != FORMAT:
         raise UserError(
             f"{path} is a safetensors file, but not a checkpoint of this version of maskdm "
             f"(expected format {FORMAT!r}, got {found!r}), or damaged"

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from types import FrameType
 
-from maskdm import __version__, formats
+from maskdm import __version__, formats, interrupts
 from maskdm.config import Params, load_params
 from maskdm.errors import ParamsError, UserError
 from maskdm.plan.gpus import DEFAULT_UTILISATION, GPUS
@@ -29,7 +27,8 @@ order of the stages:
   tune (every arm and trial) → choose
   pretrain → finetune → sample → evaluate   (every arm and seed)
   all of them → report
-exit codes: 0 done, 1 a stage failed, 2 wrong params.yaml or command line (nothing was started), 130 interrupted
+exit codes: 0 done, 1 a stage failed, 2 wrong params.yaml or command line (nothing was started),
+  130 stopped by Ctrl-C, 143 by SIGTERM: training saves its state first; the same command goes on from there
 """
 
 PLAN_DESCRIPTION = """\
@@ -45,6 +44,25 @@ examples:
   maskdm plan                                    every number, on this machine and on all GPUs that are known
   maskdm plan --gpu A100 --utilisation 0.3       one GPU, at 30 % of its datasheet's rate
   maskdm plan --no-calibration                   the arithmetic alone
+"""
+
+GOES_ON = "what was finished is kept; the same command goes on from there"
+
+DOCTOR_DESCRIPTION = """\
+What a crash has left in the folder of params.yaml, what it means, and what helps. Changes nothing without --fix.
+
+After a crash you need not ask: the same command again goes on. Ask when it fails, or waits, or the disk is full.
+Looked at: DVC's locks; stages at work, also those whose engine is gone; saved, damaged and set-aside work;
+half-built outputs; the clock; room and permissions; what MLflow has not got; params.yaml; installed versions.
+"""
+DOCTOR_EPILOG = """\
+examples:
+  maskdm doctor                                  look and explain
+  maskdm doctor --fix                            mend what can be mended: drop DVC's stale locks, stop orphaned stages
+                                                 (they save first), remove damaged and half-built files, send to MLflow
+  (cd experiments/tiny && maskdm doctor)         another experiment
+each finding is marked: ok, info (good to know), problem (with → what to do) or fixed
+exit codes: 0 no problem, or none any more; 1 a problem is left
 """
 
 STAGES = {
@@ -66,21 +84,19 @@ TRIAL_STAGES = {"tune"}  # take --arm and --trial
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the return value is the exit code."""
     options = build_parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, _interrupt)
+    interrupts.install()
     try:
         options.run(options)
     except UserError as error:
         print(f"maskdm: error: {error}", file=sys.stderr)
         return error.exit_code
+    except interrupts.Stopped as stopped:
+        print(f"maskdm: stopped by {stopped.number.name}: {stopped.message or GOES_ON}", file=sys.stderr)
+        return stopped.exit_code
     except KeyboardInterrupt:
         print("maskdm: interrupted", file=sys.stderr)
         return 130
     return 0
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """SIGTERM ends a command as Ctrl-C does: what it built half is removed, its MLflow run is marked killed."""
-    raise KeyboardInterrupt
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -99,6 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add(commands, "summary", "print the result table of a finished experiment", _summary)
     _add(commands, "sync", "send to MLflow what is still kept on disk", _sync)
+    _add_doctor(commands)
     ui = _add(commands, "ui", "open MLflow's UI on the arms of this experiment", _ui)
     ui.add_argument("--port", type=int, default=5000, help="where to listen (default: 5000)")
     return parser
@@ -244,6 +261,20 @@ def _sync(options: argparse.Namespace) -> None:
     from maskdm.tracking import sync
 
     sync()
+
+
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = _add(commands, "doctor", "find what a crash has left, explain it, and mend it with --fix", _doctor)
+    command.description, command.epilog = DOCTOR_DESCRIPTION, DOCTOR_EPILOG
+    command.formatter_class = argparse.RawDescriptionHelpFormatter
+    command.add_argument("--fix", action="store_true", help="mend what can be mended; unfinished work is never deleted")
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from maskdm.doctor.command import run
+
+    if run(options.fix):
+        raise SystemExit(1)
 
 
 def _ui(options: argparse.Namespace) -> None:

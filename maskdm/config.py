@@ -321,6 +321,7 @@ class SavingConfig(Section):
     """Resumable training state; nothing here changes a result."""
 
     every_seconds: Positive = Field(default=60.0, description="how often the state of a training stage is saved")
+    every_steps: Count | None = Field(default=None, description="and after so many steps, if that comes first")
 
 
 class Params(Section):

@@ -83,6 +83,30 @@ def resolve(config: ComputeConfig) -> Compute:
     return Compute(device, autocast, config.threads)
 
 
+@contextmanager
+def explain_out_of_memory(advice: str) -> Iterator[None]:
+    """Say what to lower where the block runs out of the device's memory, or of the machine's.
+
+    Args:
+        advice: what did not fit, and what to try.
+
+    Raises:
+        UserError: it did.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise UserError(f"out of memory: {advice} ({_first_line(error)})") from None
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):  # PyTorch's on a CPU
+            raise
+        raise UserError(f"out of memory: {advice} ({_first_line(error)})") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)

@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from maskdm.checkpoint import file_sha256, load_all, load_into, save_weights
+from maskdm.checkpoint import load_into, load_tensors, save_tensors
+from maskdm.checksums import file_sha256
 from maskdm.classifier import Classifier, TrainedClassifier
 from maskdm.config import EvaluationConfig
 from maskdm.data.batches import to_model_range
+from maskdm.device import explain_out_of_memory
 from maskdm.errors import UserError
 from maskdm.progress import Progress
 
@@ -41,12 +43,13 @@ class FeatureExtractor:
     def features(self, images: np.ndarray, batch_size: int, description: str = "features") -> np.ndarray:
         """Features of images, uint8 (N, H, W, C) → float32 (N, D)."""
         parts, bar = [], Progress(len(images), description, "images")
-        for start in range(0, len(images), batch_size):
-            batch = torch.tensor(
-                images[start : start + batch_size], device=self.device
-            )  # a copy: memory maps are read-only
-            parts.append(self.embed(batch).float().cpu().numpy())
-            bar.update(len(batch))
+        advice = f"{description}: batches of {batch_size} images did not fit; lower evaluation.batch_size"
+        with explain_out_of_memory(advice):
+            for start in range(0, len(images), batch_size):
+                # a copy: memory maps are read-only
+                batch = torch.tensor(images[start : start + batch_size], device=self.device)
+                parts.append(self.embed(batch).float().cpu().numpy())
+                bar.update(len(batch))
         bar.close()
         return np.concatenate(parts)
 
@@ -55,7 +58,7 @@ def save_classifier(path: Path, trained: TrainedClassifier) -> None:
     """Write a classifier with its held-out accuracy."""
     model = trained.model
     shape = {"channels": model.convolutions[0].in_channels, "num_classes": model.head.out_features}
-    save_weights(path, {"classifier": model.state_dict()}, {"architecture": shape, "accuracy": trained.accuracy})
+    save_tensors(path, {"classifier": model.state_dict()}, {"architecture": shape, "accuracy": trained.accuracy})
 
 
 def open_classifier(path: Path, device: torch.device) -> FeatureExtractor:
@@ -64,7 +67,7 @@ def open_classifier(path: Path, device: torch.device) -> FeatureExtractor:
     Raises:
         UserError: the file is damaged or not ours.
     """
-    states, info = load_all(path)
+    states, info = load_tensors(path)
     if "classifier" not in states or set(info["architecture"]) != {"channels", "num_classes"}:
         raise UserError(f"{path} holds no classifier; run first: maskdm features")
     model = Classifier(**info["architecture"])

@@ -57,7 +57,12 @@ def lock(stage: str, arm: str | None = None, seed: int | None = None, trial: str
 
 def work(output: Path) -> Path:
     """The work folder that belongs to an output."""
-    return WORK / output
+    return WORK / output.with_suffix("")
+
+
+def set_aside(output: Path) -> Path:
+    """Where unfinished work on an output lies while its inputs are others."""
+    return WORK / "set-aside" / output.with_suffix("")
 
 
 def building(output: Path) -> Path:

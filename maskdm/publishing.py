@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import datetime
 import errno
 import fcntl
 import json
 import os
 import shutil
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from maskdm import paths
 from maskdm.errors import UserError
@@ -31,28 +34,86 @@ REFUSALS = {
 }
 
 
+@dataclass
+class Turn:
+    """The right to work on something, until the block of `one_writer` ends.
+
+    Attributes:
+        waited_for: the pid of the process that had it before, where one was at work; else None.
+        found_done: what that process left with `done`; None where it failed or died.
+    """
+
+    _file: TextIO
+    _holder: dict[str, Any]
+    waited_for: int | None = None
+    found_done: str | None = None
+
+    def done(self, what: str) -> None:
+        """Tell who waits that the work `what` (a fingerprint) is finished."""
+        self._write({**self._holder, "done": what})
+
+    def _write(self, holder: dict[str, Any]) -> None:
+        self._file.seek(0)
+        self._file.truncate()
+        self._file.write(json.dumps(holder) + "\n")
+        self._file.flush()
+
+
 @contextmanager
-def one_writer(lock: Path, what: str) -> Iterator[None]:
+def one_writer(lock: Path, what: str) -> Iterator[Turn]:
     """Let one process at a time run the block; another waits and says for whom.
 
     The kernel frees the lock when its holder dies, so a killed process never blocks the next.
 
     Args:
-        lock: a file of its own; holds the pid of the process at work.
+        lock: a file of its own; holds who is at work, and what was done.
         what: for the message.
+
+    Raises:
+        UserError: the place can't be written.
     """
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("a+", encoding="utf-8") as file:
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    holder = {"pid": os.getpid(), "host": socket.gethostname(), "what": what, "started": started, "done": None}
+    with _open_lock(lock) as file:
+        turn = Turn(file, holder)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            print(f"{what}: waiting for process {file.read().strip()}, which is at work on it", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        yield
+            turn.waited_for = _wait(file, what)
+            turn.found_done = _read_holder(file).get("done")
+        turn._write(holder)
+        yield turn
+
+
+def _open_lock(lock: Path) -> TextIO:
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        return lock.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise cannot_write(lock, error) from error
+
+
+def _wait(file: TextIO, what: str) -> int | None:
+    """Wait for the lock; the pid of who has it."""
+    other = _read_holder(file)
+    where = f" on {other['host']}" if other.get("host") not in (None, socket.gethostname()) else ""
+    since = f" since {other['started']}" if "started" in other else ""
+    print(
+        f"{what}: waiting for process {other.get('pid', '?')}{where}, which is at work on it{since}",
+        file=sys.stderr,
+        flush=True,
+    )
+    fcntl.flock(file, fcntl.LOCK_EX)
+    return other.get("pid")
+
+
+def _read_holder(file: TextIO) -> dict[str, Any]:
+    """Who holds or held the lock; empty where its line is just being written."""
+    file.seek(0)
+    try:
+        return dict(json.loads(file.read()))
+    except (ValueError, TypeError):
+        return {}
 
 
 @contextmanager
@@ -68,10 +129,11 @@ def publish_folder(output: Path) -> Iterator[Path]:
     with _building(output) as building:
         building.mkdir()
         yield building
-        for file in sorted(building.rglob("*")):
-            if file.is_file():
-                _sync(file)
+        for path in sorted(building.rglob("*")):
+            if path.is_file() or path.is_dir():
+                _sync(path)
         _replace(output, building)
+        _sync(output.parent)
 
 
 def publish_text(output: Path, text: str) -> None:
@@ -84,6 +146,59 @@ def publish_text(output: Path, text: str) -> None:
         building.write_text(text, encoding="utf-8")
         _sync(building)
         building.replace(output)
+        _sync(output.parent)
+
+
+@contextmanager
+def replace_file(file: Path) -> Iterator[Path]:
+    """Yield a free path beside a file of our own; when the block ends well, what is there takes the file's place.
+
+    For work folders; outputs of stages are published.
+
+    Raises:
+        UserError: the place can't be written.
+    """
+    building = file.with_name(f"{file.name}.{os.getpid()}.building")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        yield building
+        _sync(building)
+        building.replace(file)
+        _sync(file.parent)
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        raise cannot_write(file, error) from error
+    finally:
+        with suppress(OSError):
+            building.unlink()
+
+
+def publish_copy(output: Path, kept: Path) -> None:
+    """Publish a copy of a file or folder, whole.
+
+    Raises:
+        UserError: the place can't be written.
+    """
+    if kept.is_dir():
+        with publish_folder(output) as folder:
+            shutil.copytree(kept, folder, dirs_exist_ok=True, copy_function=shutil.copyfile)
+        return
+    with _building(output) as building:
+        shutil.copyfile(kept, building)
+        _sync(building)
+        building.replace(output)
+        _sync(output.parent)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name; where its filesystem can't, or it is another one, copy it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+        _sync(target)
 
 
 def publish_json(output: Path, content: Any) -> None:
@@ -157,8 +272,9 @@ def _remove_empty(folder: Path) -> None:
         folder = folder.parent
 
 
-def _sync(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Have a file, or a folder's names, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -1,74 +1,122 @@
-"""Resumable training state, in a work folder that is no output of any stage."""
+"""What a killed stage goes on from: training states and finished pieces, each with a checksum, in its work folder."""
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from maskdm.checkpoint import load_all, save_weights
+from maskdm.checkpoint import Sets, load_tensors, save_tensors
 from maskdm.errors import UserError
-from maskdm.publishing import cannot_write
+from maskdm.publishing import replace_file
 
-States = dict[str, dict[str, Tensor]]
+STATES_KEPT = 2
 
 
 class StateStore:
-    """The newest state of one training stage.
+    """The last two states of a training stage, so that one is whole whatever happens.
 
     Args:
-        folder: the work folder, e.g. `.work/results/pretrain/patch-m50/seed-0`.
-        fingerprint: of everything that the state depends on; a state of another one is discarded.
+        folder: the work folder, e.g. `.work/results/pretrain/patch-m50/seed-0`; whose it is, `Work` knows.
         every_seconds: after how long `is_due`.
+        every_steps: after how many steps `is_due`, if that comes first; None: never.
     """
 
-    def __init__(self, folder: Path, fingerprint: str, every_seconds: float) -> None:
-        self.folder, self.fingerprint = folder, fingerprint
-        self._file = folder / "state.safetensors"
-        self._every_seconds, self._last = every_seconds, time.monotonic()
+    def __init__(self, folder: Path, every_seconds: float, every_steps: int | None = None) -> None:
+        self.folder = folder
+        self._every_seconds, self._every_steps = every_seconds, every_steps
+        self._last_time, self._last_step = time.monotonic(), 0
 
-    def load(self) -> tuple[States, dict[str, Any]] | None:
-        """The state to go on from, or None."""
-        if not self._file.exists():
+    def load(self, accept: Callable[[dict[str, Any]], bool] = lambda info: True) -> tuple[Sets, dict[str, Any]] | None:
+        """The newest state that is whole, or None; a damaged one is reported and renamed.
+
+        Args:
+            accept: whether a state can be gone on from, by its info.
+        """
+        for file in reversed(self._files()):
+            try:
+                sets, info = load_tensors(file)
+            except UserError as error:
+                put_aside(file, str(error))
+                continue
+            if accept(info):
+                self._last_step = info["step"]
+                return sets, info
+        return None
+
+    def is_due(self, step: int) -> bool:
+        """Whether the last save is long enough ago; asked at every step, so it touches neither disk nor device."""
+        if self._every_steps is not None and step - self._last_step >= self._every_steps:
+            return True
+        return time.monotonic() - self._last_time >= self._every_seconds
+
+    def save(self, sets: Sets, info: dict[str, Any]) -> None:
+        """Add a state, atomically, and drop all but the last two.
+
+        Args:
+            sets: its tensors.
+            info: plain values; must hold `step`.
+
+        Raises:
+            UserError: the place can't be written; the states before are as they were.
+        """
+        step = int(info["step"])
+        with replace_file(self.folder / f"state-{step:010d}.safetensors") as building:
+            save_tensors(building, sets, info)
+        for file in self._files()[:-STATES_KEPT]:
+            file.unlink(missing_ok=True)
+        self._last_time, self._last_step = time.monotonic(), step
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("state-*.safetensors"))
+
+
+class Pieces:
+    """Parts of a stage's work that are finished, e.g. batches of samples, by name.
+
+    Args:
+        folder: in the work folder of the stage.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The tensors and the info of a finished part, or None; a damaged one is reported and made again."""
+        file = self._file(name)
+        if not file.exists():
             return None
         try:
-            states, info = load_all(self._file)
+            sets, info = load_tensors(file)
         except UserError as error:
-            print(f"starting over: {error}", file=sys.stderr)
+            put_aside(file, str(error))
             return None
-        if info.get("fingerprint") != self.fingerprint:
-            print(f"starting over: the state in {self.folder} belongs to other params or data", file=sys.stderr)
-            return None
-        return states, info
+        return sets.get("piece", {}), info
 
-    @property
-    def is_due(self) -> bool:
-        """Whether the last save is long enough ago."""
-        return time.monotonic() - self._last >= self._every_seconds
-
-    def save(self, states: States, info: dict[str, Any]) -> None:
-        """Replace the state, atomically.
+    def save(self, name: str, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
+        """Keep a finished part.
 
         Raises:
             UserError: the place can't be written.
         """
-        building = self._file.with_suffix(".building")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_weights(building, states, {"fingerprint": self.fingerprint, **info})
-            with building.open("rb") as file:
-                os.fsync(file.fileno())
-            building.replace(self._file)
-        except OSError as error:
-            raise cannot_write(self._file, error) from error
-        self._last = time.monotonic()
+        with replace_file(self._file(name)) as building:
+            save_tensors(building, {"piece": tensors}, info)
 
-    def clear(self) -> None:
-        """Forget the state: the stage has published its output."""
-        self._file.unlink(missing_ok=True)  # first: what lies beside it is of no use without it
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+
+def put_aside(file: Path, reason: str) -> None:
+    """Rename a damaged file of a work folder, so that nothing takes it for whole, and say so."""
+    damaged = file.with_name(file.name + ".damaged")
+    file.replace(damaged)
+    print(
+        f"warning: {file} is damaged and was renamed to {damaged.name}; going on from what was saved before it "
+        f"({reason})",
+        file=sys.stderr,
+        flush=True,
+    )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from maskdm.masking import Masking
 from maskdm.optimization import Ema, clip_gradients, lr_at
 from maskdm.records import peak_memory_gib
 
+Sets = dict[str, dict[str, Tensor]]
+PLAIN_VALUES = ("num_losses", "step", "curve", "timings", "device_seconds", "data_wait_seconds")
 REMEDY = "lower the learning rate, clip gradients (training.grad_clip), or use compute.precision: fp32"
 
 
@@ -45,27 +48,25 @@ class TrainState:
         model: the network.
         ema: its averaged weights.
         optimizer: AdamW over the network's parameters.
+        loss_sum: of the losses since the last row of the curve, a scalar on the device; None before the first step.
+        num_losses: how many they are.
         step: optimizer updates done.
         curve: one row per logging interval: step, mean loss, lr, compute spent; a function of the seed alone.
         timings: for each of its rows, what the machine took for it: see `Clock`.
+        device_seconds: in training steps so far.
+        data_wait_seconds: those of them that were spent waiting for data.
     """
 
     model: nn.Module
     ema: Ema
     optimizer: torch.optim.Optimizer
+    loss_sum: Tensor | None = None
+    num_losses: int = 0
     step: int = 0
     curve: list[dict[str, float]] = field(default_factory=list)
     timings: list[dict[str, float]] = field(default_factory=list)
-
-    @property
-    def device_seconds(self) -> float:
-        """Seconds in training steps so far."""
-        return self.timings[-1]["device_seconds"] if self.timings else 0.0
-
-    @property
-    def data_wait_seconds(self) -> float:
-        """Those of them that were spent waiting for data."""
-        return self.timings[-1]["data_wait_seconds"] if self.timings else 0.0
+    device_seconds: float = 0.0
+    data_wait_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class TrainRun:
         stage: lr, batch size, warm-up.
         training: what both stages share.
         num_steps: how long.
-        milestones: steps after which a row is logged and the state offered for saving, whatever log_every says.
+        milestones: steps after which a row is logged and the state taken, whatever log_every says.
         seed: of the experiment.
         stream: of the randomness; the stage, so that arms of a seed share their draws where shapes agree.
         masking: how M is drawn; strategy `none` for finetuning.
@@ -101,36 +102,41 @@ class TrainRun:
     spent_after: Callable[[int], dict[str, int]] = lambda _: {}
 
 
-def train(
-    state: TrainState,
-    run: TrainRun,
-    batches: Batches,
-    compute: Compute,
-    log: Callable[[dict[str, float]], None],
-    save: Callable[[TrainState], None],
-) -> None:
+class Watcher(Protocol):
+    """What goes on around the steps."""
+
+    def log(self, row: dict[str, float]) -> None:
+        """Get a row of the curve with its timing."""
+
+    def wants(self, step: int) -> bool:
+        """Whether the state after so many steps is to be taken; asked at every step, so it must cost nothing."""
+
+    def take(self, state: TrainState) -> None:
+        """Get a state that is known to be good; may raise to stop the training."""
+
+
+def train(state: TrainState, run: TrainRun, batches: Batches, compute: Compute, watcher: Watcher) -> None:
     """Train from `state.step` to `run.num_steps`; calling it again with a restored state goes on exactly.
 
     Every step's randomness is a function of (seed, stream, step) alone. Losses stay on the device until they are
     logged. A non-finite loss makes no update: the fused optimizer is told on the device (`found_inf`), so that
-    finding out costs no synchronisation.
+    finding out costs no synchronisation. The host waits for the device where a row is due or the state is taken.
 
     Args:
         state: changed in place.
         run: what to do.
         batches: step → images and labels.
         compute: device, precision, attention kernel.
-        log: gets each row of the curve with its timing.
-        save: called when each row has been logged, with a state known to be good.
+        watcher: gets the rows, and the states that it wants and those of milestones.
 
     Raises:
         NonFiniteLossError: naming step, run and learning rate.
     """
     device = compute.device
-    monitor = LossMonitor(run, device)
+    monitor = LossMonitor(state, run, device)
     generator = torch.Generator(device)
     parameters = list(state.model.parameters())
-    clock = Clock(state)
+    clock = Clock(state, device)
     for step in range(state.step, run.num_steps):
         generator.manual_seed(rng.derive_seed(run.seed, run.stream, step))
         with clock.waiting_for_data():
@@ -148,50 +154,61 @@ def train(
         state.optimizer.zero_grad()
         state.ema.update(step)
         state.step = step + 1
-        if state.step % run.training.log_every == 0 or state.step in (run.num_steps, *run.milestones):
-            row = {"step": state.step, "loss": monitor.read(), "lr": lr, **run.spent_after(state.step)}
+        has_row = state.step % run.training.log_every == 0 or state.step in (run.num_steps, *run.milestones)
+        is_taken = state.step in run.milestones or watcher.wants(state.step)
+        if has_row or is_taken:
+            monitor.check()
             check_weights_are_finite(state, run, lr)
-            timing = clock.read(state.step, compute.device)
-            state.curve.append(row)
-            state.timings.append(timing)
-            log(row | timing)
-            save(state)
+            clock.stop()
+            if has_row:
+                state.curve.append(
+                    {"step": state.step, "loss": monitor.mean(), "lr": lr, **run.spent_after(state.step)}
+                )
+                state.timings.append(clock.read())
+                watcher.log(state.curve[-1] | state.timings[-1])
+            if is_taken:
+                watcher.take(state)
             clock.go_on()
 
 
 class Clock:
     """Seconds in training steps, and those of them spent waiting for data; logging and saving do not count.
 
-    Read where the host has waited for the device anyway, so that on an accelerator the seconds are the device's.
+    Stopped where the host has waited for the device anyway, so that on an accelerator the seconds are the device's.
 
     Args:
-        state: of a resumed run, whose seconds go on.
+        state: gets the seconds; of a resumed run, they go on.
+        device: whose memory is read.
     """
 
-    def __init__(self, state: TrainState) -> None:
-        self._seconds, self._waited = state.device_seconds, state.data_wait_seconds
+    def __init__(self, state: TrainState, device: torch.device) -> None:
+        self._state, self._device = state, device
         self.go_on()
 
     def go_on(self) -> None:
-        """Count again from now on."""
+        """Count from now on."""
         self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        """Add what was counted to the state's seconds."""
+        self._state.device_seconds += time.perf_counter() - self._started
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
         """Count the block as waiting for data."""
         started = time.perf_counter()
         yield
-        self._waited += time.perf_counter() - started
+        self._state.data_wait_seconds += time.perf_counter() - started
 
-    def read(self, step: int, device: torch.device) -> dict[str, float]:
-        """Stop, and say what has been counted: cumulative seconds, and the peak memory of the device or the process."""
-        self._seconds += time.perf_counter() - self._started
-        on_device = device.type == "cuda"
+    def read(self) -> dict[str, float]:
+        """What has been counted: cumulative seconds, and the peak memory of the device or the process."""
+        on_device = self._device.type == "cuda"
+        memory = torch.cuda.max_memory_allocated(self._device) / 2**30 if on_device else peak_memory_gib()
         return {
-            "step": step,
-            "device_seconds": self._seconds,
-            "data_wait_seconds": self._waited,
-            "peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30 if on_device else peak_memory_gib(),
+            "step": self._state.step,
+            "device_seconds": self._state.device_seconds,
+            "data_wait_seconds": self._state.data_wait_seconds,
+            "peak_memory_gib": memory,
         }
 
 
@@ -218,14 +235,16 @@ class LossMonitor:
     """Adds up losses and watches for non-finite ones, all on the device.
 
     Args:
+        state: keeps the sum, so that a resumed run's means are those of one that was not interrupted.
         run: for messages.
         device: where losses live.
     """
 
-    def __init__(self, run: TrainRun, device: torch.device) -> None:
-        self._run = run
-        self._sum = torch.zeros((), device=device)
-        self._count = 0
+    def __init__(self, state: TrainState, run: TrainRun, device: torch.device) -> None:
+        self._state, self._run = state, run
+        if state.loss_sum is None:
+            state.loss_sum = torch.zeros((), device=device)
+        self._sum = state.loss_sum
         self._bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         self._found_inf = torch.zeros((), device=device)
 
@@ -236,22 +255,25 @@ class LossMonitor:
         self._found_inf = (self._bad_step >= 0).float()
         optimizer.found_inf = self._found_inf  # type: ignore[attr-defined]  # read by the fused kernel
         self._sum += loss
-        self._count += 1
+        self._state.num_losses += 1
 
-    def read(self) -> float:
-        """The mean loss since the last read; here the host waits for the device.
+    def check(self) -> None:
+        """Here the host waits for the device.
 
         Raises:
-            NonFiniteLossError: there was a bad one.
+            NonFiniteLossError: there was a bad loss.
         """
         if (bad_step := int(self._bad_step)) >= 0:
             lr = lr_at(bad_step, self._run.num_steps, self._run.stage)
             reason = f"the loss is not finite at step {bad_step} (learning rate {lr:g})"
             message = f"{self._run.name}: {reason}. The weights were not updated with it; {REMEDY}"
             raise NonFiniteLossError(message, reason)
-        mean = float(self._sum) / self._count
+
+    def mean(self) -> float:
+        """The mean loss since the last time."""
+        mean = float(self._sum) / self._state.num_losses
         self._sum.zero_()
-        self._count = 0
+        self._state.num_losses = 0
         return mean
 
 
@@ -273,23 +295,34 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def state_tensors(state: TrainState) -> dict[str, dict[str, Tensor]]:
-    """All tensors of a state by kind and parameter name: raw, ema, exp_avg, exp_avg_sq, step."""
+def state_tensors(state: TrainState) -> Sets:
+    """All tensors of a state by kind and name: raw, ema, exp_avg, exp_avg_sq, step; and the sum of losses."""
     named = dict(state.model.named_parameters())
-    tensors: dict[str, dict[str, Tensor]] = {"raw": named, "ema": state.ema.state_dict()}  # type: ignore[dict-item]
+    tensors: Sets = {"raw": named, "ema": state.ema.state_dict()}  # type: ignore[dict-item]
     for key in ("exp_avg", "exp_avg_sq", "step"):
         moments = {n: state.optimizer.state[p][key] for n, p in named.items() if key in state.optimizer.state[p]}
         tensors[key] = moments
+    if state.loss_sum is not None:
+        tensors["loss"] = {"sum": state.loss_sum}
     return tensors
 
 
-def restore_state(state: TrainState, tensors: dict[str, dict[str, Tensor]], info: dict[str, Any]) -> None:
-    """Make `state` what it was when `state_tensors` was taken."""
+def state_info(state: TrainState) -> dict[str, Any]:
+    """All plain values of a state."""
+    return {name: getattr(state, name) for name in PLAIN_VALUES}
+
+
+def restore_state(state: TrainState, tensors: Sets, info: dict[str, Any]) -> None:
+    """Make `state` what it was when `state_tensors` and `state_info` were taken."""
     state.model.load_state_dict(tensors["raw"])
     state.ema.load_state_dict(tensors["ema"])
+    device = next(state.model.parameters()).device
     for name, parameter in state.model.named_parameters():
-        if name in tensors["exp_avg"]:
+        if name in tensors.get("exp_avg", {}):
             state.optimizer.state[parameter] = {
-                key: tensors[key][name].to(parameter.device).clone() for key in ("exp_avg", "exp_avg_sq", "step")
+                key: tensors[key][name].to(device).clone() for key in ("exp_avg", "exp_avg_sq", "step")
             }
-    state.step, state.curve, state.timings = info["step"], list(info["curve"]), list(info["timings"])
+    if "loss" in tensors:
+        state.loss_sum = tensors["loss"]["sum"].to(device).clone()
+    for name in PLAIN_VALUES:
+        setattr(state, name, copy(info[name]))

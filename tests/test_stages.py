@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from maskdm import rng
-from maskdm.checkpoint import load_all
+from maskdm.checkpoint import load_tensors
 from maskdm.compute import build_model, count_image_flops, plan_arm
 from maskdm.config import Params, fingerprint, load_params
 from maskdm.publishing import one_writer
@@ -58,7 +58,7 @@ def curve_of(experiment: Experiment, stage: str, arm: str = ARM) -> pd.DataFrame
 
 
 def weights_of(experiment: Experiment, arm: str, which: str = "raw", seed: int = 0) -> dict[str, Tensor]:
-    return load_all(folder_of(experiment, "pretrain", arm, seed) / "checkpoint.safetensors")[0][which]
+    return load_tensors(folder_of(experiment, "pretrain", arm, seed) / "checkpoint.safetensors")[0][which]
 
 
 def params_of(experiment: Experiment, arm: str | None = None) -> Params:
@@ -118,7 +118,9 @@ def test_files_are_those_and_no_others(finished_once: Experiment) -> None:
     reported = {f for f in found if f.startswith("results/report/")}
     assert found - reported == expected
     assert {f"results/report/{n}" for n in ("report.html", "summary.csv", "verdicts.csv", "summary.md")} <= reported
-    assert not [f for f in finished_once.path(".work").rglob("*") if f.is_file() and f.suffix != ".lock"]
+    left = [f for f in finished_once.path(".work").rglob("*") if f.is_file() and f.suffix != ".lock"]
+    others = [f.name for f in left if "finished" not in f.parts and f.name not in ("owner.json", "verified.json")]
+    assert not others, "what a finished stage was made from is gone"
     assert not finished_once.path("mlflow.db").exists(), "tracking is off"
 
 
@@ -327,10 +329,30 @@ def test_stage_run_again_gives_equal_bytes(scored: Experiment, stage: str) -> No
     output.rename(output.with_name("aside"))
     if stage == "report":
         shutil.rmtree(output.with_name("aside"))
+    shutil.rmtree(scored.path(".work"))
     of_trial = ["--arm", ARM, "--trial", "lr-high"] if stage == "tune" else []
     scored.succeed(stage, *(OF_ARM if stage in ("pretrain", "finetune", "sample", "evaluate") else of_trial))
     assert scored.hashes(OUTPUTS[stage]) == before
     assert stage == "report" or output.with_name("aside").stat().st_ino == old_inode, "written anew"
+
+
+@pytest.mark.parametrize("stage", ["features", "scale", "tune", "pretrain", "finetune", "sample", "evaluate"])
+def test_finished_stage_run_again_restores_its_output_and_record_and_computes_nothing(
+    scored: Experiment, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an engine that has lost its books costs."""
+    of = ["--arm", ARM, "--trial", "lr-high"] if stage == "tune" else OF_ARM if "/" + ARM in OUTPUTS[stage] else []
+    records = [file for file in scored.hashes("results/records") if f"/{stage}" in file and (not of or ARM in file)]
+    record = next(file for file in records if stage != "tune" or "lr-high" in file)
+    before = scored.hashes(OUTPUTS[stage]) | scored.hashes(record)
+    for place in (OUTPUTS[stage], record):
+        path = scored.path(place)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    monkeypatch.setattr("maskdm.publishing.link_or_copy", None)  # nothing is kept again
+    outcome = scored.succeed(stage, *of)
+    assert "done before with the same inputs" in outcome.err
+    assert scored.hashes(OUTPUTS[stage]) | scored.hashes(record) == before
+    assert not re.search(r"\d+/\d+", outcome.err), "no progress, for there was none to make"
 
 
 def test_seed_changes_what_is_trained(prepared: Experiment) -> None:
@@ -409,20 +431,18 @@ def test_killed_training_goes_on_and_ends_as_if_uninterrupted(
 ) -> None:
     experiment = uninterrupted.copy_to(tmp_path)
     shutil.rmtree(folder_of(experiment, stage))
-    work = experiment.path(".work", "results", stage, ARM)
+    shutil.rmtree(experiment.path(".work"))
+    work = experiment.path(".work", "results", stage, ARM, "seed-0")
     # finetuning is killed after a milestone: its weights must survive too
-    started = (work / "seed-0" / "state.safetensors") if stage == "pretrain" else (work / "seed-0" / "milestones")
-    outcome = stop_when(
-        experiment.start(stage, *OF_ARM),
-        lambda: started.exists() and (started.is_file() or any(started.glob("*.safetensors"))),
-        signal.SIGKILL,
-    )
+    started = "state-*.safetensors" if stage == "pretrain" else "milestones/*.safetensors"
+    outcome = stop_when(experiment.start(stage, *OF_ARM), lambda: any(work.glob(started)), signal.SIGKILL)
     assert outcome.code == -signal.SIGKILL and not folder_of(experiment, stage).exists()
     again = experiment.succeed(stage, *OF_ARM)
     step = re.search(rf"{stage} {ARM} seed 0: going on from step (\d+)", again.out)
     assert step and 0 < int(step[1]) < getattr(plan_arm(params_of(experiment), ARM), stage).num_steps
     assert experiment.hashes(OUTPUTS[stage]) == uninterrupted.hashes(OUTPUTS[stage])
-    assert not [f for f in work.rglob("*") if f.is_file()]
+    assert {path.name for path in work.iterdir()} == {"owner.json", "finished"}
+    assert record_of(experiment, stage)["starts"] == 2
 
 
 @pytest.fixture
@@ -437,7 +457,7 @@ def stopped(prepared: Experiment, monkeypatch: pytest.MonkeyPatch) -> Experiment
             raise KeyboardInterrupt
         row_of(self, done, note)
 
-    more_steps(prepared).change(saving={"every_seconds": 1e-9})
+    more_steps(prepared).change(saving={"every_seconds": 1e6, "every_steps": 10})
     with monkeypatch.context() as patched:
         patched.setattr(training.Progress, "update_to", interrupt_at_20)
         assert prepared.stage("pretrain").code == 130
@@ -472,13 +492,24 @@ def no_steps(stopped: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_state_of_other_params_is_not_gone_on_from(stopped: Experiment, change: dict[str, Any]) -> None:
     outcome = stopped.change(**change).succeed("pretrain", *OF_ARM)
     assert "going on from" not in outcome.out
-    assert "starting over: the state in .work/results/pretrain/patch-m50/seed-0 belongs to other params" in outcome.err
+    assert "what lay in .work/results/pretrain/patch-m50/seed-0 was begun with other inputs (" in outcome.err
+    assert "set aside in .work/set-aside/results/pretrain/patch-m50/seed-0/" in outcome.err
 
 
 @pytest.mark.usefixtures("no_steps")
 def test_state_of_other_data_is_not_gone_on_from(stopped: Experiment) -> None:
     stopped.change(dataset={"limit": 150}).succeed("prepare")
-    assert "starting over" in stopped.succeed("pretrain", *OF_ARM).err
+    assert "other inputs (data_sha256 was " in stopped.succeed("pretrain", *OF_ARM).err
+
+
+def test_work_of_other_params_is_taken_up_when_they_are_those_again(
+    stopped: Experiment, uninterrupted: Experiment
+) -> None:
+    lr = stopped.content["pretrain"]["lr"]
+    assert "set aside" in stopped.change(pretrain={"lr": 1e-3}).succeed("pretrain", *OF_ARM).err
+    outcome = stopped.change(pretrain={"lr": lr}).succeed("pretrain", *OF_ARM)
+    assert "taking up what was set aside" in outcome.err and "going on from step 20\n" in outcome.out
+    assert stopped.hashes(OUTPUTS["pretrain"]) == uninterrupted.hashes(OUTPUTS["pretrain"])
 
 
 @pytest.mark.usefixtures("no_steps")
@@ -487,10 +518,16 @@ def test_state_survives_what_does_not_change_the_training(stopped: Experiment, c
     assert "going on from step 20\n" in stopped.change(**change).succeed("pretrain", *OF_ARM).out
 
 
-def test_truncated_state_is_started_over_from(stopped: Experiment, uninterrupted: Experiment) -> None:
-    state = stopped.path(".work/results/pretrain", ARM, "seed-0/state.safetensors")
-    state.write_bytes(state.read_bytes()[:-100])
-    assert "starting over" in stopped.succeed("pretrain", *OF_ARM).err
+@pytest.mark.parametrize(("damaged", "goes_on"), [([20], "going on from step 10\n"), ([10, 20], None)])
+def test_damaged_states_are_reported_and_the_result_is_the_same(
+    stopped: Experiment, uninterrupted: Experiment, damaged: list[int], goes_on: str | None
+) -> None:
+    for step in damaged:
+        state = stopped.path(".work/results/pretrain", ARM, f"seed-0/state-{step:010d}.safetensors")
+        state.write_bytes(state.read_bytes()[:-100])
+    outcome = stopped.succeed("pretrain", *OF_ARM)
+    assert outcome.err.count("is damaged and was renamed") == len(damaged)
+    assert goes_on in outcome.out if goes_on else "going on" not in outcome.out
     assert stopped.hashes(OUTPUTS["pretrain"]) == uninterrupted.hashes(OUTPUTS["pretrain"])
 
 
@@ -499,15 +536,17 @@ def test_loss_that_is_not_finite_ends_the_stage_and_keeps_the_last_good_state(pr
     outcome = prepared.stage("pretrain")
     assert_refused(outcome, f"pretrain {ARM} seed 0: the loss is not finite at step ", "(learning rate 1e+12)")
     step = int(re.findall(r"not finite at step (\d+)", outcome.err)[0])
-    states, info = load_all(prepared.path(".work/results/pretrain", ARM, "seed-0/state.safetensors"))
+    states, info = load_tensors(prepared.path(".work/results/pretrain", ARM, f"seed-0/state-{step:010d}.safetensors"))
     assert info["step"] == step >= 1
     assert all(torch.isfinite(w).all() for w in states["raw"].values())
     kept = re.search(r"The weights of before are in (\S+)", outcome.err)
-    assert kept and torch.equal(load_all(prepared.path(kept[1]))[0]["raw"]["norm.weight"], states["raw"]["norm.weight"])
+    assert kept and torch.equal(
+        load_tensors(prepared.path(kept[1]))[0]["raw"]["norm.weight"], states["raw"]["norm.weight"]
+    )
     assert not folder_of(prepared, "pretrain").exists()
     assert not prepared.path(f"results/records/pretrain-{ARM}-seed-0.json").exists()
     again = prepared.change(pretrain={"lr": 2e-3}).succeed("pretrain", *OF_ARM)
-    assert "starting over" in again.err
+    assert "other inputs (pretrain.lr was 1000000000000.0, is 0.002): set aside" in again.err
 
 
 def test_loss_that_is_not_finite_between_two_rows_makes_no_update(

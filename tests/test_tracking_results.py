@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from maskdm import paths, publishing, tracking
-from maskdm.checkpoint import architecture_of, save_weights
+from maskdm.checkpoint import architecture_of, save_tensors
 from maskdm.config import Params, load_params
 from maskdm.errors import UserError
 from maskdm.tracking import saved_view
@@ -67,7 +67,7 @@ def write_trial(trial: str = "low", arm: str = ARM, kid: float | None = 0.02, **
 
 def trial_runs(store: Store, arm: str = ARM) -> dict[str, Any]:
     """The runs of an arm's trials by their names; each once."""
-    runs = store._search(PARAMS.name, kind="trial", arm=arm)
+    runs = store._search(PARAMS.name, {"maskdm.kind": "trial", "maskdm.arm": arm})
     by_name = {run.data.params["trial"]: run for run in runs}
     assert len(by_name) == len(runs)
     return by_name
@@ -341,7 +341,7 @@ def write_weights(arm: str = ARM, params: Params = ONE_SEED, seed: int = 0) -> N
 def save_checkpoint(file: Path, params: Params = ONE_SEED, seed: int = 0) -> None:
     """Raw and averaged weights, as stages write them."""
     states = {which: dict(tiny_model(params, seed).state_dict()) for which in ("raw", "ema")}
-    save_weights(file, states, {"architecture": architecture_of(params, 10)})
+    save_tensors(file, states, {"architecture": architecture_of(params, 10)})
 
 
 def versions(store: Store) -> dict[int, str]:

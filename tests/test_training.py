@@ -28,6 +28,7 @@ from maskdm.training import (
     TrainState,
     accumulate_gradients,
     restore_state,
+    state_info,
     state_tensors,
     train,
 )
@@ -81,11 +82,23 @@ class ChangedBatches(Batches):
         return self._change(step, x_0), labels
 
 
+class Watch:
+    """Gets rows and states."""
+
+    def __init__(
+        self,
+        log: Callable[[dict[str, float]], Any] = lambda row: None,
+        take: Callable[[TrainState], Any] = lambda good: None,
+        wants: Callable[[int], bool] = lambda step: False,
+    ) -> None:
+        self.log, self.take, self.wants = log, take, wants
+
+
 def train_quietly(
     state: TrainState, run: TrainRun, compute: Compute = FP32, batches: Batches | None = None, labelled: bool = False
 ) -> TrainState:
     batches = batches or batches_of(run, labelled, compute.device)
-    train(state, run, batches, compute, log=lambda _: None, save=lambda _: None)
+    train(state, run, batches, compute, Watch())
     return state
 
 
@@ -153,25 +166,18 @@ class Interrupted(Exception):  # noqa: N818  (no error: what a killed process lo
 
 def train_in_two_goes(params: Params, run: TrainRun, at_step: int, folder: Path, compute: Compute) -> TrainState:
     """Train until the state of `at_step` is on disk, then go on from there in another network."""
-    store = StateStore(folder, "fingerprint", every_seconds=0.0)
+    store = StateStore(folder, every_seconds=0.0)
 
-    def save(good: TrainState) -> None:
+    def take(good: TrainState) -> None:
         if good.step == at_step:
-            info = {"architecture": {}, "step": good.step, "curve": good.curve, "timings": good.timings}
-            store.save(state_tensors(good), info)
+            store.save(state_tensors(good), state_info(good))
             raise Interrupted
 
     labelled = params.model.class_conditional
+    state, batches = fresh_state(params, device=compute.device), batches_of(run, labelled, compute.device)
     with pytest.raises(Interrupted):
-        train(
-            fresh_state(params, device=compute.device),
-            run,
-            batches_of(run, labelled, compute.device),
-            compute,
-            lambda _: None,
-            save,
-        )
-    saved = StateStore(folder, "fingerprint", every_seconds=0.0).load()
+        train(state, run, batches, compute, Watch(take=take, wants=lambda step: step == at_step))
+    saved = StateStore(folder, every_seconds=0.0).load()
     assert saved is not None
     resumed = fresh_state(params, seed=99, device=compute.device)
     restore_state(resumed, *saved)
@@ -196,7 +202,7 @@ def test_resuming_is_going_on_bit_for_bit(changes: dict[str, Any], compute: Comp
     run = replace(run_of(params, num_steps=10, device=compute.device), milestones=(4,))
     labelled = params.model.class_conditional
     whole = train_quietly(fresh_state(params, device=compute.device), run, compute, labelled=labelled)
-    for at_step in (3, 4, 9):
+    for at_step in (3, 4, 8, 9):  # 4 is a milestone, and after 8 steps a row is half full
         resumed = train_in_two_goes(params, run, at_step, tmp_path / str(at_step), compute)
         assert_same_tensors(frozen(resumed), frozen(whole))
         assert resumed.curve == whole.curve
@@ -231,19 +237,26 @@ def test_training_neither_reads_nor_moves_the_global_generator() -> None:
     assert_same_tensors(*results)
 
 
-def test_rows_come_at_intervals_milestones_and_the_end_and_each_may_be_saved() -> None:
+def test_rows_come_at_intervals_milestones_and_the_end_and_states_are_taken_when_wanted() -> None:
     params = tiny_params(training={"log_every": 4})
     run, events = replace(run_of(params, num_steps=10), milestones=(5,)), []
-    state = fresh_state(params)
-    train(
-        state,
-        run,
-        batches_of(run),
-        FP32,
+    state, asked = fresh_state(params), []
+    watch = Watch(
         log=lambda row: events.append(("log", row["step"])),
-        save=lambda good: events.append(("save", good.step)),
+        take=lambda good: events.append(("take", good.step)),
+        wants=lambda step: asked.append(step) or step in (3, 8),
     )
-    assert events == [(what, step) for step in (4, 5, 8, 10) for what in ("log", "save")]
+    train(state, run, batches_of(run), FP32, watch)
+    assert events == [
+        ("take", 3),
+        ("log", 4),
+        ("log", 5),
+        ("take", 5),
+        ("log", 8),
+        ("take", 8),
+        ("log", 10),
+    ]
+    assert asked == [1, 2, 3, 4, 6, 7, 8, 9, 10], "at every step, but at milestones it is taken anyhow"
     every_step = train_quietly(fresh_state(params), replace(run, training=TrainingConfig(log_every=1)))
     means = [np.mean(losses(every_step)[a:b]) for a, b in ((0, 4), (4, 5), (5, 8), (8, 10))]
     np.testing.assert_allclose(losses(state), means, rtol=1e-6)
@@ -270,12 +283,13 @@ class FakeTime:
 
 
 def train_timed(clock: FakeTime, state: TrainState, run: TrainRun) -> list[dict[str, float]]:
-    """Train where a step takes 1 s and its data 0.25 s, logging 100 s and saving 1000 s; the logged rows."""
+    """Train where a step takes 1 s and its data 0.25 s, logging 100 s and saving 1000 s (three times); its rows."""
     rows: list[dict[str, float]] = []
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("maskdm.training.clip_gradients", clock.taking(1.0, clip_gradients))
         batches: Any = clock.taking(0.25, batches_of(run))
-        train(state, run, batches, FP32, log=clock.taking(100.0, rows.append), save=clock.taking(1000.0))
+        watch = Watch(clock.taking(100.0, rows.append), clock.taking(1000.0), lambda step: step in (3, 7, 8))
+        train(state, run, batches, FP32, watch)
     return rows
 
 
@@ -294,7 +308,7 @@ def test_device_seconds_hold_steps_and_data_but_neither_logging_nor_saving(monke
     assert all(0.01 < row["peak_memory_gib"] < 1000 for row in state.timings)
     assert (state.device_seconds, state.data_wait_seconds) == (12.5, 2.5)
     assert rows == [row | timing for row, timing in zip(state.curve, state.timings, strict=True)], "both are logged"
-    assert clock.now == 1000 + 12.5 + 4 * 1100
+    assert clock.now == 1000 + 12.5 + 4 * 100 + 4 * 1000, "the milestone is taken too"
 
 
 def test_seconds_of_a_resumed_run_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,7 +316,7 @@ def test_seconds_of_a_resumed_run_go_on(monkeypatch: pytest.MonkeyPatch) -> None
     clock, whole, first = FakeTime(monkeypatch), fresh_state(params), fresh_state(params)
     train_timed(clock, whole, run_of(params, num_steps=10))
     train_timed(clock, first, run_of(params, num_steps=8))
-    saved = frozen(first), {"step": first.step, "curve": first.curve, "timings": first.timings}
+    saved = frozen(first), state_info(first)
     clock.now += 1e6  # nothing ran in between
     resumed = fresh_state(params, seed=99)
     restore_state(resumed, *saved)
@@ -355,7 +369,7 @@ def test_a_bad_loss_stops_training_before_its_update(
     run, events, state = run_of(params, num_steps=30), [], fresh_state(params)
     batches = ChangedBatches(run, spoil(3, value, images))
     with pytest.raises(NonFiniteLossError) as caught:
-        train(state, run, batches, FP32, log=events.append, save=events.append)
+        train(state, run, batches, FP32, Watch(events.append, events.append))
     for part in ("pretrain patch-m50 seed 0", "not finite at step 3 ", "learning rate 0.002"):
         assert part in str(caught.value)
     assert caught.value.reason == "the loss is not finite at step 3 (learning rate 0.002)"
@@ -376,8 +390,8 @@ def test_a_bad_loss_names_the_first_bad_step_and_its_learning_rate_and_keeps_wha
 
     batches = ChangedBatches(run, change)
     with pytest.raises(NonFiniteLossError, match=r"at step 7 \(learning rate 0\.0004\)"):
-        train(state, run, batches, FP32, log=lambda _: None, save=lambda good: saved.append(good.step))
-    assert saved == [5]
+        train(state, run, batches, FP32, Watch(take=lambda good: saved.append(good.step), wants=lambda step: step != 8))
+    assert saved == [1, 2, 3, 4, 5, 6, 7], "after the step with index 7 nothing is good"
     assert [row["step"] for row in state.curve] == [5]
 
 
@@ -387,9 +401,9 @@ def test_gradients_that_overflow_under_a_finite_loss_are_never_saved() -> None:
     weight, steps = state.model.get_parameter("norm.weight"), iter(range(4))
     weight.register_hook(lambda gradient: gradient * math.inf if next(steps) == 3 else gradient)
     with pytest.raises(NonFiniteLossError, match=r"pretrain patch-m50 seed 0: .* not finite after step 3") as caught:
-        train(state, run, batches_of(run), FP32, log=lambda _: None, save=lambda good: saved.append(good.step))
+        train(state, run, batches_of(run), FP32, Watch(take=lambda good: saved.append(good.step), wants=lambda _: True))
     assert caught.value.reason == "the weights are not finite after step 3 (learning rate 0.001)"
-    assert saved == [2]
+    assert saved == [1, 2, 3]
 
 
 # --- averages, schedules, optimizer
@@ -416,7 +430,8 @@ def test_training_averages_the_weights_after_every_update() -> None:
     params = tiny_params(training={"log_every": 1, "ema_decay": 0.999})
     run, state, weights = run_of(params, num_steps=4), fresh_state(params), []
     expected = state.model.get_parameter("norm.weight").detach().clone()
-    train(state, run, batches_of(run), FP32, lambda _: None, lambda good: weights.append(frozen(good)["raw"]))
+    watch = Watch(take=lambda good: weights.append(frozen(good)["raw"]), wants=lambda step: True)
+    train(state, run, batches_of(run), FP32, watch)
     for decay, raw in zip((1 / 10, 2 / 11, 3 / 12, 4 / 13), weights, strict=True):
         expected = decay * expected + (1 - decay) * raw["norm.weight"]
     torch.testing.assert_close(state.ema.state_dict()["norm.weight"], expected, rtol=0, atol=1e-6)

@@ -5,7 +5,6 @@ Equal images give equal bytes: nothing here depends on the time, the machine or 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from array import array
 from collections.abc import Iterator, Mapping
@@ -18,8 +17,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from maskdm import paths
+from maskdm.checksums import file_sha256, values_sha256
 from maskdm.errors import UserError
-from maskdm.publishing import publish_json
+from maskdm.publishing import publish_json, replace_file
 
 FORMAT = "maskdm-arrays/1"
 MANIFEST = "manifest.json"
@@ -165,7 +165,7 @@ class ShardWriter:
         _write_header(self._file, self._held, self._shape)
         self._file.close()
         path = self._shard_path()
-        self._shards.append({"file": path.name, "count": self._held, "sha256": _file_digest(path)})
+        self._shards.append({"file": path.name, "count": self._held, "sha256": file_sha256(path)})
         self._file, self._held = None, 0
 
     def _write_labels(self, count: int, class_names: tuple[str, ...] | None) -> dict[str, Any] | None:
@@ -174,7 +174,7 @@ class ShardWriter:
         assert len(self._labels) == count, "every image of a dataset with classes has a label"
         path = self._folder / LABELS
         np.save(path, np.array(self._labels, dtype=np.int64))
-        return {"file": path.name, "sha256": _file_digest(path), "class_names": list(class_names)}
+        return {"file": path.name, "sha256": file_sha256(path), "class_names": list(class_names)}
 
 
 class ImageArrays:
@@ -246,19 +246,29 @@ class ImageArrays:
         """Every image, (N, H, W, C), in memory."""
         return np.concatenate(self._shards)
 
-    def verify(self) -> None:
+    def verify(self, memory: Path | None = None) -> None:
         """Hash every file and compare with the manifest.
 
+        Args:
+            memory: a file to note in what was found whole: the same files, untouched since, are not read again.
+
         Raises:
-            UserError: a file is not the one that was written.
+            UserError: a file is not the one that was written, or `memory` can't be written.
         """
         manifest = self.manifest
-        for entry in filter(None, [*manifest["shards"], manifest["labels"]]):
-            path = self.folder / entry["file"]
-            if _file_digest(path) != entry["sha256"]:
-                raise _damaged(path, "is not the file that was written (its sha256 differs)")
         if _dataset_digest(manifest) != self.sha256:
             raise _damaged(self.folder / MANIFEST, "was changed (its sha256 is not its shards' and labels')")
+        entries = [entry for entry in (*manifest["shards"], manifest["labels"]) if entry]
+        seen = [[e["file"], e["sha256"], *_stamp(self.folder / e["file"])] for e in entries]
+        if memory is not None and _read_memory(memory) == seen:
+            return
+        for entry in entries:
+            path = self.folder / entry["file"]
+            if file_sha256(path) != entry["sha256"]:
+                raise _damaged(path, "is not the file that was written (its sha256 differs)")
+        if memory is not None:
+            with replace_file(memory) as file:
+                file.write_text(json.dumps(seen), encoding="utf-8")
 
 
 def _write_header(file: BinaryIO, count: int, shape: tuple[int, int, int]) -> None:
@@ -267,9 +277,17 @@ def _write_header(file: BinaryIO, count: int, shape: tuple[int, int, int]) -> No
     np.lib.format.write_array_header_1_0(file, header)
 
 
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _stamp(path: Path) -> tuple[int, int, int]:
+    """What changes when a file is written."""
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+
+
+def _read_memory(memory: Path) -> Any:
+    try:
+        return json.loads(memory.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def _dataset_digest(manifest: Mapping[str, Any]) -> str:
@@ -280,7 +298,7 @@ def _dataset_digest(manifest: Mapping[str, Any]) -> str:
         "shards": [shard["sha256"] for shard in manifest["shards"]],
         "labels": labels and {"sha256": labels["sha256"], "class_names": labels["class_names"]},
     }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return values_sha256(content)
 
 
 def _read_manifest(folder: Path) -> _Manifest:

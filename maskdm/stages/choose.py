@@ -23,12 +23,14 @@ def run(params: Params) -> None:
         UserError: a trial is missing, stale, or not comparable with the others.
     """
     chosen = {arm: _choose(params, arm) for arm in params.arms}
-    with stage_session(params, "choose") as (tracked, record):
-        with publish_folder(paths.CHOSEN) as folder:
-            for arm, choice in chosen.items():
-                publish_json(folder / paths.chosen(arm).name, choice)
-        tracked.tags(**{f"chosen.{arm}": choice["trial"] or "none: all failed" for arm, choice in chosen.items()})
-        record["num_trials"] = len(params.tuning.trials) if params.tuning.enabled else 1
+    with stage_session(params, "choose") as session:
+        if session.is_to_do:
+            with publish_folder(paths.CHOSEN) as folder:
+                for arm, choice in chosen.items():
+                    publish_json(folder / paths.chosen(arm).name, choice)
+            tags = {f"chosen.{arm}": choice["trial"] or "none: all failed" for arm, choice in chosen.items()}
+            session.tracked.tags(**tags)
+            session.record["num_trials"] = len(params.tuning.trials) if params.tuning.enabled else 1
 
 
 def _choose(params: Params, arm: str) -> dict[str, Any]:

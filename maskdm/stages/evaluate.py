@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from maskdm import device, paths
-from maskdm.checkpoint import file_sha256
+from maskdm.checksums import file_sha256
 from maskdm.config import Params
 from maskdm.errors import UserError
 from maskdm.publishing import publish_json
+from maskdm.resume import Pieces
 from maskdm.stages import finetune, sample
 from maskdm.stages.inputs import open_data, read_array, read_json, require, with_chosen_values
 from maskdm.stages.scoring import Scorer
@@ -29,22 +32,44 @@ def run(params: Params, arm: str, seed: int) -> None:
     milestones = read_json(weights / finetune.MILESTONES, "finetune")
     scorer = Scorer(params, compute, images.sha256)
     scale = _read_scale(scorer)
-    _check_samples(params, arm, seed)
-    with stage_session(params, "evaluate", arm, seed) as (tracked, record):
-        for key, milestone in milestones.items():
-            drawn = read_array(samples / f"{finetune.milestone_name(float(key))}.npy", "sample")
-            milestone.update(scorer.score(drawn, f"score {arm} at {float(key):.0%}").as_dict())
-            tracked.log(round(100 * float(key)), **{k: v for k, v in milestone.items() if k != "step"})
-        made_with = {**read_json(weights / finetune.RUN, "finetune"), "scored_with": params.scored_with}
-        about = {**_about(params, arm, seed), **made_with, **scorer.origin, **scale}
-        publish_json(paths.metrics(arm, seed), {**about, **_final(milestones), "milestones": milestones})
-        record.update(compute.describe_device())
+    hashes = _check_samples(params, arm, seed)
+    files = {key: samples / f"{finetune.milestone_name(float(key))}.npy" for key in milestones}
+    drawn = {key: read_array(file, "sample", hashes[key]) for key, file in files.items()}
+    made_with = {**read_json(weights / finetune.RUN, "finetune"), "scored_with": params.scored_with}
+    about = {**_about(params, arm, seed), **made_with, **scorer.origin, **scale}
+    inputs = {
+        "about": about,
+        "evaluation": params.evaluation,
+        "compute": params.compute,
+        "milestones": milestones,
+        "samples_sha256": hashes,
+    }
+    output = paths.metrics(arm, seed)
+    with stage_session(params, "evaluate", arm, seed, inputs=inputs, output=output) as session:
+        if session.is_to_do:
+            kept = Pieces(session.folder)
+            for key, milestone in milestones.items():
+                title = f"score {arm} at {float(key):.0%}"
+                milestone.update(_score(scorer, drawn[key], title, kept, files[key].stem))
+                session.tracked.log(round(100 * float(key)), **{k: v for k, v in milestone.items() if k != "step"})
+            publish_json(output, {**about, **_final(milestones), "milestones": milestones})
+            session.record.update(compute.describe_device())
     publish_arm(params, arm, seed)
 
 
-def _check_samples(params: Params, arm: str, seed: int) -> None:
-    """Samples must be of these weights; the engines see to it, hands may not."""
-    drawn = read_json(paths.samples(arm, seed) / sample.INFO, "sample")["weights_sha256"]
+def _score(scorer: Scorer, drawn: np.ndarray, title: str, kept: Pieces, name: str) -> dict[str, float]:
+    """The scores of a milestone; those that a killed process has kept are not computed again."""
+    if (piece := kept.load(name)) is not None:
+        return dict(piece[1]["scores"])
+    scores = scorer.score(drawn, title).as_dict()
+    kept.save(name, {}, {"scores": scores})
+    return scores
+
+
+def _check_samples(params: Params, arm: str, seed: int) -> dict[str, str]:
+    """Samples must be of these weights; the engines see to it, hands may not. Their files' sha256 by milestone."""
+    info = read_json(paths.samples(arm, seed) / sample.INFO, "sample")
+    drawn = info["weights_sha256"]
     weights = paths.finetune(arm, seed)
     for fraction in params.budget.milestones:
         key = f"{fraction:.3f}"
@@ -53,6 +78,7 @@ def _check_samples(params: Params, arm: str, seed: int) -> None:
                 f"{paths.samples(arm, seed)} was not drawn from the weights in {weights} at {key}; "
                 f"run first: maskdm sample --arm {arm} --seed {seed}"
             )
+    return dict(info["samples_sha256"])
 
 
 def _read_scale(scorer: Scorer) -> dict[str, float]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from maskdm import device, paths
-from maskdm.config import Params
+from maskdm.checksums import file_sha256
+from maskdm.config import EvaluationConfig, Params
 from maskdm.data.arrays import ImageArrays
 from maskdm.errors import UserError
 from maskdm.evaluation import check_counts
@@ -28,22 +30,44 @@ def run(params: Params) -> None:
         UserError: no labels for a classifier, no weights for a pretrained extractor, or too few images.
     """
     compute = device.resolve(params.compute)
-    images = open_data(params)
-    images.verify()
+    images = open_data(params, verify=True)
     check_counts(params.sampling.num_samples, len(images), params.evaluation)
-    with stage_session(params, "features") as (tracked, record):
-        with publish_folder(paths.FEATURES) as folder:
-            accuracy = None
-            if params.evaluation.features == "classifier":
-                accuracy = _train_classifier(params, images, folder / CLASSIFIER_FILE)
-            extractor = open_extractor(params, folder, compute)
-            real = extractor.features(images.all(), params.evaluation.batch_size, "real features")
-            np.save(folder / REFERENCE_FILE, real)
-            info = {**_describe(extractor, real, accuracy), "data_sha256": images.sha256}
-            publish_json(folder / INFO_FILE, info)
-        record.update(info)
-        tracked.tags(extractor=extractor.name, extractor_sha256=extractor.sha256)
-        tracked.log(0, **{k: v for k, v in info.items() if isinstance(v, float)})
+    inputs = {
+        "evaluation": params.evaluation,
+        "compute": params.compute,
+        "weights_sha256": _weights_sha256(params.evaluation),
+        "data_sha256": images.sha256,
+    }
+    with stage_session(params, "features", inputs=inputs, output=paths.FEATURES) as session:
+        if session.is_to_do:
+            info = _compute(params, images, compute)
+            session.record.update(info)
+            session.tracked.tags(extractor=info["extractor"], extractor_sha256=info["extractor_sha256"])
+            session.tracked.log(0, **{k: v for k, v in info.items() if isinstance(v, float)})
+
+
+def _compute(params: Params, images: ImageArrays, compute: device.Compute) -> dict[str, Any]:
+    """Publish extractor and features; what they are."""
+    with publish_folder(paths.FEATURES) as folder:
+        accuracy = None
+        if params.evaluation.features == "classifier":
+            accuracy = _train_classifier(params, images, folder / CLASSIFIER_FILE)
+        extractor = open_extractor(params, folder, compute)
+        real = extractor.features(images.all(), params.evaluation.batch_size, "real features")
+        np.save(folder / REFERENCE_FILE, real)
+        info = {
+            **_describe(extractor, real, accuracy),
+            "reference_sha256": file_sha256(folder / REFERENCE_FILE),
+            "data_sha256": images.sha256,
+        }
+        publish_json(folder / INFO_FILE, info)
+    return info
+
+
+def _weights_sha256(evaluation: EvaluationConfig) -> str | None:
+    """Of the user's weights file, which may change under its name."""
+    weights = Path(evaluation.weights) if evaluation.weights else None
+    return file_sha256(weights) if weights is not None and weights.is_file() else None
 
 
 def open_extractor(params: Params, folder: Path, compute: device.Compute) -> FeatureExtractor:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from maskdm import paths
-from maskdm.checkpoint import architecture_of, file_sha256, load_weights
+from maskdm.checkpoint import architecture_of, load_weights
+from maskdm.checksums import file_sha256
 from maskdm.compute import ArmPlan, plan_arm
 from maskdm.config import Params
+from maskdm.data.arrays import ImageArrays
 from maskdm.masking import Masking
-from maskdm.publishing import publish_folder, publish_json
+from maskdm.publishing import link_or_copy, publish_folder, publish_json
 from maskdm.stages import pretrain
 from maskdm.stages.inputs import open_data, require, with_chosen_values
-from maskdm.stages.session import stage_session
+from maskdm.stages.session import Session, stage_session
 from maskdm.stages.training import Spent, Trainer, TrainingJob, write_curve
 from maskdm.tracking import publish_arm
-from maskdm.training import TrainState
 
 MILESTONES = "milestones.json"
 CURVE = "curve.csv"
@@ -30,21 +30,25 @@ def run(params: Params, arm: str, seed: int) -> None:
         UserError: the dataset or the checkpoint is missing or does not fit, or the loss is not finite.
     """
     params = with_chosen_values(params, arm)
-    images, plan = open_data(params), plan_arm(params, arm)
+    images, output = open_data(params, verify=True), paths.finetune(arm, seed)
     checkpoint = require(paths.pretrain(arm, seed), "pretrain", arm, seed) / pretrain.CHECKPOINT
-    job = finetuning_job(params, arm, seed, images.num_classes, checkpoint, paths.finetune(arm, seed))
-    trainer = Trainer(job, images)
-    kept = trainer.store.folder / "milestones"
-    with stage_session(params, "finetune", arm, seed) as (tracked, record):
-        state = trainer.run(tracked, record, keep=lambda good: _keep(trainer, good, kept))
-        with publish_folder(job.output) as folder:
-            for fraction, step in plan.milestones:
-                shutil.copyfile(kept / f"{step}.safetensors", folder / milestone_file(fraction))
-            publish_json(folder / MILESTONES, _describe(job, plan))
-            write_curve(folder / CURVE, state)
-            publish_json(folder / RUN, {"trained_with": params.trained_with(arm)})
-    trainer.store.clear()
+    job = finetuning_job(params, arm, seed, images.num_classes, checkpoint)
+    inputs = {**job.inputs(images.sha256), RUN: params.trained_with(arm)}
+    with stage_session(params, "finetune", arm, seed, inputs=inputs, output=output) as session:
+        if session.is_to_do:
+            _finetune(params, job, images, session, output)
     publish_arm(params, arm, seed, through="finetune")
+
+
+def _finetune(params: Params, job: TrainingJob, images: ImageArrays, session: Session, output: Path) -> None:
+    trainer, plan = Trainer(job, images, session.folder), plan_arm(params, job.arm)
+    state = trainer.run(session.tracked, session.record)
+    with publish_folder(output) as folder:
+        for fraction, step in plan.milestones:
+            link_or_copy(trainer.milestone(step), folder / milestone_file(fraction))
+        publish_json(folder / MILESTONES, _describe(job, plan))
+        write_curve(folder / CURVE, state)
+        publish_json(folder / RUN, {"trained_with": params.trained_with(job.arm)})
 
 
 def milestone_file(fraction: float) -> str:
@@ -57,9 +61,7 @@ def milestone_name(fraction: float) -> str:
     return f"milestone-{fraction:.3f}"
 
 
-def finetuning_job(
-    params: Params, arm: str, seed: int, num_classes: int, checkpoint: Path, output: Path
-) -> TrainingJob:
+def finetuning_job(params: Params, arm: str, seed: int, num_classes: int, checkpoint: Path) -> TrainingJob:
     """What finetuning an arm is.
 
     Args:
@@ -68,7 +70,6 @@ def finetuning_job(
         seed: of the run.
         num_classes: of the dataset.
         checkpoint: the pretrained weights.
-        output: names the work folder.
 
     Raises:
         UserError: the checkpoint is damaged or does not fit.
@@ -83,19 +84,11 @@ def finetuning_job(
         config=config,
         plan=plan.finetune,
         masking=Masking("none", params.grid),
-        output=output,
         milestones=tuple(step for _, step in plan.milestones),
         spent=Spent().after(plan.pretrain.num_steps, plan.pretrain),
         init=init,
         init_sha256=file_sha256(checkpoint),
     )
-
-
-def _keep(trainer: Trainer, state: TrainState, kept: Path) -> None:
-    kept.mkdir(parents=True, exist_ok=True)
-    building = kept / "building"
-    trainer.save_weights(building, state)
-    building.replace(kept / f"{state.step}.safetensors")
 
 
 def _describe(job: TrainingJob, plan: ArmPlan) -> dict[str, dict[str, int]]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from maskdm import paths
+from maskdm.checksums import file_sha256
 from maskdm.config import Params
 from maskdm.data.arrays import ImageArrays
 from maskdm.errors import UserError
@@ -26,8 +27,12 @@ def require(path: Path, stage: str, arm: str | None = None, seed: int | None = N
     return path
 
 
-def open_data(params: Params) -> ImageArrays:
+def open_data(params: Params, verify: bool = False) -> ImageArrays:
     """The prepared dataset.
+
+    Args:
+        params: say its shape.
+        verify: check that every file is the one that was written; where its pixels are used.
 
     Raises:
         UserError: it is missing, damaged, or of another shape than params say.
@@ -40,6 +45,8 @@ def open_data(params: Params) -> ImageArrays:
             f"the images in {paths.DATA} are {_times(images.shape)}, but params.yaml says {_times(expected)}; "
             "run first: maskdm prepare"
         )
+    if verify:
+        images.verify(paths.WORK / "verified.json")
     return images
 
 
@@ -76,13 +83,20 @@ def read_json(path: Path, stage: str) -> Any:
         raise _damaged(path, stage, error) from None
 
 
-def read_array(path: Path, stage: str) -> np.ndarray:
+def read_array(path: Path, stage: str, sha256: str) -> np.ndarray:
     """An array of an earlier stage, memory-mapped.
+
+    Args:
+        path: the .npy file.
+        stage: which makes it.
+        sha256: of the file that the stage wrote.
 
     Raises:
         UserError: it is missing or damaged; names the stage that makes it.
     """
     try:
+        if file_sha256(path) != sha256:
+            raise ValueError("it is not the file that was written: its sha256 differs")
         array: np.ndarray = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
         raise _damaged(path, stage, error) from None

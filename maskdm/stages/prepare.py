@@ -14,9 +14,10 @@ def run(params: Params) -> None:
     Raises:
         UserError: the images can't be read.
     """
-    with stage_session(params, "prepare") as (tracked, record):
-        manifest = prepare(params)
-        facts = {"num_images": manifest["count"], "shape": manifest["shape"]}
-        record.update(facts)
-        tracked.params(**facts)
-        tracked.figure(paths.DATA / "preview.png")
+    with stage_session(params, "prepare") as session:
+        if session.is_to_do:
+            manifest = prepare(params)
+            facts = {"num_images": manifest["count"], "shape": manifest["shape"]}
+            session.record.update(facts)
+            session.tracked.params(**facts)
+            session.tracked.figure(paths.DATA / "preview.png")

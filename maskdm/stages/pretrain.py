@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from maskdm import paths
 from maskdm.compute import plan_arm
 from maskdm.config import Params
@@ -24,24 +22,23 @@ def run(params: Params, arm: str, seed: int) -> None:
         UserError: the dataset or the arm's values are missing, or the loss is not finite.
     """
     params = with_chosen_values(params, arm)
-    images, job = open_data(params), pretraining_job(params, arm, seed, paths.pretrain(arm, seed))
-    trainer = Trainer(job, images)
-    with stage_session(params, "pretrain", arm, seed) as (tracked, record):
-        state = trainer.run(tracked, record, keep=lambda _: None)
-        with publish_folder(job.output) as folder:
-            trainer.save_weights(folder / CHECKPOINT, state)
-            write_curve(folder / CURVE, state)
-    trainer.store.clear()
+    images, job, output = open_data(params, verify=True), pretraining_job(params, arm, seed), paths.pretrain(arm, seed)
+    with stage_session(params, "pretrain", arm, seed, inputs=job.inputs(images.sha256), output=output) as session:
+        if session.is_to_do:
+            trainer = Trainer(job, images, session.folder)
+            state = trainer.run(session.tracked, session.record)
+            with publish_folder(output) as folder:
+                trainer.save_weights(folder / CHECKPOINT, state)
+                write_curve(folder / CURVE, state)
 
 
-def pretraining_job(params: Params, arm: str, seed: int, output: Path) -> TrainingJob:
+def pretraining_job(params: Params, arm: str, seed: int) -> TrainingJob:
     """What pretraining an arm is.
 
     Args:
         params: the experiment, the arm's chosen values applied.
         arm: its key.
         seed: of the run.
-        output: names the work folder.
     """
     config = params.arm(arm)
     return TrainingJob(
@@ -52,5 +49,4 @@ def pretraining_job(params: Params, arm: str, seed: int, output: Path) -> Traini
         config=params.pretrain_of(arm),
         plan=plan_arm(params, arm).pretrain,
         masking=Masking(config.strategy, params.grid, config.mask_rate or 0.0, config.block_size),
-        output=output,
     )

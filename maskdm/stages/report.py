@@ -20,10 +20,10 @@ def run(params: Params) -> None:
     Raises:
         UserError: no arm has results that can be shown.
     """
-    with stage_session(params, "report") as (tracked, _):
+    with stage_session(params, "report") as session:
         report = write_report(params)
         for file in sorted(paths.REPORT.iterdir()):
-            tracked.figure(file)
+            session.tracked.figure(file)
     publish_report(params, _params_of_arms(params))
     if params.tracking.enabled and not flush():
         print(f"warning: tracking: {unsent_note()}", file=sys.stderr)

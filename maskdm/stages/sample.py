@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from maskdm import device, paths
-from maskdm.checkpoint import file_sha256
+from maskdm.checkpoint import architecture_of
+from maskdm.checksums import file_sha256
 from maskdm.config import Params
 from maskdm.data.grids import save_grid
 from maskdm.drawing import draw_images, load_model
 from maskdm.publishing import publish_folder, publish_json
+from maskdm.resume import Pieces
 from maskdm.stages import finetune
 from maskdm.stages.inputs import open_data, read_json, require, with_chosen_values
 from maskdm.stages.session import stage_session
@@ -28,21 +32,40 @@ def run(params: Params, arm: str, seed: int) -> None:
     compute = device.resolve(params.compute)
     weights = require(paths.finetune(arm, seed), "finetune", arm, seed)
     milestones = read_json(weights / finetune.MILESTONES, "finetune")
-    num_classes, num_samples = open_data(params).num_classes, params.sampling.num_samples
-    with stage_session(params, "sample", arm, seed) as (tracked, record):
-        with publish_folder(paths.samples(arm, seed)) as folder:
-            hashes = {}
+    num_classes, output = open_data(params).num_classes, paths.samples(arm, seed)
+    files = {key: weights / finetune.milestone_file(float(key)) for key in milestones}
+    hashes = {key: file_sha256(file) for key, file in files.items()}
+    inputs = {
+        "architecture": architecture_of(params, num_classes),
+        "sampling": params.sampling,
+        "compute": params.compute,
+        "seed": seed,
+        "weights_sha256": hashes,
+    }
+    with stage_session(params, "sample", arm, seed, inputs=inputs, output=output) as session:
+        if session.is_to_do:
+            with publish_folder(output) as folder:
+                drawn = {}
+                for key, file in files.items():
+                    model, title = load_model(params, file, num_classes, compute), f"sample {arm} at {float(key):.0%}"
+                    name = finetune.milestone_name(float(key))
+                    kept = Pieces(session.folder / name)
+                    images = draw_images(
+                        params, model, num_classes, seed, params.sampling.num_samples, compute, title, kept
+                    )
+                    drawn[key] = _write(images, folder, name, params.sampling.grid_images)
+                info = {**params.sampling.model_dump(), "weights_sha256": hashes, "samples_sha256": drawn}
+                publish_json(folder / INFO, info)
+            session.record.update(
+                compute.describe(training=False), num_images=params.sampling.num_samples * len(milestones)
+            )
             for key in milestones:
-                name = finetune.milestone_name(float(key))
-                file = weights / finetune.milestone_file(float(key))
-                model, title = load_model(params, file, num_classes, compute), f"sample {arm} at {float(key):.0%}"
-                drawn = draw_images(params, model, num_classes, seed, num_samples, compute, title)
-                np.save(folder / f"{name}.npy", drawn)
-                save_grid(drawn[: params.sampling.grid_images], folder / f"{name}.png")
-                hashes[key] = file_sha256(file)
-            info = {**params.sampling.model_dump(), "weights_sha256": hashes}
-            publish_json(folder / INFO, info)
-        record.update(compute.describe(training=False), num_images=num_samples * len(milestones))
-        for key in milestones:
-            tracked.figure(paths.samples(arm, seed) / f"{finetune.milestone_name(float(key))}.png")
+                session.tracked.figure(output / f"{finetune.milestone_name(float(key))}.png")
     publish_arm(params, arm, seed, through="sample")
+
+
+def _write(images: np.ndarray, folder: Path, name: str, grid_images: int) -> str:
+    """Write a milestone's samples and a grid of some of them; the sha256 of the former."""
+    np.save(folder / f"{name}.npy", images)
+    save_grid(images[:grid_images], folder / f"{name}.png")
+    return file_sha256(folder / f"{name}.npy")

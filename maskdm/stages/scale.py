@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from maskdm import device, paths, rng
+from maskdm.checkpoint import architecture_of
 from maskdm.compute import build_model
 from maskdm.config import Params
+from maskdm.data.arrays import ImageArrays
 from maskdm.drawing import draw_images
 from maskdm.evaluation import floor_metrics
 from maskdm.publishing import publish_json
@@ -12,6 +16,7 @@ from maskdm.stages.inputs import open_data
 from maskdm.stages.scoring import Scorer
 from maskdm.stages.session import stage_session
 
+ENDS = ("floor", "untrained")
 SEED = 0  # of the untrained network: a scale for all seeds
 
 
@@ -23,18 +28,30 @@ def run(params: Params) -> None:
     """
     compute, images = device.resolve(params.compute), open_data(params)
     scorer = Scorer(params, compute, images.sha256)
-    with stage_session(params, "scale") as (tracked, record):
-        model = build_model(params, images.num_classes)
-        model.initialise(rng.generator(SEED, "init"))
-        model.eval().to(compute.device)
-        drawn = draw_images(
-            params, model, images.num_classes, SEED, params.sampling.num_samples, compute, "sample untrained"
-        )
-        floor = floor_metrics(scorer.real, params.sampling.num_samples, params.evaluation)
-        untrained = scorer.score(drawn, "score untrained")
-        scale = {"floor": floor.as_dict(), "untrained": untrained.as_dict(), **scorer.origin}
-        publish_json(paths.SCALE, scale)
-        record.update(compute.describe(training=False))
-        tracked.log(
-            0, fid_floor=floor.fid, kid_floor=floor.kid, fid_untrained=untrained.fid, kid_untrained=untrained.kid
-        )
+    inputs = {
+        "architecture": architecture_of(params, images.num_classes),
+        "sampling": params.sampling,
+        "evaluation": params.evaluation,
+        "compute": params.compute,
+        "features": scorer.origin,
+    }
+    with stage_session(params, "scale", inputs=inputs, output=paths.SCALE) as session:
+        if session.is_to_do:
+            scale = _measure(params, images, scorer, compute)
+            publish_json(paths.SCALE, scale)
+            session.record.update(compute.describe(training=False))
+            session.tracked.log(
+                0, **{f"{metric}_{end}": scale[end][metric] for end in ENDS for metric in ("fid", "kid")}
+            )
+
+
+def _measure(params: Params, images: ImageArrays, scorer: Scorer, compute: device.Compute) -> dict[str, Any]:
+    """Both ends, and what they are of."""
+    model = build_model(params, images.num_classes)
+    model.initialise(rng.generator(SEED, "init"))
+    model.eval().to(compute.device)
+    num_samples = params.sampling.num_samples
+    drawn = draw_images(params, model, images.num_classes, SEED, num_samples, compute, "sample untrained")
+    floor = floor_metrics(scorer.real, num_samples, params.evaluation)
+    untrained = scorer.score(drawn, "score untrained")
+    return {"floor": floor.as_dict(), "untrained": untrained.as_dict(), **scorer.origin}

@@ -35,11 +35,11 @@ class Scorer:
     def __init__(self, params: Params, compute: Compute, data_sha256: str) -> None:
         folder = require(paths.FEATURES, "features")
         info = read_json(folder / features.INFO_FILE, "features")
-        self.real = read_array(folder / features.REFERENCE_FILE, "features")
         if info["data_sha256"] != data_sha256:
             raise UserError("results/features was made from other data than results/data; run first: maskdm features")
         self._config = params.evaluation
         self._extractor = _open_same_extractor(params, compute, info)
+        self.real = read_array(folder / features.REFERENCE_FILE, "features", info["reference_sha256"])
         self.origin = {"data_sha256": data_sha256, **{key: info[key] for key in ("extractor", "extractor_sha256")}}
         check_counts(params.sampling.num_samples, len(self.real), params.evaluation)
 

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from maskdm import device, paths, rng
-from maskdm.checkpoint import architecture_of, save_weights
+from maskdm import device, interrupts, rng
+from maskdm.checkpoint import architecture_of, load_tensors, save_tensors
 from maskdm.compute import StagePlan, build_model
-from maskdm.config import Params, StageConfig, fingerprint
+from maskdm.config import Params, StageConfig
 from maskdm.data.arrays import ImageArrays
 from maskdm.data.batches import Batches
 from maskdm.diffusion import Diffusion
 from maskdm.errors import UserError
 from maskdm.formats import CURVE_COLUMNS
+from maskdm.interrupts import Deferral, Stopped
 from maskdm.masking import Masking
 from maskdm.optimization import Ema, make_optimizer
 from maskdm.progress import Progress
-from maskdm.resume import StateStore
+from maskdm.publishing import replace_file
+from maskdm.resume import StateStore, put_aside
 from maskdm.stages.versions import STAGE_VERSIONS
 from maskdm.tracking import StageRun
-from maskdm.training import NonFiniteLossError, TrainRun, TrainState, restore_state, state_tensors, train
+from maskdm.training import NonFiniteLossError, TrainRun, TrainState, restore_state, state_info, state_tensors, train
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,6 @@ class TrainingJob:
         config: optimisation of this stage.
         plan: steps and cost.
         masking: how M is drawn.
-        output: the folder that the stage publishes; names its work folder.
         milestones: steps whose weights are kept.
         spent: before this stage.
         init: weights to start from; None draws them from the seed.
@@ -83,7 +83,6 @@ class TrainingJob:
     config: StageConfig
     plan: StagePlan
     masking: Masking
-    output: Path
     milestones: tuple[int, ...] = ()
     spent: Spent = Spent()
     init: dict[str, Tensor] | None = None
@@ -96,20 +95,27 @@ class TrainingJob:
         run = f"seed {self.seed}" if self.trial is None else f"trial {self.trial}"
         return f"{self.stage} {self.arm} {run}"
 
-    def fingerprint(self, data_sha256: str) -> str:
-        """Of everything that the job's result depends on."""
-        p = self.params
-        sections = (p.model, p.diffusion, p.training, p.compute)
-        own = (
-            self.stage,
-            STAGE_VERSIONS[self.stage],
-            self.seed,
-            self.config,
-            self.plan.num_steps,
-            self.milestones,
-        )
-        mask = (self.masking.strategy, self.masking.mask_rate, self.masking.block_size)
-        return fingerprint(*sections, *own, mask, self.init_sha256, data_sha256)
+    def inputs(self, data_sha256: str) -> dict[str, Any]:
+        """All that the job's result depends on."""
+        p, masking = self.params, self.masking
+        return {
+            "stage_version": STAGE_VERSIONS[self.stage],
+            "model": p.model,
+            "diffusion": p.diffusion,
+            "training": p.training,
+            "compute": p.compute,
+            self.stage: self.config,
+            "mask": {
+                "strategy": masking.strategy,
+                "mask_rate": masking.mask_rate,
+                "block_size": masking.block_size,
+            },
+            "seed": self.seed,
+            "steps": self.plan.num_steps,
+            "milestones": self.milestones,
+            "init_sha256": self.init_sha256,
+            "data_sha256": data_sha256,
+        }
 
 
 class Trainer:
@@ -118,20 +124,21 @@ class Trainer:
     Args:
         job: what to do.
         images: the dataset.
+        folder: where states and milestones are kept until the job is done.
 
     Raises:
         UserError: a class-conditional model and no labels; CUDA asked for and not there.
     """
 
-    def __init__(self, job: TrainingJob, images: ImageArrays) -> None:
+    def __init__(self, job: TrainingJob, images: ImageArrays, folder: Path) -> None:
         params = job.params
         if params.model.class_conditional and images.labels is None:
             raise UserError("model.class_conditional needs a dataset with labels (class folders); this one has none")
-        self.job = job
+        self.job, self.folder = job, folder
         self.compute = device.resolve(params.compute)
         self.architecture = architecture_of(params, images.num_classes)
         self.state = self._fresh_state(images.num_classes)
-        self.store = StateStore(paths.work(job.output), job.fingerprint(images.sha256), params.saving.every_seconds)
+        self.store = StateStore(folder, params.saving.every_seconds, params.saving.every_steps)
         self.batches = Batches(
             images,
             job.config.batch_size,
@@ -141,36 +148,26 @@ class Trainer:
             with_labels=params.model.class_conditional,
         )
 
-    def run(
-        self, tracked: StageRun, record: dict[str, Any], keep: Callable[[TrainState], None], prefix: str = ""
-    ) -> TrainState:
+    def run(self, tracked: StageRun, record: dict[str, Any], prefix: str = "") -> TrainState:
         """Train from the newest saved state, or from the start.
 
         Args:
             tracked: gets every row of the curve.
             record: gets time and compute.
-            keep: called at milestones with a good state.
             prefix: of what is tracked.
+
+        Raises:
+            UserError: the loss is not finite, memory does not suffice, or a state can't be saved.
+            Stopped: a signal came; the state is saved.
         """
-        if (saved := self.store.load()) is not None:
+        if (saved := self.store.load(accept=self._milestones_are_kept)) is not None:
             restore_state(self.state, *saved)
-            print(f"{self.job.title}: going on from step {self.state.step}")
-        first_step = self.state.step
-        bar = Progress(self.job.plan.num_steps, self.job.title, "step", initial=first_step)
-
-        def log(row: dict[str, float]) -> None:
-            step = int(row["step"])
-            tracked.log(step, **{prefix + name: value for name, value in row.items() if name != "step"})
-            bar.update_to(step, f"loss {row['loss']:.4f}")
-
-        def save(good: TrainState) -> None:
-            if good.step in self.job.milestones:
-                keep(good)
-            if self.store.is_due:
-                self.save_state(good)
-
+            print(f"{self.job.title}: going on from step {self.state.step}", flush=True)
+        bar = Progress(self.job.plan.num_steps, self.job.title, "step", initial=self.state.step)
         try:
-            train(self.state, self._train_run(), self.batches, self.compute, log, save)
+            with interrupts.deferring() as signals, device.explain_out_of_memory(self._needs_less_memory()):
+                watcher = _Watcher(self, tracked, bar, signals, prefix)
+                train(self.state, self._train_run(), self.batches, self.compute, watcher)
         except NonFiniteLossError as error:
             raise NonFiniteLossError(f"{error}. {self._keep_last_good()}", error.reason) from None
         finally:
@@ -178,9 +175,48 @@ class Trainer:
         self._account(record, tracked, prefix)
         return self.state
 
-    def save_state(self, state: TrainState) -> None:
-        """Save a good state, so that the next run of the job goes on from it."""
-        self.store.save(state_tensors(state), self._state_info(state))
+    def milestone(self, step: int) -> Path:
+        """Where the weights of a milestone are kept until the stage publishes them."""
+        return self.folder / "milestones" / f"{step}.safetensors"
+
+    def take(self, state: TrainState, stop: bool) -> None:
+        """Keep a good state: the weights of a milestone; the state itself if it is time for that.
+
+        Args:
+            state: known to be good.
+            stop: whether the process is about to end.
+        """
+        if state.step in self.job.milestones:
+            with replace_file(self.milestone(state.step)) as building:
+                self.save_weights(building, state)
+        if stop or self.store.is_due(state.step):
+            self.store.save(state_tensors(state), {"architecture": self.architecture, **state_info(state)})
+
+    def _milestones_are_kept(self, info: dict[str, Any]) -> bool:
+        """Whether all milestones before a state can be published; one that can't has to be trained for again."""
+        for step in (step for step in self.job.milestones if step <= info["step"]):
+            file = self.milestone(step)
+            try:
+                load_tensors(file)
+            except UserError as error:
+                if file.exists():
+                    put_aside(file, str(error))
+                return False
+        return True
+
+    def _needs_less_memory(self) -> str:
+        """What to lower where memory does not suffice."""
+        job, micro = self.job, self.job.config.micro_batch_size
+        whole = job.config.batch_size
+        tokens = f"{job.plan.num_visible} visible tokens of {job.params.grid.num_patches} patches each"
+        size = f"{whole} images" if micro is None else f"{whole} images in micro-batches of {micro}"
+        advice = [
+            f"{job.stage}.micro_batch_size below {micro or whole} (the result is the same)",
+            "compute.precision: bf16",
+        ]
+        if job.masking.strategy != "none":
+            advice.append("a higher mask_rate")
+        return f"{job.title}: batches of {size}, {tokens}, did not fit; try {', or '.join(advice)}"
 
     def save_weights(self, path: Path, state: TrainState) -> None:
         """Write the raw and the averaged weights of a state."""
@@ -194,16 +230,16 @@ class Trainer:
             "step": state.step,
             **spent.as_dict(),
         }
-        save_weights(path, states, info)
+        save_tensors(path, states, info)
 
     def _keep_last_good(self) -> str:
         """Write the weights of before the bad step, which no later update has touched; says where they are."""
         raw = dict(self.state.model.state_dict())
         if not all(bool(tensor.isfinite().all()) for tensor in raw.values()):
-            return f"The last state that was saved, if any, is in {self.store.folder}"
-        file = self.store.folder / "before-non-finite-loss.safetensors"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_weights(file, {"raw": raw}, {"architecture": self.architecture})
+            return f"The last state that was saved, if any, is in {self.folder}"
+        file = self.folder / "before-non-finite-loss.safetensors"
+        with replace_file(file) as building:
+            save_tensors(building, {"raw": raw}, {"architecture": self.architecture})
         return f"The weights of before are in {file}"
 
     def _fresh_state(self, num_classes: int) -> TrainState:
@@ -234,14 +270,6 @@ class Trainer:
             spent_after=lambda step: job.spent.after(step, job.plan).as_dict(),
         )
 
-    def _state_info(self, state: TrainState) -> dict[str, Any]:
-        return {
-            "architecture": self.architecture,
-            "step": state.step,
-            "curve": state.curve,
-            "timings": state.timings,
-        }
-
     def _account(self, record: dict[str, Any], tracked: StageRun, prefix: str) -> None:
         job, seconds, waited = self.job, self.state.device_seconds, self.state.data_wait_seconds
         facts = {
@@ -261,6 +289,43 @@ class Trainer:
         in_curve = {*job.spent.as_dict(), "device_seconds", "data_wait_seconds"}  # cumulative, with every row
         once = {prefix + name: fact for name, fact in facts.items() if fact is not None and name not in in_curve}
         tracked.log(job.plan.num_steps, **once)
+
+
+class _Watcher:
+    """What the trainer does around the steps.
+
+    Args:
+        trainer: keeps states.
+        tracked: gets the rows.
+        bar: shows them.
+        signals: whether to stop.
+        prefix: of what is tracked.
+    """
+
+    def __init__(self, trainer: Trainer, tracked: StageRun, bar: Progress, signals: Deferral, prefix: str) -> None:
+        self._trainer, self._tracked, self._bar, self._signals, self._prefix = trainer, tracked, bar, signals, prefix
+
+    def log(self, row: dict[str, float]) -> None:
+        """Track a row and show it."""
+        step = int(row["step"])
+        self._tracked.log(step, **{self._prefix + name: value for name, value in row.items() if name != "step"})
+        self._bar.update_to(step, f"loss {row['loss']:.4f}")
+
+    def wants(self, step: int) -> bool:
+        """Whether it is time to save, or to stop."""
+        return self._signals.requested is not None or self._trainer.store.is_due(step)
+
+    def take(self, state: TrainState) -> None:
+        """Save; then stop, if a signal has come.
+
+        Raises:
+            Stopped: one has.
+        """
+        stop = self._signals.requested
+        self._trainer.take(state, stop is not None)
+        if stop is not None:
+            of = f"{state.step} of {self._trainer.job.plan.num_steps}"
+            raise Stopped(stop, f"saved {self._trainer.job.title} at step {of}; the same command goes on from there")
 
 
 def write_curve(path: Path, state: TrainState) -> None:

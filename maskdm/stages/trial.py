@@ -7,77 +7,95 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from maskdm import device
 from maskdm.compute import plan_arm
 from maskdm.config import Params
-from maskdm.data.arrays import ImageArrays
 from maskdm.drawing import draw_images, load_model
+from maskdm.publishing import replace_file
+from maskdm.resume import Pieces
 from maskdm.stages import finetune, pretrain
 from maskdm.stages.inputs import open_data
 from maskdm.stages.scoring import Scorer
+from maskdm.stages.session import Session
 from maskdm.stages.training import Spent, Trainer, TrainingJob
-from maskdm.tracking import StageRun
+from maskdm.stages.versions import STAGE_VERSIONS
 from maskdm.training import NonFiniteLossError
 
 
-def run_trial(
-    params: Params, arm: str, trial: str, output: Path, tracked: StageRun, record: dict[str, Any]
-) -> dict[str, Any]:
-    """Train, draw and score; what came out.
-
-    A loss that becomes non-finite is a result too: the trial has `failed`, and says why.
+class Trial:
+    """One trial of one arm.
 
     Args:
         params: of the trial (`Params.for_trial`).
         arm: its key.
-        trial: its name.
-        output: names the work folder, where a killed trial goes on.
-        tracked: gets curves and scores.
-        record: gets the accounts of both training stages.
+        name: the trial's.
+
+    Attributes:
+        inputs: all that its result depends on.
 
     Raises:
         UserError: data or features are missing or do not fit.
     """
-    compute, images, plan = device.resolve(params.compute), open_data(params), plan_arm(params, arm)
-    scorer = Scorer(params, compute, images.sha256)
-    spent = Spent().after(plan.pretrain.num_steps, plan.pretrain).after(plan.finetune.num_steps, plan.finetune)
-    result: dict[str, Any] = {**spent.as_dict(), **scorer.origin}
-    try:
-        weights = _train(params, arm, trial, images, output, tracked, record)
-    except NonFiniteLossError as error:
-        print(f"{arm} trial {trial} has failed, {error.reason}: the arm is tuned over the others", file=sys.stderr)
-        return {**result, "failed": error.reason}
-    model = load_model(params, weights, images.num_classes, compute)
-    count, title = params.sampling.num_samples, f"{arm} trial {trial}"
-    drawn = draw_images(params, model, images.num_classes, params.seeds[0], count, compute, f"sample {title}")
-    scores = scorer.score(drawn, f"score {title}").as_dict()
-    tracked.log(100, **scores)
-    return {**result, **scores}
 
+    def __init__(self, params: Params, arm: str, name: str) -> None:
+        self._params, self._arm, self._name = params, arm, name
+        self._seed = params.seeds[0]
+        self._compute, self._images = device.resolve(params.compute), open_data(params, verify=True)
+        self._scorer = Scorer(params, self._compute, self._images.sha256)
+        self.inputs = {
+            "pretrain": pretrain.pretraining_job(params, arm, self._seed).inputs(self._images.sha256),
+            "finetune": {"config": params.finetune_of(arm), "steps": plan_arm(params, arm).finetune.num_steps},
+            "sampling": params.sampling,
+            "evaluation": params.evaluation,
+            "features": self._scorer.origin,
+            "stage_versions": {stage: STAGE_VERSIONS[stage] for stage in ("finetune", "sample", "evaluate")},
+        }
 
-def _train(
-    params: Params,
-    arm: str,
-    trial: str,
-    images: ImageArrays,
-    output: Path,
-    tracked: StageRun,
-    record: dict[str, Any],
-) -> Path:
-    """Pretrain and finetune; the file of the finetuned weights."""
-    seed = params.seeds[0]
-    job = pretrain.pretraining_job(params, arm, seed, output / "pretrain")
-    pretrained = _run(replace(job, trial=trial), images, tracked, record)
-    job = finetune.finetuning_job(params, arm, seed, images.num_classes, pretrained, output / "finetune")
-    return _run(replace(job, trial=trial), images, tracked, record)
+    def run(self, session: Session) -> dict[str, Any]:
+        """Train, draw and score; what came out.
 
+        A loss that becomes non-finite is a result too: the trial has `failed`, and says why.
 
-def _run(job: TrainingJob, images: ImageArrays, tracked: StageRun, record: dict[str, Any]) -> Path:
-    """Run one training stage of the trial; the file of its weights."""
-    trainer, own = Trainer(job, images), dict[str, Any]()
-    state = trainer.run(tracked, own, keep=lambda _: None, prefix=f"{job.stage}/")
-    trainer.save_state(state)
-    weights = trainer.store.folder / "weights.safetensors"
-    trainer.save_weights(weights, state)
-    record[job.stage] = own
-    return weights
+        Args:
+            session: keeps what a killed trial goes on from; gets curves, scores and the accounts of both stages.
+        """
+        plan = plan_arm(self._params, self._arm)
+        spent = Spent().after(plan.pretrain.num_steps, plan.pretrain).after(plan.finetune.num_steps, plan.finetune)
+        result: dict[str, Any] = {**spent.as_dict(), **self._scorer.origin}
+        title = f"{self._arm} trial {self._name}"
+        try:
+            weights = self._train(session)
+        except NonFiniteLossError as error:
+            print(f"{title} has failed, {error.reason}: the arm is tuned over the others", file=sys.stderr)
+            return {**result, "failed": error.reason}
+        drawn = self._draw(weights, session, f"sample {title}")
+        scores = self._scorer.score(drawn, f"score {title}").as_dict()
+        session.tracked.log(100, **scores)
+        return {**result, **scores}
+
+    def _train(self, session: Session) -> Path:
+        """Pretrain and finetune; the file of the finetuned weights."""
+        params, arm, seed = self._params, self._arm, self._seed
+        pretrained = self._run(pretrain.pretraining_job(params, arm, seed), session)
+        job = finetune.finetuning_job(params, arm, seed, self._images.num_classes, pretrained)
+        return self._run(job, session)
+
+    def _run(self, job: TrainingJob, session: Session) -> Path:
+        """Run one training stage of the trial; the file of its weights."""
+        trainer = Trainer(replace(job, trial=self._name), self._images, session.folder / job.stage)
+        own: dict[str, Any] = {}
+        state = trainer.run(session.tracked, own, prefix=f"{job.stage}/")
+        trainer.take(state, stop=True)
+        weights = trainer.folder / "weights.safetensors"
+        with replace_file(weights) as building:
+            trainer.save_weights(building, state)
+        session.record[job.stage] = own
+        return weights
+
+    def _draw(self, weights: Path, session: Session, title: str) -> np.ndarray:
+        params, num_classes = self._params, self._images.num_classes
+        model = load_model(params, weights, num_classes, self._compute)
+        kept, count = Pieces(session.folder / "samples"), params.sampling.num_samples
+        return draw_images(params, model, num_classes, self._seed, count, self._compute, title, kept)

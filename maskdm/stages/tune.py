@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import Any
 
 from maskdm import paths
@@ -34,14 +33,15 @@ def run(params: Params, arm: str, trial: str) -> None:
         **dict.fromkeys((*SPENT, *SCORES, *ORIGIN_KEYS)),
     }
     output = paths.trial(arm, trial)
-    work = output.with_suffix("")
-    with stage_session(params, "tune", arm, trial=trial) as (tracked, record):
-        if params.tuning.enabled:
-            from maskdm.stages.trial import run_trial
+    if not params.tuning.enabled:
+        print(f"tuning is not enabled: nothing to try, {arm} runs with the values as given")
+        with stage_session(params, "tune", arm, trial=trial):
+            publish_json(output, result)
+        return
+    from maskdm.stages.trial import Trial
 
-            of_trial = params.for_trial(arm, params.tuning.trials[trial])
-            result |= run_trial(of_trial, arm, trial, work, tracked, record)
-        else:
-            print(f"tuning is not enabled: nothing to try, {arm} runs with the values as given")
-        publish_json(output, result)
-        shutil.rmtree(paths.work(work), ignore_errors=True)  # only a killed trial needs its states
+    tried = Trial(params.for_trial(arm, params.tuning.trials[trial]), arm, trial)
+    inputs = {"given": result, **tried.inputs}
+    with stage_session(params, "tune", arm, trial=trial, inputs=inputs, output=output) as session:
+        if session.is_to_do:
+            publish_json(output, result | tried.run(session))

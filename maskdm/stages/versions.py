@@ -9,13 +9,13 @@ from __future__ import annotations
 
 STAGE_VERSIONS = {
     "prepare": 1,
-    "features": 2,
+    "features": 3,
     "scale": 1,
     "tune": 1,
     "choose": 1,
-    "pretrain": 1,
-    "finetune": 2,
-    "sample": 1,
+    "pretrain": 2,
+    "finetune": 3,
+    "sample": 2,
     "evaluate": 2,
     "report": 2,
 }

@@ -21,7 +21,7 @@ class Drawer(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         """Read the weights; where they were trained with CUDA and there is none, the CPU draws."""
         from maskdm import device
-        from maskdm.checkpoint import load_all
+        from maskdm.checkpoint import load_tensors
         from maskdm.config import parse_params
         from maskdm.drawing import load_model
 
@@ -29,7 +29,7 @@ class Drawer(PythonModel):
         self._params = parse_params(json.loads(params.read_text(encoding="utf-8")), source=str(params))
         asked = self._params.compute
         self._compute = device.resolve(asked if asked.device == "cpu" else asked.model_copy(update={"device": "auto"}))
-        self._num_classes = int(load_all(weights)[1]["architecture"]["num_classes"])
+        self._num_classes = int(load_tensors(weights)[1]["architecture"]["num_classes"])
         self._model = load_model(self._params, weights, self._num_classes, self._compute)
 
     def predict(

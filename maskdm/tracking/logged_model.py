@@ -66,11 +66,11 @@ def _signature(side: int, channels: int) -> ModelSignature:
 
 
 def _artifacts(folder: Path, params: Params, weights: Path) -> dict[str, str]:
-    from maskdm.checkpoint import load_all, save_weights
+    from maskdm.checkpoint import load_tensors, save_tensors
 
-    states, info = load_all(weights)
+    states, info = load_tensors(weights)
     files = {"weights": folder / "weights.safetensors", "params": folder / "params.json"}
-    save_weights(files["weights"], {"ema": states["ema"]}, info)
+    save_tensors(files["weights"], {"ema": states["ema"]}, info)
     content = params.model_dump(mode="json", exclude_unset=True)
     files["params"].write_text(json.dumps(content, indent=2), encoding="utf-8")
     return {name: str(file) for name, file in files.items()}

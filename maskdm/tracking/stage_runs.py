@@ -45,7 +45,8 @@ class SpooledStageRun(StageRun):
     Args:
         root: the project's root.
         name: for the spool's folder.
-        run: what the run is of: experiment and stage, the arm run that it belongs to or the trial that it is, the data.
+        run: what the run is of: experiment and stage, the arm run that it belongs to or the trial that it is, the data,
+            the key of the piece of work.
         tags: of the experiment.
     """
 
@@ -81,7 +82,12 @@ class SpooledStageRun(StageRun):
 
 @contextmanager
 def stage_run(
-    params: Params, stage: str, arm: str | None = None, seed: int | None = None, trial: str | None = None
+    params: Params,
+    stage: str,
+    arm: str | None = None,
+    seed: int | None = None,
+    trial: str | None = None,
+    key: str | None = None,
 ) -> Iterator[StageRun]:
     """Track a stage's run around its work; MLflow's failures never reach the stage.
 
@@ -91,6 +97,8 @@ def stage_run(
         arm: the arm, where the stage belongs to one.
         seed: the arm's seed; of a trial it does not matter.
         trial: the trial of the arm: a run of its own kind, no part of an arm run; none where nothing is tuned.
+        key: names this piece of work, the same in every process that works on it: a later one goes on with the run of
+            the earlier, and what both log at a step is there once. Without it, every process has a run of its own.
 
     Yields:
         what the stage logs to. The run ends FINISHED; FAILED or (Ctrl-C, exit) KILLED when the block raises.
@@ -100,6 +108,7 @@ def stage_run(
         return
     root = paths.project_root()
     name, described = _describe(params, stage, arm, seed, trial)
+    described["key"] = key
     warn_if_unsent(root)
     run = SpooledStageRun(root, name, described, experiment_tags(params))
     try:

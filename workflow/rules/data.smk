@@ -28,7 +28,7 @@ rule features:
     params:
         depends_on=depends_on("features"),
     shell:
-        "maskdm features --stage-version 2 > {log} 2>&1"
+        "maskdm features --stage-version 3 > {log} 2>&1"
 
 
 rule scale:

@@ -14,7 +14,7 @@ rule sample:
     params:
         depends_on=depends_on("sample"),
     shell:
-        "maskdm sample --arm {wildcards.arm} --seed {wildcards.seed} --stage-version 1 > {log} 2>&1"
+        "maskdm sample --arm {wildcards.arm} --seed {wildcards.seed} --stage-version 2 > {log} 2>&1"
 
 
 rule evaluate:

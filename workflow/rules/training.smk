@@ -14,7 +14,7 @@ rule pretrain:
     params:
         depends_on=depends_on("pretrain"),
     shell:
-        "maskdm pretrain --arm {wildcards.arm} --seed {wildcards.seed} --stage-version 1 > {log} 2>&1"
+        "maskdm pretrain --arm {wildcards.arm} --seed {wildcards.seed} --stage-version 2 > {log} 2>&1"
 
 
 rule finetune:
@@ -33,4 +33,4 @@ rule finetune:
     params:
         depends_on=depends_on("finetune"),
     shell:
-        "maskdm finetune --arm {wildcards.arm} --seed {wildcards.seed} --stage-version 2 > {log} 2>&1"
+        "maskdm finetune --arm {wildcards.arm} --seed {wildcards.seed} --stage-version 3 > {log} 2>&1"
