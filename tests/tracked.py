@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import json
 import os
@@ -10,9 +11,11 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +162,7 @@ def wait_until(is_so: Callable[[], bool], seconds: float = 60) -> None:
 
 
 def arm_runs(store: Store, arm: str = ARM) -> list[Any]:
-    return store._search(PARAMS.name, kind="arm", arm=arm)
+    return store._search(PARAMS.name, {"maskdm.kind": "arm", "maskdm.arm": arm})
 
 
 def all_runs(store: Store) -> list[Any]:
@@ -184,8 +187,10 @@ def snapshot(store: Store) -> dict[str, Any]:
     }
 
 
-def run_python(code: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    """Start code in a process of its own, with PARAMS as `params`."""
+def run_python(
+    code: str, *arguments: str, before: Callable[[], None] | None = None, **environment: str
+) -> subprocess.Popen[str]:
+    """Start code in a process of its own, with PARAMS as `params`; `before` is called in it first."""
     preamble = """
         import json, sys
         from maskdm.config import parse_params
@@ -204,7 +209,21 @@ def run_python(code: str, *arguments: str, **environment: str) -> subprocess.Pop
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=before,
     )
+
+
+def run_sync(before: Callable[[], None] | None = None) -> tuple[int, str, str]:
+    """What `maskdm sync` ends with, in a process of its own: exit code, output and errors."""
+    process = run_python('from maskdm.cli import main\nsys.exit(main(["sync"]))', before=before)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def without_root_rights() -> None:
+    """Make permissions bind root, too, from the next program on: for `before` of `run_python`."""
+    if os.geteuid() == 0:
+        assert ctypes.CDLL(None).prctl(24, 1, 0, 0, 0) == 0  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
 
 
 def free_port() -> int:
@@ -229,3 +248,69 @@ def run_ui(folder: Path, port: int) -> Iterator[None]:
     finally:
         process.terminate()
         process.communicate(timeout=60)
+
+
+@contextmanager
+def mlflow_server(database: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A tracking server, which answers; killed with all its processes at the end of the block."""
+    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(port)]
+    command += ["--backend-store-uri", f"sqlite:///{database}", "--artifacts-destination", str(database.parent / "a")]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    null = subprocess.DEVNULL
+    server = subprocess.Popen(command, env=environment, stdout=null, stderr=null, start_new_session=True)
+    try:
+        wait_until(lambda: _answers(port))
+        yield server
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def _answers(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+class SlowProxy:
+    """Passes everything on to a port of this machine, and what comes back after a delay.
+
+    Args:
+        port: of the server.
+        delay_seconds: before every piece of an answer.
+
+    Attributes:
+        port: of the proxy.
+        num_delays: how often somebody had to wait.
+    """
+
+    def __init__(self, port: int, delay_seconds: float) -> None:
+        self._server_port, self._delay, self.num_delays = port, delay_seconds, 0
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+
+    def __enter__(self) -> SlowProxy:
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):  # closed
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(("127.0.0.1", self._server_port))
+                for source, target, delay in ((client, server, 0.0), (server, client, self._delay)):
+                    threading.Thread(target=self._pass_on, args=(source, target, delay), daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, target: socket.socket, delay: float) -> None:
+        with source, suppress(OSError):
+            while piece := source.recv(2**16):
+                self.num_delays += delay > 0
+                time.sleep(delay)
+                target.sendall(piece)
+            target.shutdown(socket.SHUT_WR)

@@ -4,9 +4,9 @@ The only code that imports mlflow, and only where `params.tracking.enabled`; not
 A stage never imports mlflow itself, which costs seconds of CPU: it appends events to a `spool` on disk
 (`stage_runs`, `publishing.publish_arm`), and one `sender` process per project brings them to the server or database
 (`background` starts it and waits for it). There `delivery` says what an event does, `store` opens the database and
-finds the runs, `arm_content`, `trial_content` and `dataset` say what a run carries, `publishing` makes it so, and
-`registry` does it for the final models (`logged_model`, `drawing_model`). `saved_view` is how MLflow's UI shows them,
-`views` are its URLs.
+finds the runs, `continued` knows what a run already has that a resumed stage goes on with, `arm_content`,
+`trial_content` and `dataset` say what a run carries, `publishing` makes it so, and `registry` does it for the final
+models (`logged_model`, `drawing_model`). `saved_view` is how MLflow's UI shows them, `views` are its URLs.
 """
 
 from maskdm.tracking.background import flush, sync, unsent_note

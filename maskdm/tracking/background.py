@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from maskdm import paths
@@ -64,7 +65,13 @@ def wake_sender(root: Path, spool: Spool) -> None:
         if spool.is_kept:
             start_sender(root)
     except OSError as error:
-        print(f"warning: tracking: no sender could be started ({error})", file=sys.stderr, flush=True)
+        print(
+            f"warning: tracking: nothing can be sent to MLflow just now, as no process could be started ({error}): "
+            f"what was logged is kept in {os.path.relpath(tracking_folder(root))} and sent by the next stage or by "
+            "`maskdm sync`",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def flush(timeout_seconds: float = 60.0) -> bool:
@@ -100,7 +107,11 @@ def sync(timeout_seconds: float = SYNC_SECONDS) -> None:
     Raises:
         UserError: not everything could be sent.
     """
-    if not flush(timeout_seconds):
+    try:
+        is_sent = flush(timeout_seconds)
+    except OSError as error:
+        raise UserError(f"what is kept for MLflow can't be read: {error}") from error
+    if not is_sent:
         raise UserError(unsent_note())
     print("everything is in MLflow")
 
@@ -111,17 +122,28 @@ def unsent_note() -> str:
     folder = tracking_folder(root)
     count = _num_runs(root)
     kept = f"{count} {'run is' if count == 1 else 'runs are'} kept in {os.path.relpath(folder)} and sent by"
-    try:
-        why = (folder / ERROR).read_text(encoding="utf-8").strip()
-    except OSError:
+    why = _last_error(folder)
+    if why is None:
         return f"MLflow has not got everything yet (see {LOG}): {kept} the sender, or by `maskdm sync`"
     return f"{why}; {kept} the next stage or by `maskdm sync`"
 
 
+def _last_error(folder: Path) -> str | None:
+    """What stops the sender, as far as it is known."""
+    if not os.access(folder, os.W_OK):
+        return f"{os.path.relpath(folder)} can't be written: it needs rights, or a disk that is not read-only"
+    try:
+        said = (folder / ERROR).read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    return said or f"the sender failed, and could not even note why: is the disk of {os.path.relpath(folder)} full?"
+
+
 def warn_if_unsent(root: Path) -> None:
     """Tell the user of a stage that the last sender failed."""
-    if (tracking_folder(root) / ERROR).exists():
-        print(f"warning: tracking: {unsent_note()}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # the stage's own spool will not do better, and says so
+        if (tracking_folder(root) / ERROR).exists():
+            print(f"warning: tracking: {unsent_note()}", file=sys.stderr, flush=True)
 
 
 def _unsent(root: Path) -> list[Path]:

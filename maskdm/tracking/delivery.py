@@ -24,7 +24,7 @@ from maskdm.tracking.spool import (
     Event,
     SpoolReader,
 )
-from maskdm.tracking.store import PARENT, ArmKey, Point, Store, TrialKey, shown, write_points
+from maskdm.tracking.store import KEY, PARENT, SPOOL, ArmKey, Point, Store, TrialKey, shown, write_points
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -97,29 +97,36 @@ class Delivery:
             self._store.tag_experiment(event["name"], event["tags"])
 
     def _start(self, event: dict[str, Any]) -> None:
-        """Create the run in place of older ones of the stage, or of the trial."""
+        """Go on with the run of this piece of work, or create one; either takes the place of the stage's older ones."""
+        key = event.get("key")
         with self._store.lock():
-            name, tags, older = self._identify(event)
-            for run in older:
-                self._store.client.delete_run(run.info.run_id)
-            self._spool.mark(run_id=self._store.new_run(event["experiment"], name, tags, event["time_ms"]))
+            name, tags, parent = self._identify(event)
+            earlier = self._store.earlier_runs(event["experiment"], tags, deleted=key is not None)
+            same = next((run for run in earlier if key is not None and run.data.tags.get(KEY) == key), None)
+            for run in earlier:
+                if run is not same and _is_active_in(run, parent.get(PARENT)):
+                    self._store.client.delete_run(run.info.run_id)
+            tags |= parent | ({} if key is None else {KEY: key, SPOOL: self._spool.folder.name})
+            if same is None:
+                run_id = self._store.new_run(event["experiment"], name, tags, event["time_ms"])
+            else:
+                run_id = self._store.continue_run(same, tags)
+            self._spool.mark(run_id=run_id, is_continued=same is not None)
         if event.get("dataset") is not None:
-            add_dataset(self._store, self._store.client.get_run(self._run_id), event["dataset"])
+            add_dataset(self._store, self._store.client.get_run(run_id), event["dataset"])
 
-    def _identify(self, event: dict[str, Any]) -> tuple[str, dict[str, str], list[Run]]:
-        """Name and tags of the run that a stage wants, and the runs that it supersedes."""
-        store, experiment, stage = self._store, event["experiment"], event["stage"]
-        tags = {"maskdm.kind": "stage", "maskdm.stage": stage}
+    def _identify(self, event: dict[str, Any]) -> tuple[str, dict[str, str], dict[str, str]]:
+        """Name and tags of the run that a stage wants, and the tag of the arm run that it is part of, if it is."""
+        tags = {"maskdm.kind": "stage", "maskdm.stage": event["stage"]}
         if event.get("trial") is not None:
             trial = TrialKey(**event["trial"])
-            return trial.run_name, tags | trial.tags, store.trial_runs(trial)
+            return trial.run_name, tags | trial.tags, {}
         if event["arm"] is None:
-            return stage, tags, store.top_level_stages(experiment, stage)
+            return event["stage"], tags, {}
         arm = ArmKey(**event["arm"])
-        parent = store.arm_run(arm, event["time_ms"])
-        store.client.update_run(parent, status="RUNNING")  # the arm's status is its latest stage's
-        tags |= {PARENT: parent, "maskdm.arm": arm.arm, "maskdm.seed": str(arm.seed)}
-        return stage, tags, store.stages_of(experiment, parent, stage)
+        parent = self._store.arm_run(arm, event["time_ms"])
+        self._store.client.update_run(parent, status="RUNNING")  # the arm's status is its latest stage's
+        return event["stage"], tags | {"maskdm.arm": arm.arm, "maskdm.seed": str(arm.seed)}, {PARENT: parent}
 
     @property
     def _run_id(self) -> str:
@@ -130,25 +137,40 @@ class Delivery:
     def _metrics(self, events: list[Event]) -> None:
         fields = [event.fields for event in events]
         points = [Point(key, value, e["time_ms"], e["step"]) for e in fields for key, value in e["values"].items()]
-        write_points(self._store, self._run_id, points)
+        if not self._spool.progress.is_continued:
+            write_points(self._store, self._run_id, points)
+            return
+        run = self._store.continued(self._run_id)
+        missing = run.missing_points(points)
+        write_points(self._store, self._run_id, missing)
+        run.add(points=missing)
 
     def _params(self, event: dict[str, Any]) -> None:
-        for key, value in event["values"].items():
-            self._store.client.log_param(self._run_id, key, value)
+        if not self._spool.progress.is_continued:
+            self._store.set_params(self._run_id, event["values"])
+            return
+        run = self._store.continued(self._run_id)
+        missing = run.missing_params(event["values"])
+        self._store.set_params(self._run_id, missing)
+        run.add(params=missing)
 
     def _tags(self, event: dict[str, Any]) -> None:
-        for key, value in event["values"].items():
-            self._store.client.set_tag(self._run_id, key, value)
+        self._store.set_tags(self._run_id, event["values"])
 
     def _figure(self, event: dict[str, Any]) -> None:
         self._store.client.log_artifact(self._run_id, str(self._spool.folder / event["file"]))
 
     def _end(self, event: dict[str, Any]) -> None:
-        """End the run and its arm's, which may have been superseded since the run was created."""
+        """End the run and its arm's, which may have been superseded since the run was created.
+
+        Where another process has gone on with the run, its end is the one that counts.
+        """
         if self._spool.progress.run_id is None:  # an arm was published, or the stage was killed at its start
             return
         client, status, time_ms = self._store.client, event["status"], event["time_ms"]
         run = client.get_run(self._run_id)
+        if run.data.tags.get(SPOOL, self._spool.folder.name) != self._spool.folder.name:
+            return
         self._store.end_run(run, status, time_ms)
         if (parent := run.data.tags.get(PARENT)) is not None:
             self._store.end_run(client.get_run(parent), status, time_ms)
@@ -159,6 +181,11 @@ def _batches(events: Iterator[Event]) -> Iterator[list[Event]]:
     for is_metrics, group in groupby(events, key=lambda event: event.kind == METRICS):
         while batch := list(islice(group, EVENTS_PER_BATCH if is_metrics else 1)):
             yield batch
+
+
+def _is_active_in(run: Run, parent: str | None) -> bool:
+    """Whether a run of a stage is not deleted, and part of that arm run, or of none."""
+    return run.info.lifecycle_stage == "active" and run.data.tags.get(PARENT) == parent
 
 
 def _is_refusal(error: Exception) -> bool:

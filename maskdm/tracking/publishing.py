@@ -21,7 +21,6 @@ from maskdm.tracking.trial_content import read_trial, trial_params
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-ENTRIES_PER_BATCH = 100  # mlflow's limit for params and for tags
 IMAGES_TAG = "maskdm.samples_sha256"
 
 
@@ -147,13 +146,10 @@ def _equal(wanted: float | None, known: float) -> bool:
 
 
 def _add_params_and_tags(store: Store, run: Run, content: RunContent) -> None:
-    from mlflow.entities import Param, RunTag
-
-    params = [Param(key, value) for key, value in content.params.items() if key not in run.data.params]
-    tags = [RunTag(key, value) for key, value in content.tags.items() if run.data.tags.get(key) != value]
-    for start in range(0, max(len(params), len(tags)), ENTRIES_PER_BATCH):
-        chunk = slice(start, start + ENTRIES_PER_BATCH)
-        store.client.log_batch(run.info.run_id, params=params[chunk], tags=tags[chunk])
+    params = {key: value for key, value in content.params.items() if key not in run.data.params}
+    tags = {key: value for key, value in content.tags.items() if run.data.tags.get(key) != value}
+    store.set_params(run.info.run_id, params)
+    store.set_tags(run.info.run_id, tags)
 
 
 def _add_points(store: Store, run: Run, content: RunContent, known: Points, time_ms: int) -> None:
@@ -161,11 +157,17 @@ def _add_points(store: Store, run: Run, content: RunContent, known: Points, time
     missing = {at: value for at, value in content.points.items() if at not in known}
     points = [Point(key, value, time_ms, step) for (key, step), value in missing.items()]
     measures = [
-        Point(key, value, time_ms, 0)
+        Point(key, value, _newer(store, run, key, time_ms), 0)
         for key, value in content.measures.items()
         if key not in run.data.metrics or not _equal(value, run.data.metrics[key])
     ]
     write_points(store, run.info.run_id, points + measures)
+
+
+def _newer(store: Store, run: Run, key: str, time_ms: int) -> int:
+    """This time, but later than those of the metric's points: clocks jump back, and mlflow shows the latest."""
+    history = store.client.get_metric_history(run.info.run_id, key) if key in run.data.metrics else []
+    return max([time_ms, *(point.timestamp + 1 for point in history)])
 
 
 def _add_images(store: Store, run: Run, content: RunContent) -> None:

@@ -7,8 +7,11 @@ It ends when there has been nothing to do for a while, or when MLflow could not 
 from __future__ import annotations
 
 import os
+import sqlite3
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from maskdm.tracking.background import ERROR, LOCK, start_sender
@@ -27,8 +30,9 @@ def main() -> None:
     """Send until there is nothing to send; let go of the lock, and look once more."""
     root, lock = Path(sys.argv[1]), int(sys.argv[2])
     os.nice(NICENESS)
-    os.ftruncate(lock, 0)
-    os.write(lock, f"{os.getpid()}\n".encode())
+    with suppress(OSError):  # for people to read; a full disk is no reason not to send
+        os.ftruncate(lock, 0)
+        os.write(lock, f"{os.getpid()}\n".encode())
     all_sent = Sender(root, lock).run()
     os.close(lock)
     # A stage that wrote its spool a moment ago found the lock still held and left it to us.
@@ -88,6 +92,8 @@ class Sender:
         if spool.uri in failures:
             return
         if spool.uri is None:
+            if spool.is_live:  # its first event waits for space on the disk
+                return
             print(f"{spool.folder.name}: removed, it can't be read", file=sys.stderr, flush=True)
             spool.remove()
             return
@@ -95,7 +101,7 @@ class Sender:
             if Delivery(self._store(spool.uri), spool).send():
                 spool.remove()
         except Exception as error:  # whatever mlflow raises, the spool stays
-            failures[spool.uri] = f"MLflow at {shown(spool.uri)} could not be reached ({_first_line(error)})"
+            failures[spool.uri] = f"MLflow at {shown(spool.uri)} could not be reached or written ({_why(error)})"
 
     def _store(self, uri: str) -> Store:
         if uri not in self._stores:
@@ -119,11 +125,13 @@ class Sender:
         note = tracking_folder(self._root) / ERROR
         if not failures:
             self._failing_since, self._num_failures = None, 0
-            note.unlink(missing_ok=True)
+            with suppress(OSError):
+                note.unlink(missing_ok=True)
             return
         self._failing_since, self._num_failures = self._failing_since or time.monotonic(), self._num_failures + 1
         if self._num_failures > 1:
-            note.write_text("; ".join(failures.values()), encoding="utf-8")
+            with suppress(OSError):  # a full disk: what waits stays, and `unsent_note` knows an empty note
+                note.write_text("; ".join(failures.values()), encoding="utf-8")
         if self._num_failures == 2:
             print(*failures.values(), sep="\n", file=sys.stderr, flush=True)
 
@@ -132,9 +140,21 @@ def _inode(file: Path) -> int | None:
     return file.stat().st_ino if file.exists() else None
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return shown(f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}")
+def _why(error: Exception) -> str:
+    """The first line of what the system or SQLite said; of what mlflow says, where neither did."""
+    origin: BaseException = error
+    for earlier in _chain(error):
+        if isinstance(earlier, OSError | sqlite3.Error):
+            origin = earlier
+    lines = str(origin).strip().splitlines()
+    return shown(f"{type(origin).__name__}: {lines[0][:200] if lines else 'no message'}")
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """What stages leave for MLflow on disk: one folder of events per run, which outlives its process.
 
-`<project>/.work/tracking/<time_ns>-<pid>-<stage>[-<arm>-<seed>]/` holds `events.jsonl`, copies of figures, and
-`sent.json`, where the sender notes how far it has come. The writer holds a lock on `events.jsonl` while it lives:
-unlike a process id no other process can take it over, and it holds across machines that share the folder.
+`<project>/.work/tracking/<number>-<pid>-<stage>[-<arm>-<seed>]/` holds `events.jsonl`, copies of figures, and
+`sent.json`, where the sender notes how far it has come. The number is the time in nanoseconds, or one more than the
+largest that is there, as clocks jump back: a killed stage's spool comes before the one of the process that goes on.
+The writer holds a lock on `events.jsonl` while it lives: unlike a process id no other process can take it over, and it
+holds across machines that share the folder.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -25,6 +28,8 @@ from maskdm import paths
 
 EVENTS = "events.jsonl"
 PROGRESS = "sent.json"
+NAME = re.compile(r"\d+-\d+-.")
+MAX_PENDING_BYTES = 2**24
 EXPERIMENT, RUN, METRICS, PARAMS, TAGS, FIGURE = "experiment", "run", "metrics", "params", "tags", "figure"
 PUBLISH, MODELS, END = "publish", "models", "end"
 
@@ -35,11 +40,27 @@ def tracking_folder(root: Path) -> Path:
 
 
 def spools(root: Path) -> list[Path]:
-    """The project's spools, oldest first; one that is still being made starts with a dot."""
+    """The project's spools, oldest first; one that is still being made starts with a dot.
+
+    Raises:
+        OSError: the place can't be read.
+    """
     folder = tracking_folder(root)
     if not folder.is_dir():
         return []
-    return sorted(spool for spool in folder.iterdir() if spool.is_dir() and not spool.name.startswith("."))
+    return sorted((spool for spool in folder.iterdir() if _is_spool(spool)), key=_number)
+
+
+def _is_spool(path: Path) -> bool:
+    return NAME.match(path.name) is not None and path.is_dir()
+
+
+def _number(spool: Path) -> int:
+    return int(spool.name.partition("-")[0])
+
+
+def _next_number(root: Path) -> int:
+    return max([time.time_ns(), *(_number(spool) + 1 for spool in spools(root))])
 
 
 def now_ms() -> int:
@@ -48,7 +69,10 @@ def now_ms() -> int:
 
 
 class Spool:
-    """A spool as its stage sees it. Where it can't be written, it warns once and does nothing any more.
+    """A spool as its stage sees it.
+
+    Where it can't be made, it warns and does nothing any more. Where the disk is full later on, it warns once and holds
+    in memory what it can't write until it can.
 
     Args:
         root: the project's root.
@@ -56,29 +80,26 @@ class Spool:
         uri: the store that it is for.
 
     Attributes:
-        is_kept: whether all of it could be written so far.
+        is_kept: whether all of it is on disk so far.
     """
 
     def __init__(self, root: Path, name: str, uri: str) -> None:
-        self._name, self._num_files, self.is_kept = name, 0, True
+        self._name, self._num_files, self._has_warned, self.is_kept = name, 0, False, True
         self._descriptor: int | None = None
-        self._folder = tracking_folder(root) / f"{time.time_ns()}-{os.getpid()}-{name}"
-        building = self._folder.with_name(f".{self._folder.name}")
+        self._pending = bytearray()
         try:
-            self._create(building, uri)
+            self._create(root, uri)
         except OSError as error:
-            shutil.rmtree(building, ignore_errors=True)
-            self._give_up(error)
+            self.close()
+            self.is_kept = False
+            self._warn(f"nothing that {name} logs can be kept for MLflow ({_why(error)})")
 
     def append(self, event: str, **fields: Any) -> None:
         """Write an event: one whole line at once, so that a killed stage leaves a valid beginning."""
-        if self._descriptor is None:
-            return
-        line = json.dumps({"event": event, "time_ms": now_ms(), **fields}, ensure_ascii=False) + "\n"
-        try:
-            _write_whole(self._descriptor, line.encode())
-        except OSError as error:
-            self._give_up(error)
+        if self._descriptor is not None:
+            line = json.dumps({"event": event, "time_ms": now_ms(), **fields}) + "\n"
+            self._pending += line.encode()
+            self._write_pending(self._descriptor)
 
     def add_file(self, file: Path) -> None:
         """Copy a file into the spool and write an event of it; a file that can't be copied is left out."""
@@ -90,7 +111,8 @@ class Spool:
             copy.parent.mkdir()
             shutil.copyfile(file, copy)
         except OSError as error:
-            _warn(f"{file.name} of {self._name}", error)
+            shutil.rmtree(copy.parent, ignore_errors=True)
+            self._warn(f"{file.name} of {self._name} can't be kept for MLflow ({_why(error)})")
         else:
             self.append(FIGURE, file=str(copy.relative_to(self._folder)))
 
@@ -100,20 +122,45 @@ class Spool:
             os.close(self._descriptor)
             self._descriptor = None
 
-    def _create(self, building: Path, uri: str) -> None:
+    def _create(self, root: Path, uri: str) -> None:
         """Make the folder beside and rename it: the sender must not see it before it is locked."""
-        building.mkdir(parents=True)
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
-        self._descriptor = os.open(building / EVENTS, flags, 0o600)  # the URI may hold a password
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        self.append("spool", uri=uri, cwd=str(Path.cwd()), pid=os.getpid(), host=socket.gethostname())
-        if self._descriptor is not None:
+        self._folder = tracking_folder(root) / f"{_next_number(root)}-{os.getpid()}-{self._name}"
+        building = self._folder.with_name(f".{self._folder.name}")
+        try:
+            building.mkdir(parents=True)
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+            self._descriptor = os.open(building / EVENTS, flags, 0o600)  # the URI may hold a password
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.append("spool", uri=uri, cwd=str(Path.cwd()), pid=os.getpid(), host=socket.gethostname())
             building.rename(self._folder)
+        except OSError:
+            shutil.rmtree(building, ignore_errors=True)
+            raise
 
-    def _give_up(self, error: OSError) -> None:
-        self.close()
-        self.is_kept = False
-        _warn(f"the rest of {self._name}", error)
+    def _write_pending(self, descriptor: int) -> None:
+        try:
+            while self._pending:
+                del self._pending[: _write(descriptor, self._pending)]
+            self.is_kept = True
+        except OSError as error:
+            self.is_kept = False
+            self._warn(
+                f"what {self._name} logs can't be written to {os.path.relpath(self._folder)} ({_why(error)}): what was "
+                "written before is sent by the next stage or by `maskdm sync`, the rest if there is space again before "
+                "the stage ends"
+            )
+            if len(self._pending) > MAX_PENDING_BYTES:
+                self.close()
+
+    def _warn(self, what: str) -> None:
+        if not self._has_warned:
+            print(
+                f"warning: tracking: {what}. The results are complete without it; `maskdm report` brings them to "
+                "MLflow later.",
+                file=sys.stderr,
+                flush=True,
+            )
+        self._has_warned = True
 
 
 class Event(NamedTuple):
@@ -138,11 +185,13 @@ class Progress:
         offset: the bytes of events.jsonl that are in MLflow.
         run_id: the stage's run there.
         ended: whether the end of that run has been sent.
+        is_continued: whether an earlier process had made that run.
     """
 
     offset: int = 0
     run_id: str | None = None
     ended: bool = False
+    is_continued: bool = False
 
 
 class SpoolReader:
@@ -221,15 +270,13 @@ def _parse(line: bytes, end: int) -> Event:
         return Event("unreadable", {}, end)
 
 
-def _write_whole(descriptor: int, content: bytes) -> None:
-    if os.write(descriptor, content) != len(content):
+def _write(descriptor: int, content: bytearray) -> int:
+    """Write some of it, and say how many bytes."""
+    written = os.write(descriptor, content)
+    if written == 0:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return written
 
 
-def _warn(what: str, error: OSError) -> None:
-    print(
-        f"warning: tracking: {what} is not kept for MLflow ({error.strerror or error}). "
-        "The results are complete without it; `maskdm report` publishes them to MLflow later.",
-        file=sys.stderr,
-        flush=True,
-    )
+def _why(error: OSError) -> str:
+    return error.strerror or str(error)

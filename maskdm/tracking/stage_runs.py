@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from maskdm.tracking.spool import END, EXPERIMENT, METRICS, PARAMS, RUN, TAGS, S
 from maskdm.tracking.store import TrialKey, arm_key, store_uri
 
 TRAINING = ("tune", "pretrain", "finetune")  # the stages whose runs name the data
+WAKE_EVERY_SECONDS = 600.0  # in a stage of days, a server may be away for hours, and its sender give up
 
 
 class StageRun:
@@ -55,10 +57,12 @@ class SpooledStageRun(StageRun):
         self._spool = Spool(root, name, store_uri())
         self._spool.append(EXPERIMENT, name=run["experiment"], tags=tags)
         self._spool.append(RUN, **run)
-        wake_sender(root, self._spool)  # after the spool is there: a sender that ends just now sees it
+        self._wake_sender()  # after the spool is there: a sender that ends just now sees it
 
     def log(self, step: int, **metrics: float) -> None:  # noqa: D102
         self._spool.append(METRICS, step=step, values={key: float(value) for key, value in metrics.items()})
+        if time.monotonic() - self._woke > WAKE_EVERY_SECONDS:
+            self._wake_sender()
 
     def params(self, **params: object) -> None:  # noqa: D102
         self._spool.append(PARAMS, values={key: str(value) for key, value in params.items()})
@@ -77,7 +81,12 @@ class SpooledStageRun(StageRun):
         """
         self._spool.append(END, status=status)
         self._spool.close()
-        wake_sender(self._root, self._spool)  # the first may have been killed, or have given up, in the meantime
+        self._wake_sender()
+
+    def _wake_sender(self) -> None:
+        """Have a sender at work: the one before may have been killed, or have given up, in the meantime."""
+        self._woke = time.monotonic()
+        wake_sender(self._root, self._spool)
 
 
 @contextmanager

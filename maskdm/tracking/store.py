@@ -14,21 +14,25 @@ import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from maskdm import paths
 from maskdm.config import Params, fingerprint
 from maskdm.tracking.arm_content import pretrain_params
+from maskdm.tracking.continued import ContinuedRun
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
 PARENT = "mlflow.parentRunId"
+KEY = "maskdm.key"  # of the piece of work: a run with it is gone on with
+SPOOL = "maskdm.spool"  # the one of the process that works on the run now
 # Changes no arm's results, or only other arms'; `pretrain` and `finetune` count as the arm merges them, and what
 # tuning has chosen is in the params that an arm is given.
 NOT_OF_AN_ARM = {"name", "seeds", "arms", "tuning", "tracking", "saving", "pretrain", "finetune"}
 POINTS_PER_BATCH = 1000  # mlflow's limit
+ENTRIES_PER_BATCH = 100  # mlflow's limit for params and for tags
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 # Only where the user set nothing: mlflow's own retries of a refused connection take minutes.
 ENVIRONMENT = {
@@ -132,6 +136,10 @@ def open_store(uri: str, root: Path) -> Store:
     if "MLFLOW_LOGGING_LEVEL" not in os.environ:
         logging.getLogger("mlflow").setLevel(logging.WARNING)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # our warning is enough
+    if uri.startswith(DATABASES):
+        from mlflow.store.db import utils
+
+        utils.MAX_RETRY_COUNT = 1  # mlflow would try for minutes, and nobody could be told why; the sender tries again
     lock = root / paths.WORK / "mlflow.lock"
     with locked(lock):
         return Store(MlflowClient(tracking_uri=uri), uri, root, lock)
@@ -159,6 +167,13 @@ class Store:
     def __init__(self, client: MlflowClient, uri: str, root: Path, lock: Path) -> None:
         self.client, self._uri, self._root, self._lock = client, uri, root, lock
         self._experiments: dict[str, str] = {}
+        self._continued: dict[str, ContinuedRun] = {}
+
+    def continued(self, run_id: str) -> ContinuedRun:
+        """What a run that is gone on with carries; read when it is first asked for."""
+        if run_id not in self._continued:
+            self._continued[run_id] = ContinuedRun(self.client, run_id)
+        return self._continued[run_id]
 
     def lock(self) -> AbstractContextManager[None]:
         """The lock around find-or-create; not reentrant."""
@@ -215,7 +230,8 @@ class Store:
 
     def arm_run(self, key: ArmKey, start_ms: int) -> str:
         """The id of the arm's run, created where need be; runs of other params go, stages and all."""
-        runs = self._search(key.experiment, kind="arm", arm=key.arm, seed=str(key.seed))
+        tags = {"maskdm.kind": "arm", "maskdm.arm": key.arm, "maskdm.seed": str(key.seed)}
+        runs = self._search(key.experiment, tags)
         current = [run for run in runs if run.data.tags.get("maskdm.fingerprint") == key.fingerprint]
         kept = current[0].info.run_id if current else self.new_arm_run(key, start_ms)
         for twin in current[1:]:  # replace_run was killed half-way
@@ -235,25 +251,51 @@ class Store:
         run = self.client.create_run(self.experiment(experiment), start_time=start_ms, tags=tags, run_name=name)
         return str(run.info.run_id)
 
+    def continue_run(self, run: Run, tags: dict[str, str]) -> str:
+        """Take up a run again, also one that was deleted with the arm run that it belonged to; its id."""
+        run_id = str(run.info.run_id)
+        if run.info.lifecycle_stage == "deleted":
+            self.client.restore_run(run_id)
+        self.set_tags(run_id, {key: value for key, value in tags.items() if run.data.tags.get(key) != value})
+        self.client.update_run(run_id, status="RUNNING")
+        return run_id
+
+    def set_tags(self, run_id: str, tags: dict[str, str]) -> None:
+        """Tag a run, in as few transactions as mlflow allows."""
+        from mlflow.entities import RunTag
+
+        for chunk in _chunks([RunTag(key, value) for key, value in tags.items()], ENTRIES_PER_BATCH):
+            self.client.log_batch(run_id, tags=chunk)
+
+    def set_params(self, run_id: str, params: dict[str, str]) -> None:
+        """Log params, in as few transactions as mlflow allows."""
+        from mlflow.entities import Param
+
+        for chunk in _chunks([Param(key, value) for key, value in params.items()], ENTRIES_PER_BATCH):
+            self.client.log_batch(run_id, params=chunk)
+
     def end_run(self, run: Run, status: str, end_ms: int) -> None:
         """End a run, or end it again."""
+        self._continued.pop(run.info.run_id, None)
         self.client.set_terminated(run.info.run_id, status, max(end_ms, run.info.start_time))
 
-    def stages_of(self, experiment: str, arm_run: str, stage: str | None = None) -> list[Run]:
-        """The stage runs of an arm run: all, or those of one stage."""
-        tags = {} if stage is None else {"stage": stage}
-        return self._search(experiment, parent=arm_run, kind="stage", **tags)
+    def stages_of(self, experiment: str, arm_run: str) -> list[Run]:
+        """The stage runs of an arm run."""
+        return self._search(experiment, {"maskdm.kind": "stage", PARENT: arm_run})
 
-    def top_level_stages(self, experiment: str, stage: str) -> list[Run]:
-        """The runs of a stage that belongs to no arm."""
-        return [run for run in self._search(experiment, kind="stage", stage=stage) if PARENT not in run.data.tags]
+    def earlier_runs(self, experiment: str, tags: dict[str, str], deleted: bool) -> list[Run]:
+        """The runs with these tags, the newest first, those that are not deleted before those that are.
 
-    def trial_runs(self, key: TrialKey) -> list[Run]:
-        """The runs of an arm's trial, the newest first."""
-        return self._search(key.experiment, kind="trial", arm=key.arm, trial=key.trial)
+        Args:
+            experiment: its name.
+            tags: names and values.
+            deleted: whether deleted ones are asked for, too.
+        """
+        runs = self._search(experiment, tags, deleted)
+        return sorted(runs, key=lambda run: run.info.lifecycle_stage == "deleted")
 
     def _trial_run(self, key: TrialKey, start_ms: int) -> str:
-        runs = [run.info.run_id for run in self.trial_runs(key)]
+        runs = [run.info.run_id for run in self._search(key.experiment, key.tags)]
         for older in runs[1:]:
             self.client.delete_run(older)
         return str(runs[0]) if runs else self._new_trial_run(key, start_ms)
@@ -261,14 +303,17 @@ class Store:
     def _new_trial_run(self, key: TrialKey, start_ms: int) -> str:
         return self.new_run(key.experiment, key.run_name, {**key.tags, "maskdm.stage": "tune"}, start_ms)
 
-    def _search(self, experiment: str, parent: str | None = None, **tags: str) -> list[Run]:
-        """Active runs with those maskdm.* tags, the newest first."""
-        wanted = {f"maskdm.{name}": value for name, value in tags.items()}
-        if parent is not None:
-            wanted[PARENT] = parent
-        query = " and ".join(f"tags.`{name}` = '{value}'" for name, value in wanted.items())
+    def _search(self, experiment: str, tags: dict[str, str], deleted: bool = False) -> list[Run]:
+        """Runs with those tags, the newest first."""
+        from mlflow.entities import ViewType
+
+        query = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
         found = self.client.search_runs(
-            [self.experiment(experiment)], query, order_by=["attributes.start_time DESC"], max_results=1000
+            [self.experiment(experiment)],
+            query,
+            run_view_type=ViewType.ALL if deleted else ViewType.ACTIVE_ONLY,
+            order_by=["attributes.start_time DESC"],
+            max_results=1000,
         )
         return list(found)
 
@@ -287,5 +332,9 @@ def write_points(store: Store, run_id: str, points: list[Point]) -> None:
     from mlflow.entities import Metric
 
     metrics = [Metric(p.key, p.value, p.timestamp_ms, p.step) for p in points]
-    for start in range(0, len(metrics), POINTS_PER_BATCH):
-        store.client.log_batch(run_id, metrics=metrics[start : start + POINTS_PER_BATCH])
+    for chunk in _chunks(metrics, POINTS_PER_BATCH):
+        store.client.log_batch(run_id, metrics=chunk)
+
+
+def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
