@@ -24,3 +24,11 @@ rule all:
     default_target: True
     input:
         "results/report",
+
+
+onstart:
+    engines.snakemake_starts()
+
+
+onsuccess:
+    engines.after_snakemake(*ENGINE)

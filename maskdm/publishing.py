@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from maskdm import paths
+from maskdm.checksums import with_checksum
 from maskdm.errors import UserError
 
 # What the disk may refuse; any other OSError in the block is not about the output.
@@ -208,6 +209,15 @@ def publish_json(output: Path, content: Any) -> None:
         UserError: the place can't be written.
     """
     publish_text(output, json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def publish_description(output: Path, content: dict[str, Any]) -> None:
+    """`publish_json`, with a checksum that whoever reads it checks (`checksums.checked`).
+
+    Raises:
+        UserError: the place can't be written.
+    """
+    publish_json(output, with_checksum(content))
 
 
 def cannot_write(output: Path, error: OSError) -> UserError:

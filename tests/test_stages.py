@@ -25,6 +25,7 @@ from torch import Tensor
 
 from maskdm import rng
 from maskdm.checkpoint import load_tensors
+from maskdm.checksums import checked
 from maskdm.compute import build_model, count_image_flops, plan_arm
 from maskdm.config import Params, fingerprint, load_params
 from maskdm.publishing import one_writer
@@ -46,7 +47,7 @@ def folder_of(experiment: Experiment, stage: str, arm: str = ARM, seed: int = 0)
 
 
 def json_of(experiment: Experiment, place: str) -> dict[str, Any]:
-    return json.loads(experiment.path(place).read_text(encoding="utf-8"))
+    return checked(json.loads(experiment.path(place).read_text(encoding="utf-8")), is_required=False)
 
 
 def record_of(experiment: Experiment, stage: str, arm: str = ARM) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 
 from maskdm import device, paths
+from maskdm.checksums import checked, with_checksum
 from maskdm.compute import plan_arm
 from maskdm.config import load_params
 from maskdm.drawing import draw_images, load_model
@@ -35,12 +36,12 @@ WILD = {"pretrain.lr": 1e12, "finetune.lr": 1e12}
 
 
 def read(experiment: Experiment, path: Path) -> dict[str, Any]:
-    return json.loads(experiment.path(str(path)).read_text(encoding="utf-8"))
+    return checked(json.loads(experiment.path(str(path)).read_text(encoding="utf-8")), is_required=False)
 
 
 def edit(experiment: Experiment, path: Path, **values: Any) -> None:
     """Change values of a result by hand."""
-    content = {**read(experiment, path), **values}
+    content = with_checksum({**read(experiment, path), **values})
     experiment.path(str(path)).write_text(json.dumps(content), encoding="utf-8")
 
 
@@ -110,7 +111,7 @@ def test_trials_of_all_arms_spend_the_same_to_within_a_step(tuned_once: Experime
 
 
 def test_trials_leave_no_state_behind_and_a_record_of_both_stages(tuned_once: Experiment) -> None:
-    assert not [f for f in tuned_once.path(".work").rglob("*") if f.is_file() and f.suffix != ".lock"]
+    assert not list(tuned_once.path(".work").rglob("state-*.safetensors"))
     for arm in ARMS:
         record = read(tuned_once, paths.record("tune", arm, trial="lr-high"))
         assert (record["stage"], record["arm"], record["seed"], record["trial"]) == ("tune", arm, None, "lr-high")
@@ -169,9 +170,12 @@ def test_a_killed_trial_goes_on_and_ends_as_if_uninterrupted(
     result = paths.trial(ARM, "lr-high")
     experiment.path(str(result)).unlink()
     work = experiment.path(str(paths.work(result.with_suffix(""))))
-    state = work / stage / "state.safetensors"
+    shutil.rmtree(work)
     process = experiment.start("tune", "--arm", ARM, "--trial", "lr-high")
-    assert stop_when(process, state.exists, signal.SIGKILL).code == -signal.SIGKILL
+    assert (
+        stop_when(process, lambda: any((work / stage).glob("state-*.safetensors")), signal.SIGKILL).code
+        == -signal.SIGKILL
+    )
     assert not experiment.path(str(result)).exists()
     out = experiment.try_values("lr-high").out
     resumed = {s: int(n) for s, n in re.findall(rf"(\w+) {ARM} trial lr-high: going on from step (\d+)", out)}
@@ -181,7 +185,7 @@ def test_a_killed_trial_goes_on_and_ends_as_if_uninterrupted(
     if stage == "finetune":
         assert resumed["pretrain"] == plan.pretrain.num_steps, "not trained again"
     assert experiment.hashes(str(result)) == long_trial.hashes(str(result))
-    assert not work.exists()
+    assert {path.name for path in work.iterdir()} == {"owner.json", "finished"}
 
 
 def test_a_second_process_of_a_trial_waits_for_the_first(tuned: Experiment) -> None:
@@ -212,9 +216,11 @@ def test_a_trial_whose_loss_is_not_finite_has_failed_and_is_not_chosen(wild: Exp
 def test_a_failed_trial_fails_again_rather_than_going_on_from_its_bad_state(wild: Experiment) -> None:
     wild.try_values("wild")
     before = wild.hashes(str(paths.trial(ARM, "wild")))
+    work = wild.path(str(paths.work(paths.trial(ARM, "wild"))))
+    assert not list(work.rglob("*.safetensors"))
+    shutil.rmtree(work)
     wild.try_values("wild")
     assert wild.hashes(str(paths.trial(ARM, "wild"))) == before
-    assert not wild.path(str(paths.work(paths.trial(ARM, "wild")))).with_suffix("").exists()
 
 
 def test_an_arm_all_of_whose_trials_failed_is_the_only_one_that_can_not_run(wild: Experiment) -> None:

@@ -199,6 +199,8 @@ class ImageArrays:
             UserError: there is none, or a file is missing, damaged or not of the manifest's shape.
         """
         manifest = _read_manifest(folder)
+        if _dataset_digest(manifest.model_dump(mode="json")) != manifest.sha256:
+            raise _damaged(folder / MANIFEST, "was changed (its sha256 is not its shards' and labels')")
         shards = [_map_shard(folder, shard, manifest) for shard in manifest.shards]
         return cls(folder, manifest.model_dump(mode="json"), shards, _read_labels(folder, manifest))
 
@@ -256,8 +258,6 @@ class ImageArrays:
             UserError: a file is not the one that was written, or `memory` can't be written.
         """
         manifest = self.manifest
-        if _dataset_digest(manifest) != self.sha256:
-            raise _damaged(self.folder / MANIFEST, "was changed (its sha256 is not its shards' and labels')")
         entries = [entry for entry in (*manifest["shards"], manifest["labels"]) if entry]
         seen = [[e["file"], e["sha256"], *_stamp(self.folder / e["file"])] for e in entries]
         if memory is not None and _read_memory(memory) == seen:

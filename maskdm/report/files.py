@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from maskdm.checksums import checked
 from maskdm.formats import CURVE_COLUMNS
 
 
@@ -33,7 +34,7 @@ def read_json(file: Path, made_by: str, keys: Iterable[str]) -> dict[str, Any]:
         UnusableError: it is missing, unreadable, or lacks one.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = checked(json.loads(file.read_text(encoding="utf-8")), is_required=False)
     except (OSError, ValueError) as error:
         raise _unreadable(file, made_by, error) from error
     require(content, keys, str(file), made_by)

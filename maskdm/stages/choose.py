@@ -9,7 +9,7 @@ from maskdm import paths
 from maskdm.config import Params
 from maskdm.data.arrays import ImageArrays
 from maskdm.errors import UserError
-from maskdm.publishing import publish_folder, publish_json
+from maskdm.publishing import publish_description, publish_folder
 from maskdm.stages.inputs import read_json
 from maskdm.stages.session import stage_session
 
@@ -27,7 +27,7 @@ def run(params: Params) -> None:
         if session.is_to_do:
             with publish_folder(paths.CHOSEN) as folder:
                 for arm, choice in chosen.items():
-                    publish_json(folder / paths.chosen(arm).name, choice)
+                    publish_description(folder / paths.chosen(arm).name, choice)
             tags = {f"chosen.{arm}": choice["trial"] or "none: all failed" for arm, choice in chosen.items()}
             session.tracked.tags(**tags)
             session.record["num_trials"] = len(params.tuning.trials) if params.tuning.enabled else 1

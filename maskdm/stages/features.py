@@ -14,7 +14,7 @@ from maskdm.data.arrays import ImageArrays
 from maskdm.errors import UserError
 from maskdm.evaluation import check_counts
 from maskdm.extractors import FeatureExtractor, open_classifier, open_pretrained, save_classifier
-from maskdm.publishing import publish_folder, publish_json
+from maskdm.publishing import publish_description, publish_folder
 from maskdm.stages.inputs import open_data
 from maskdm.stages.session import stage_session
 
@@ -60,7 +60,7 @@ def _compute(params: Params, images: ImageArrays, compute: device.Compute) -> di
             "reference_sha256": file_sha256(folder / REFERENCE_FILE),
             "data_sha256": images.sha256,
         }
-        publish_json(folder / INFO_FILE, info)
+        publish_description(folder / INFO_FILE, info)
     return info
 
 

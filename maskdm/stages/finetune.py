@@ -11,7 +11,7 @@ from maskdm.compute import ArmPlan, plan_arm
 from maskdm.config import Params
 from maskdm.data.arrays import ImageArrays
 from maskdm.masking import Masking
-from maskdm.publishing import link_or_copy, publish_folder, publish_json
+from maskdm.publishing import link_or_copy, publish_description, publish_folder
 from maskdm.stages import pretrain
 from maskdm.stages.inputs import open_data, require, with_chosen_values
 from maskdm.stages.session import Session, stage_session
@@ -46,9 +46,9 @@ def _finetune(params: Params, job: TrainingJob, images: ImageArrays, session: Se
     with publish_folder(output) as folder:
         for fraction, step in plan.milestones:
             link_or_copy(trainer.milestone(step), folder / milestone_file(fraction))
-        publish_json(folder / MILESTONES, _describe(job, plan))
+        publish_description(folder / MILESTONES, _describe(job, plan))
         write_curve(folder / CURVE, state)
-        publish_json(folder / RUN, {"trained_with": params.trained_with(job.arm)})
+        publish_description(folder / RUN, {"trained_with": params.trained_with(job.arm)})
 
 
 def milestone_file(fraction: float) -> str:

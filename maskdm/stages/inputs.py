@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from maskdm import paths
-from maskdm.checksums import file_sha256
+from maskdm.checksums import checked, file_sha256
 from maskdm.config import Params
 from maskdm.data.arrays import ImageArrays
 from maskdm.errors import UserError
@@ -72,13 +72,13 @@ def with_chosen_values(params: Params, arm: str) -> Params:
 
 
 def read_json(path: Path, stage: str) -> Any:
-    """The content of a small file of an earlier stage.
+    """The content of a description that an earlier stage has published.
 
     Raises:
         UserError: it is missing or damaged; names the stage that makes it.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return checked(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise _damaged(path, stage, error) from None
 

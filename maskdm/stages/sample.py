@@ -12,7 +12,7 @@ from maskdm.checksums import file_sha256
 from maskdm.config import Params
 from maskdm.data.grids import save_grid
 from maskdm.drawing import draw_images, load_model
-from maskdm.publishing import publish_folder, publish_json
+from maskdm.publishing import publish_description, publish_folder
 from maskdm.resume import Pieces
 from maskdm.stages import finetune
 from maskdm.stages.inputs import open_data, read_json, require, with_chosen_values
@@ -55,7 +55,7 @@ def run(params: Params, arm: str, seed: int) -> None:
                     )
                     drawn[key] = _write(images, folder, name, params.sampling.grid_images)
                 info = {**params.sampling.model_dump(), "weights_sha256": hashes, "samples_sha256": drawn}
-                publish_json(folder / INFO, info)
+                publish_description(folder / INFO, info)
             session.record.update(
                 compute.describe(training=False), num_images=params.sampling.num_samples * len(milestones)
             )

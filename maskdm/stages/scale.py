@@ -11,7 +11,7 @@ from maskdm.config import Params
 from maskdm.data.arrays import ImageArrays
 from maskdm.drawing import draw_images
 from maskdm.evaluation import floor_metrics
-from maskdm.publishing import publish_json
+from maskdm.publishing import publish_description
 from maskdm.stages.inputs import open_data
 from maskdm.stages.scoring import Scorer
 from maskdm.stages.session import stage_session
@@ -38,7 +38,7 @@ def run(params: Params) -> None:
     with stage_session(params, "scale", inputs=inputs, output=paths.SCALE) as session:
         if session.is_to_do:
             scale = _measure(params, images, scorer, compute)
-            publish_json(paths.SCALE, scale)
+            publish_description(paths.SCALE, scale)
             session.record.update(compute.describe(training=False))
             session.tracked.log(
                 0, **{f"{metric}_{end}": scale[end][metric] for end in ENDS for metric in ("fid", "kid")}

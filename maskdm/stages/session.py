@@ -13,7 +13,7 @@ from maskdm import paths
 from maskdm.checksums import values_sha256
 from maskdm.config import Params, Section
 from maskdm.data.arrays import ImageArrays
-from maskdm.publishing import one_writer, publish_json
+from maskdm.publishing import one_writer, publish_description
 from maskdm.records import measured
 from maskdm.stages.versions import STAGE_VERSIONS
 from maskdm.tracking import StageRun, stage_run, trial_params
@@ -96,7 +96,7 @@ def _tracked(params: Params, run: Run, work: Work | None) -> Iterator[Session]:
         record["starts"] = 1 if work is None else work.starts
         record["data_sha256"] = ImageArrays.open(paths.DATA).sha256
         if stage != "report":
-            publish_json(paths.record(*run), record)
+            publish_description(paths.record(*run), record)
         tracked.log(0, wall_seconds=record["wall_seconds"], peak_memory_gib=record["peak_memory_gib"])
         tracked.tags(**_origin(record))
 

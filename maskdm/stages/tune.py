@@ -7,7 +7,7 @@ from typing import Any
 from maskdm import paths
 from maskdm.config import Params
 from maskdm.formats import ORIGIN_KEYS
-from maskdm.publishing import publish_json
+from maskdm.publishing import publish_description
 from maskdm.stages.session import stage_session
 
 SPENT = ("images_seen", "tokens_seen", "flops")
@@ -36,7 +36,7 @@ def run(params: Params, arm: str, trial: str) -> None:
     if not params.tuning.enabled:
         print(f"tuning is not enabled: nothing to try, {arm} runs with the values as given")
         with stage_session(params, "tune", arm, trial=trial):
-            publish_json(output, result)
+            publish_description(output, result)
         return
     from maskdm.stages.trial import Trial
 
@@ -44,4 +44,4 @@ def run(params: Params, arm: str, trial: str) -> None:
     inputs = {"given": result, **tried.inputs}
     with stage_session(params, "tune", arm, trial=trial, inputs=inputs, output=output) as session:
         if session.is_to_do:
-            publish_json(output, result | tried.run(session))
+            publish_description(output, result | tried.run(session))

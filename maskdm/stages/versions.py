@@ -10,9 +10,9 @@ from __future__ import annotations
 STAGE_VERSIONS = {
     "prepare": 1,
     "features": 3,
-    "scale": 1,
-    "tune": 1,
-    "choose": 1,
+    "scale": 2,
+    "tune": 2,
+    "choose": 2,
     "pretrain": 2,
     "finetune": 3,
     "sample": 2,

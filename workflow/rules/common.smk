@@ -2,6 +2,7 @@
 import yaml
 from snakemake.exceptions import WorkflowError
 
+from maskdm import engines
 from maskdm.config import parse_params
 from maskdm.errors import ParamsError
 
@@ -19,17 +20,27 @@ with open(workflow.source_path("../../dvc.yaml")) as _file:
     STAGES = yaml.safe_load(_file)["stages"]
 
 
+# What DVC has made is told to Snakemake before it plans anything; not by the jobs that it starts on other machines.
+DEPLOYMENT = [str(method) for method in workflow.deployment_settings.deployment_method]
+ENGINE = [workflow.main_snakefile, ["--sdm", *DEPLOYMENT] if DEPLOYMENT else []]
+if workflow.is_main_process:
+    engines.before_snakemake(*ENGINE)
+ANSWERS = engines.given_answers()
+
+
 def depends_on(stage):
     """The values of the parameters that the stage depends on, as an input to its `params:`."""
 
     def values(wildcards):
+        if ANSWERS is not None:
+            return ANSWERS.get(engines.stage_name(stage, wildcards), engines.NOT_KNOWN)
         names = [
             name.replace("${item.arm}", wildcards.get("arm", "")).replace(
                 "${item.trial}", wildcards.get("trial", "")
             )
             for name in STAGES[stage]["params"]
         ]
-        return {name: _value(name) for name in names}
+        return engines.plain({name: _value(name) for name in names})
 
     return values
 

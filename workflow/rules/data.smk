@@ -46,4 +46,4 @@ rule scale:
     params:
         depends_on=depends_on("scale"),
     shell:
-        "maskdm scale --stage-version 1 > {log} 2>&1"
+        "maskdm scale --stage-version 2 > {log} 2>&1"

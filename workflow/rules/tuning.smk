@@ -14,7 +14,7 @@ rule tune:
     params:
         depends_on=depends_on("tune"),
     shell:
-        "maskdm tune --arm {wildcards.arm} --trial {wildcards.trial} --stage-version 1 > {log} 2>&1"
+        "maskdm tune --arm {wildcards.arm} --trial {wildcards.trial} --stage-version 2 > {log} 2>&1"
 
 
 rule choose:
@@ -32,4 +32,4 @@ rule choose:
     params:
         depends_on=depends_on("choose"),
     shell:
-        "maskdm choose --stage-version 1 > {log} 2>&1"
+        "maskdm choose --stage-version 2 > {log} 2>&1"
