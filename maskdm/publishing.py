@@ -32,6 +32,7 @@ REFUSALS = {
     errno.ENOTDIR,
     errno.EISDIR,
     errno.EEXIST,
+    None,  # numpy's, of an array that could be written in part only
 }
 
 
@@ -54,10 +55,13 @@ class Turn:
         self._write({**self._holder, "done": what})
 
     def _write(self, holder: dict[str, Any]) -> None:
-        self._file.seek(0)
-        self._file.truncate()
-        self._file.write(json.dumps(holder) + "\n")
-        self._file.flush()
+        try:
+            os.ftruncate(self._file.fileno(), 0)
+            line = (json.dumps(holder) + "\n").encode()
+            if os.write(self._file.fileno(), line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise cannot_write(Path(self._file.name), error) from error
 
 
 @contextmanager
@@ -232,9 +236,11 @@ def _building(output: Path) -> Iterator[Path]:
     """A free path to build `output` at; removed afterwards if it is still there."""
     building = paths.building(output)
     try:
-        _remove(building)
         building.parent.mkdir(parents=True, exist_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
+        if building.parent.stat().st_dev != output.parent.stat().st_dev:  # a part of results/ on another disk
+            building = output.with_name(f".{output.name}.building")
+        _remove(building)
         yield building
     except OSError as error:
         if error.errno not in REFUSALS:

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from maskdm import paths
-from maskdm.checksums import file_sha256, values_sha256
+from maskdm.checksums import CHECKSUM, checked, file_sha256, values_sha256
 from maskdm.errors import UserError
-from maskdm.publishing import publish_json, replace_file
+from maskdm.publishing import publish_description, replace_file
 
-FORMAT = "maskdm-arrays/1"
+FORMAT = "maskdm-arrays/2"
 MANIFEST = "manifest.json"
 LABELS = "labels.npy"
 
@@ -56,7 +56,7 @@ class _Skipped(_Entry):
 class _Manifest(_Entry):
     """What manifest.json holds."""
 
-    format: Literal["maskdm-arrays/1"]
+    format: Literal["maskdm-arrays/2"]
     count: Count
     shape: tuple[Count, Count, Count]
     dtype: Literal["uint8"]
@@ -147,7 +147,7 @@ class ShardWriter:
             "skipped": skipped,
         }
         content["sha256"] = _dataset_digest(content)
-        publish_json(self._folder / MANIFEST, content)
+        publish_description(self._folder / MANIFEST, content)
         return content
 
     def close(self) -> None:
@@ -199,8 +199,6 @@ class ImageArrays:
             UserError: there is none, or a file is missing, damaged or not of the manifest's shape.
         """
         manifest = _read_manifest(folder)
-        if _dataset_digest(manifest.model_dump(mode="json")) != manifest.sha256:
-            raise _damaged(folder / MANIFEST, "was changed (its sha256 is not its shards' and labels')")
         shards = [_map_shard(folder, shard, manifest) for shard in manifest.shards]
         return cls(folder, manifest.model_dump(mode="json"), shards, _read_labels(folder, manifest))
 
@@ -304,7 +302,10 @@ def _dataset_digest(manifest: Mapping[str, Any]) -> str:
 def _read_manifest(folder: Path) -> _Manifest:
     path = folder / MANIFEST
     try:
-        return _Manifest.model_validate_json(path.read_bytes())
+        content = json.loads(path.read_bytes())
+        fields = {k: v for k, v in content.items() if k != CHECKSUM} if isinstance(content, dict) else content
+        manifest = _Manifest.model_validate_json(json.dumps(fields))
+        checked(content)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"there is no dataset in {folder} (no {path}): `maskdm prepare` makes it") from None
     except OSError as error:
@@ -313,13 +314,16 @@ def _read_manifest(folder: Path) -> _Manifest:
         first = error.errors()[0]
         what = [".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")]
         raise _damaged(path, f"is no complete {FORMAT} manifest ({': '.join(filter(None, what))})") from None
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"is no complete {FORMAT} manifest ({error})") from None
+    return manifest
 
 
 def _map_shard(folder: Path, shard: _Shard, manifest: _Manifest) -> Images:
     path = folder / shard.file
     try:
         mapped = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # a damaged header makes numpy raise almost anything
         raise _damaged(path, _reason(error)) from None
     expected = (shard.count, *manifest.shape)
     if mapped.shape != expected or mapped.dtype != np.uint8:
@@ -333,7 +337,7 @@ def _read_labels(folder: Path, manifest: _Manifest) -> Labels | None:
     path, num_classes = folder / manifest.labels.file, len(manifest.labels.class_names)
     try:
         labels: Labels = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # as above
         raise _damaged(path, _reason(error)) from None
     expected = (manifest.count,)
     if labels.shape != expected or labels.dtype != np.int64:

@@ -11,7 +11,7 @@ rule prepare:
     params:
         depends_on=depends_on("prepare"),
     shell:
-        "maskdm prepare --stage-version 1 > {log} 2>&1"
+        "maskdm prepare --stage-version 2 > {log} 2>&1"
 
 
 rule features:
