@@ -234,6 +234,7 @@ def command_of(engine: str) -> list[str]:
 
 def make_workspace(folder: Path, **sections: dict[str, Any]) -> Path:
     """A project without git, with the engines' files."""
+    folder.mkdir(parents=True)
     for name in ENGINE_FILES:
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
