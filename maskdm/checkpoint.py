@@ -127,7 +127,7 @@ def _digest(tensors: dict[str, Tensor], info: dict[str, Any]) -> str:
 def _info(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
     try:
         info = json.loads((metadata or {})["maskdm"])
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, RecursionError):
         info = None
     found = info.get("format") if isinstance(info, dict) else None
     if not isinstance(info, dict) or found != FORMAT:

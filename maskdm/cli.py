@@ -96,6 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("maskdm: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # who read the output, e.g. `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0
 
 

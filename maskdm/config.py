@@ -28,8 +28,13 @@ from pydantic import (
 from maskdm.budget import Split, split_budget
 from maskdm.errors import ParamsError
 from maskdm.mask_geometry import Grid, Strategy, VisibleShape, visible_shape
+from maskdm.printable import printable
 
 PARAMS_FILE = Path("params.yaml")
+MOST_BYTES = 2**18  # of params.yaml: a thousand arms; YAML is read at 100 kB a second
+MOST_WRITTEN_OUT = 2**20  # values and their characters in params.yaml, aliases written out
+MOST_CHARACTERS = 3000  # of one value: a number of that many can still be shown
+MOST_MISTAKES = 20  # told at once
 ARM_KEY = re.compile(r"[a-z0-9][a-z0-9-]*")
 
 # torch-fidelity's extractors by name, and the one that is trained on the dataset's own labels.
@@ -67,6 +72,9 @@ def _increasing_to_one(fractions: list[float]) -> list[float]:
         raise ValueError(f"expected whole percents, such as 0.25, got {fractions}")
     return fractions
 
+
+# What PyYAML raises for values that can't be what their tags say, such as a date with a thirteenth month.
+NOT_PLAIN_YAML = (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, OverflowError)
 
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0)]
@@ -554,20 +562,70 @@ def _splits(own: dict[str, Any]) -> bool:
 
 
 def load_params(path: Path = PARAMS_FILE) -> Params:
-    """Read and validate params.yaml.
+    """Read and validate params.yaml, which may come from anybody: no tag is obeyed, and its size is bounded.
 
     Raises:
-        ParamsError: it is missing, no YAML, or does not satisfy the schema; one line per mistake.
+        ParamsError: it is missing, no YAML, too large, or does not satisfy the schema; one line per mistake.
     """
     if not path.is_file():
+        what = f"{path} is no file" if path.exists() else f"no {path}"
         raise ParamsError(
-            f"no {path} in {Path.cwd()}: run this where a params.yaml is (the project's root or experiments/<name>)"
+            f"{what} in {Path.cwd()}: run this where a params.yaml is (the project's root or experiments/<name>)"
         )
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)  # a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ParamsError(f"{path} is not plain YAML: {' '.join(str(error).split())}") from None
+        with path.open("rb") as file:
+            text = file.read(MOST_BYTES + 1)
+        if len(text) > MOST_BYTES:
+            raise ParamsError(f"{path} is larger than {MOST_BYTES} bytes: is it another file?")
+        content = _read_yaml(text.decode("utf-8"))
+    except OSError as error:
+        raise ParamsError(f"cannot read {path}: {error.strerror}") from None
+    except RecursionError:
+        raise ParamsError(f"{path} is nested too deeply") from None
+    except NOT_PLAIN_YAML as error:
+        raise ParamsError(f"{path} is not plain YAML: {printable(' '.join(str(error).split()))}") from None
     return parse_params(content, source=str(path))
+
+
+def _read_yaml(text: str) -> Any:
+    """The plain values of a YAML document, once it is known how many they are."""
+    loader = _UniqueKeyLoader(text)  # a SafeLoader
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _written_out(node, {}) > MOST_WRITTEN_OUT:
+            raise ValueError(f"its aliases stand for more than {MOST_WRITTEN_OUT} values and characters")
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _written_out(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values and characters a node stands for, aliases written out; found by looking at each node once.
+
+    Args:
+        node: of a document.
+        known: what is known of the nodes seen, by their ids; 0 while a node is looked at.
+
+    Raises:
+        ValueError: a node holds itself, or a value is too long.
+    """
+    if id(node) in known:
+        if known[id(node)] == 0:
+            raise ValueError("an alias stands for what it lies in")
+        return known[id(node)]
+    known[id(node)] = 0
+    parts: list[yaml.Node] = []
+    if isinstance(node, yaml.ScalarNode) and len(node.value) > MOST_CHARACTERS:
+        raise ValueError(f"a value of {len(node.value)} characters; expected at most {MOST_CHARACTERS}")
+    if isinstance(node, yaml.MappingNode):
+        parts = [part for pair in node.value for part in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        parts = node.value
+    own = len(node.value) if isinstance(node, yaml.ScalarNode) else 1
+    known[id(node)] = max(1, own) + sum(_written_out(part, known) for part in parts)
+    return known[id(node)]
 
 
 def parse_params(content: Any, source: str = "params.yaml") -> Params:
@@ -583,7 +641,10 @@ def parse_params(content: Any, source: str = "params.yaml") -> Params:
     except ValidationError as error:
         where = f"{source}: " if source else ""
         lines = [line for e in error.errors() for line in _message(e).splitlines()]
-        raise ParamsError("\n".join(f"{where}{line}" for line in lines)) from None
+        shown = lines[:MOST_MISTAKES]
+        if len(lines) > MOST_MISTAKES:
+            shown.append(f"and {len(lines) - MOST_MISTAKES} more mistakes")
+        raise ParamsError("\n".join(f"{where}{printable(line)}" for line in shown)) from None
 
 
 def fingerprint(*parts: Any) -> str:
@@ -596,10 +657,13 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """Refuses a key that is given twice: otherwise the last one wins in silence."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} is given twice", node.start_mark)
+        seen = set()
+        for key_node, _ in node.value:
+            is_merge = key_node.tag == "tag:yaml.org,2002:merge"
+            key = key_node.value if is_merge else self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
+import pickletools
+import re
+import zipfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,13 @@ from maskdm.config import EvaluationConfig
 from maskdm.data.batches import to_model_range
 from maskdm.device import explain_out_of_memory
 from maskdm.errors import UserError
+from maskdm.printable import printable
 from maskdm.progress import Progress
+
+# What the pickles of weights call for, each by its name.
+PLAIN_NAMES = re.compile(
+    r"collections OrderedDict|torch \w+Storage|torch\._utils _rebuild_(tensor|tensor_v2|parameter)"
+)
 
 
 @dataclass(frozen=True)
@@ -68,12 +77,20 @@ def open_classifier(path: Path, device: torch.device) -> FeatureExtractor:
         UserError: the file is damaged or not ours.
     """
     states, info = load_tensors(path)
-    if "classifier" not in states or set(info["architecture"]) != {"channels", "num_classes"}:
+    if "classifier" not in states or info.get("architecture") != _sizes_of(states["classifier"]):
         raise UserError(f"{path} holds no classifier; run first: maskdm features")
     model = Classifier(**info["architecture"])
     load_into(model, states["classifier"], path)
     model.eval().to(device)
     return FeatureExtractor("classifier", file_sha256(path), lambda x: model.embed(to_model_range(x)), device)
+
+
+def _sizes_of(state: dict[str, Tensor]) -> dict[str, int] | None:
+    """What a classifier of these weights is built from; None of others."""
+    first, head = state.get("convolutions.0.weight"), state.get("head.weight")
+    if first is None or head is None or first.ndim != 4 or head.ndim != 2:
+        return None
+    return {"channels": first.shape[1], "num_classes": head.shape[0]}
 
 
 def open_pretrained(config: EvaluationConfig, device: torch.device) -> FeatureExtractor:
@@ -116,14 +133,39 @@ def _create(name: str, weights: Path | None) -> tuple[nn.Module, str]:
 
 
 def _check_weights_are_plain(path: Path) -> None:
-    """Refuse a file that would execute code when torch-fidelity unpickles it."""
+    """Refuse a file that would execute code, or fill the memory, when torch-fidelity unpickles it."""
+    if not path.is_file():
+        raise UserError(f"evaluation.weights: there is no file {path}")
     try:
+        _check_names(path)
         torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"evaluation.weights: there is no file {path}") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"evaluation.weights: {path} is not a plain PyTorch weights file: {reason}") from None
+    except Exception as error:  # what a damaged pickle raises may be almost anything
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"evaluation.weights: {path} is not a plain PyTorch weights file: {printable(reason)}"
+        ) from None
+
+
+def _check_names(path: Path) -> None:
+    """Refuse a file whose pickles call for more than tensors: `weights_only` lets some through that only take memory.
+
+    Raises:
+        ValueError: they do, or what is packed there is larger than the file.
+    """
+    names = set()
+    with ExitStack() as stack:
+        if zipfile.is_zipfile(path):
+            archive = stack.enter_context(zipfile.ZipFile(path))
+            members = archive.infolist()
+            if sum(member.file_size for member in members) > path.stat().st_size:  # PyTorch compresses nothing
+                raise ValueError("it is compressed")
+            pickles = [archive.open(member) for member in members if member.filename.lower().endswith(".pkl")]
+        else:  # before PyTorch 1.6: five pickles, then the tensors
+            pickles = [stack.enter_context(path.open("rb"))] * 5
+        for file in pickles:
+            names |= {str(name) for code, name, _ in pickletools.genops(file) if "GLOBAL" in code.name}
+    if foreign := sorted(name for name in names if not PLAIN_NAMES.fullmatch(name)):
+        raise ValueError(f"it calls for {foreign[0]}")
 
 
 def _state_sha256(model: nn.Module) -> str:

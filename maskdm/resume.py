@@ -43,6 +43,9 @@ class StateStore:
             except UserError as error:
                 put_aside(file, str(error))
                 continue
+            if not isinstance(info.get("step"), int):
+                put_aside(file, "it does not say of which step it is")
+                continue
             if accept(info):
                 self._last_step = info["step"]
                 return sets, info

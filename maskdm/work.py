@@ -114,7 +114,7 @@ class Work:
         folder = self.folder / FINISHED
         try:
             manifest = _read_manifest(folder)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             print(
                 f"warning: {self.what} was finished before, but what {folder} keeps of it is damaged ({error}): "
                 "doing it again",
@@ -153,7 +153,8 @@ def _read_owner(folder: Path) -> dict[str, Any]:
     try:
         owner = json.loads((folder / OWNER).read_text(encoding="utf-8"))
         is_ours = owner["format"] == FORMAT and values_sha256(owner["inputs"]) == owner["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError):
+        is_ours = is_ours and isinstance(owner["key"], str) and isinstance(owner["starts"], int)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
     return dict(owner) if is_ours else {}
 
@@ -192,15 +193,32 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     """What a folder of finished work holds, checked against its files.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError: it is damaged.
+        OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError: it is damaged.
     """
     content: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     if content.pop("sha256") != values_sha256(content):
         raise ValueError(f"the checksum of its {MANIFEST} differs")
+    _check_places(folder, content)
     for name, sha256 in content["files"].items():
         if file_sha256(folder / "files" / name) != sha256:
             raise ValueError(f"the checksum of {name} differs")
     return content
+
+
+def _check_places(folder: Path, manifest: dict[str, Any]) -> None:
+    """Refuse to restore anything but files, and elsewhere than in the results.
+
+    Raises:
+        ValueError: the manifest names another place, or a link or device is kept.
+    """
+    outputs = [Path(output) for output in manifest["outputs"]]
+    for place in (*outputs, *map(Path, manifest["files"])):
+        is_below = len(place.parts) > 1 and place.is_relative_to(paths.RESULTS) and ".." not in place.parts
+        if not is_below or not any(place.is_relative_to(output) for output in outputs):
+            raise ValueError(f"{place} is no output")
+    for path in (folder / "files").rglob("*"):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise ValueError(f"{path} is no file")
 
 
 def _restore(output: Path, kept: Path, hashes: dict[str, str]) -> None:

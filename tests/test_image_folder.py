@@ -609,7 +609,7 @@ def test_no_permission(locked: str) -> None:
 def test_no_permission_for_any_user(monkeypatch: pytest.MonkeyPatch, owner: Any, function: str) -> None:
     make_tar("photos.tar", make_folder())
 
-    def refuse(path: Any, *_: Any) -> Any:
+    def refuse(path: Any, *_: Any, **__: Any) -> Any:
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(owner, function, refuse)

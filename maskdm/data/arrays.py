@@ -336,12 +336,13 @@ def _read_labels(folder: Path, manifest: _Manifest) -> Labels | None:
         return None
     path, num_classes = folder / manifest.labels.file, len(manifest.labels.class_names)
     try:
-        labels: Labels = np.load(path, allow_pickle=False)
+        labels: Labels = np.lib.format.open_memmap(path, mode="r")  # as np.load, but for .npy alone, and lazily
     except Exception as error:  # as above
         raise _damaged(path, _reason(error)) from None
     expected = (manifest.count,)
     if labels.shape != expected or labels.dtype != np.int64:
         raise _damaged(path, f"holds {labels.dtype} of shape {labels.shape}, expected int64 of {expected}")
+    labels = np.array(labels)
     if labels.min() < 0 or labels.max() >= num_classes:
         raise _damaged(path, f"holds labels outside [0, {num_classes})")
     return labels

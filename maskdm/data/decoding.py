@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from io import BytesIO
 
 import numpy as np
@@ -9,8 +10,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from maskdm.config import DatasetConfig
 from maskdm.data.arrays import Images
+from maskdm.data.tiff import too_many_values
+from maskdm.printable import printable
 
 FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM")  # Pillow's names for the suffixes we read
+EXIF_BYTES = 2**22  # an image's metadata: 64 kB in most formats, and a decoder makes thirty times as much of it
+JPEG_EXIF = re.compile(rb"\xff\xe1..Exif\0\0", re.DOTALL)
+JPEG_EXIF_SEGMENTS = EXIF_BYTES // 2**16
 FILTERS = {"lanczos": Image.Resampling.LANCZOS, "bicubic": Image.Resampling.BICUBIC}
 
 
@@ -27,14 +33,15 @@ def decode(content: bytes, dataset: DatasetConfig) -> Images:
 
     Raises:
         BadImageError: it can't be decoded, has no 8- or 16-bit values, or more than `max_pixels` pixels.
+        MemoryError: there is too little memory for its pixels: up to 16 bytes of each.
     """
-    if not content:
-        raise BadImageError("the file is empty")
+    _check_content(content, dataset.max_pixels)
     try:
         with Image.open(BytesIO(content), formats=FORMATS) as file:
             image: Image.Image = file
-            _check_pixels(image, dataset.max_pixels)  # from the header: nothing is decoded yet
+            _check_pixels(*image.size, dataset.max_pixels)  # from the header: nothing is decoded yet
             image.load()
+            _check_exif(len(image.info.get("exif", b"")))
             ImageOps.exif_transpose(image, in_place=True)
             return fit(_over_white(_to_8_bits(image)), dataset)
     except (BadImageError, MemoryError):
@@ -42,7 +49,7 @@ def decode(content: bytes, dataset: DatasetConfig) -> Images:
     except UnidentifiedImageError:
         raise BadImageError("not an image of a known format, or its header is damaged") from None
     except Exception as error:  # damaged files make Pillow's decoders raise almost anything
-        raise BadImageError(str(error) or type(error).__name__) from error
+        raise BadImageError(printable(str(error)) or type(error).__name__) from error
 
 
 def fit(image: Image.Image, dataset: DatasetConfig) -> Images:
@@ -73,10 +80,27 @@ def _square(image: Image.Image, dataset: DatasetConfig) -> tuple[int, int, int]:
     return left, top, side
 
 
-def _check_pixels(image: Image.Image, max_pixels: int) -> None:
-    if image.width * image.height > max_pixels:
-        size = f"{image.width}×{image.height}"
-        raise BadImageError(f"{size} pixels are more than dataset.max_pixels {max_pixels}")
+def _check_content(content: bytes, max_pixels: int) -> None:
+    """Refuse what a decoder makes much of before it tells the image's size."""
+    if not content:
+        raise BadImageError("the file is empty")
+    if reason := too_many_values(content):
+        raise BadImageError(reason)
+    if content[:2] == b"\xff\xd8" and (segments := len(JPEG_EXIF.findall(content))) > JPEG_EXIF_SEGMENTS:
+        raise BadImageError(f"{segments} segments of EXIF metadata; expected at most {JPEG_EXIF_SEGMENTS}")
+    if content[:4] == b"RIFF" and content[8:16] == b"WEBPVP8X":  # its decoder begins with two canvases
+        width, height = (1 + int.from_bytes(content[start : start + 3], "little") for start in (24, 27))
+        _check_pixels(width, height, max_pixels)
+
+
+def _check_exif(size: int) -> None:
+    if size > EXIF_BYTES:
+        raise BadImageError(f"{size} bytes of EXIF metadata; expected at most {EXIF_BYTES}")
+
+
+def _check_pixels(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise BadImageError(f"{width}×{height} pixels are more than dataset.max_pixels {max_pixels}")
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
@@ -85,10 +109,12 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
         raise BadImageError("floating-point pixels have no fixed range; expected 8 or 16 bits")
     if not image.mode.startswith("I"):
         return image
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(image).astype(np.int32)
     if values.min() < 0 or values.max() > 65535:
         raise BadImageError(f"values from {values.min()} to {values.max()}; expected 8 or 16 bits")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))  # rounded: 65535 = 255·257
+    values += 128
+    values //= 257  # rounded: 65535 = 255·257
+    return Image.fromarray(values.astype(np.uint8))
 
 
 def _over_white(image: Image.Image) -> Image.Image:

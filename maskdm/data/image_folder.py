@@ -24,12 +24,14 @@ from maskdm.data.arrays import Images, LabelledImages
 from maskdm.data.decoding import BadImageError, decode
 from maskdm.data.sources import Source, open_source, reading
 from maskdm.errors import UserError
+from maskdm.printable import printable
 from maskdm.progress import progress
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 BYTES_PER_PIXEL = 8  # four channels of 16 bits: no image file needs more …
 METADATA_BYTES = 2**26  # … beside its metadata
-WAITING_PER_THREAD = 8  # images read ahead of the decoders
+WAITING_PER_THREAD = 8  # images read ahead of the decoders …
+WAITING_BYTES = 2**28  # … but of no more bytes, or one
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -59,7 +61,7 @@ def open_images(dataset: DatasetConfig, threads: int, scratch: Path) -> Iterator
         class_names, labels = labels_from_folders(names)
         decoded = _decode_all(source, names[: dataset.limit], dataset, threads, scratch)
         with closing(_good_images(decoded, labels, source, skipped)) as images:
-            yield LabelledImages(images, class_names, skipped)
+            yield LabelledImages(images, class_names and tuple(map(printable, class_names)), skipped)
 
 
 def labels_from_folders(names: Sequence[str]) -> tuple[tuple[str, ...] | None, dict[str, int]]:
@@ -88,7 +90,7 @@ def _image_names(source: Source) -> list[str]:
     files = reading(source.root, source.files)
     names = sorted(name for name in files if name.lower().endswith(SUFFIXES))
     if not names:
-        kinds = Counter(PurePosixPath(name).suffix or "no suffix" for name in files)
+        kinds = Counter(printable(PurePosixPath(name).suffix, 20) or "no suffix" for name in files)
         most = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
         raise UserError(
             f"dataset.root: no images in {source.root}: looked for {' '.join(SUFFIXES)} in all its folders, "
@@ -118,7 +120,7 @@ def _decode_all(
     """
     order = source.reading_order(names)
     contents = ((name, _read(source, name, dataset.max_pixels)) for name in order)
-    decoded = _map_in_order(lambda item: _decoded(*item, dataset), contents, threads)
+    decoded = _map_in_order(lambda item: _decoded(*item, dataset, source), contents, threads, _bytes_of)
     shown = progress(decoded, len(names), "Preparing images", "images")
     checked = shown if dataset.on_bad_image == "skip" else _refuse_bad(shown, source)
     yield from checked if order == names else _sort(checked, scratch)
@@ -135,29 +137,44 @@ def _read(source: Source, name: str, max_pixels: int) -> bytes | BadImageError:
         return error
 
 
-def _decoded(name: str, content: bytes | BadImageError, dataset: DatasetConfig) -> Decoded:
+def _bytes_of(item: tuple[str, bytes | BadImageError]) -> int:
+    return 0 if isinstance(item[1], BadImageError) else len(item[1])
+
+
+def _decoded(name: str, content: bytes | BadImageError, dataset: DatasetConfig, source: Source) -> Decoded:
     if isinstance(content, BadImageError):
         return name, content
     try:
         return name, decode(content, dataset)
     except BadImageError as error:
         return name, error
+    except MemoryError:
+        raise UserError(
+            f"too little memory to decode {source.where(name)}: lower compute.threads, or lower dataset.max_pixels "
+            "and leave such images out with dataset.on_bad_image: skip"
+        ) from None
 
 
-def _map_in_order(function: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
-    """`map` on threads (Pillow decodes without the GIL), holding a bounded number of items at a time."""
+def _map_in_order(
+    function: Callable[[T], R], items: Iterable[T], threads: int, bytes_of: Callable[[T], int] = lambda _: 0
+) -> Iterator[R]:
+    """`map` on threads (Pillow decodes without the GIL), holding a bounded number and size of items at a time."""
     if threads == 1:
         yield from map(function, items)
         return
-    waiting: deque[Future[R]] = deque()
+    waiting: deque[tuple[Future[R], int]] = deque()
+    held = 0
     with ThreadPoolExecutor(threads) as pool:
         try:
             for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) == threads * WAITING_PER_THREAD:
-                    yield waiting.popleft().result()
+                held += (size := bytes_of(item))
+                waiting.append((pool.submit(function, item), size))
+                while len(waiting) == threads * WAITING_PER_THREAD or (waiting and held > WAITING_BYTES):
+                    done, size = waiting.popleft()
+                    yield done.result()
+                    held -= size
             while waiting:
-                yield waiting.popleft().result()
+                yield waiting.popleft()[0].result()
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -202,7 +219,7 @@ def _good_images(
     good = 0
     for name, image in decoded:
         if isinstance(image, BadImageError):
-            skipped.append({"file": name, "reason": str(image)})
+            skipped.append({"file": printable(name), "reason": str(image)})
             tqdm.write(f"warning: skipped bad image {source.where(name)}: {image}", file=sys.stderr)
         else:
             good += 1

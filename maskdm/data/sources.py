@@ -9,17 +9,26 @@ import tarfile
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from io import BufferedReader
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from maskdm.data.decoding import BadImageError
 from maskdm.errors import UserError
+from maskdm.printable import printable
 
 ARCHIVES = ".zip, .tar, .tar.gz, .tar.xz or .tar.bz2"
 DAMAGED_ARCHIVE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError)
+TAR_EXTENSIONS = {tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME}
+TAR_EXTENSIONS |= {tarfile.GNUTYPE_LONGLINK}
+EXTENSION_BYTES = 2**20  # of a member's long name and the like; tarfile reads them at once
+MOST_FILES = 2**22  # in an archive, whose list takes 1 kB of memory for each
+MOST_PATHS = 100  # by which links lead to one folder: with links to links their number explodes
+BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others zipfile unpacks whole, a few bytes to many GB
+NONSENSE = (ValueError, OverflowError, RecursionError)  # what tarfile raises for some headers
 
 T = TypeVar("T")
 
@@ -48,14 +57,32 @@ class Source(ABC):
 
     def where(self, name: str) -> str:
         """A file, for messages."""
-        return f"{name} in {self.root}"
+        return f"{printable(name)} in {self.root}"
 
 
 class _Folder(Source):
     """A folder tree; links to files and folders are followed, as the user has put them there."""
 
     def files(self) -> list[str]:
-        return list(self._walk(self.root, "", frozenset()))
+        found, paths = [], Counter[Path]()
+        waiting = [(self.root, "", Path(self.root).resolve(), frozenset[Path]())]
+        while waiting:
+            folder, prefix, real, above = waiting.pop()
+            if real in above:  # a link to a folder that it lies in
+                continue
+            paths[real] += 1
+            if paths[real] > MOST_PATHS:
+                raise UserError(f"dataset.root: links lead to {printable(str(real))} by more than {MOST_PATHS} paths")
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if _is_hidden(entry.name):
+                        continue
+                    if entry.is_dir():
+                        there = Path(entry.path).resolve() if entry.is_symlink() else real / entry.name
+                        waiting.append((entry.path, f"{prefix}{entry.name}/", there, above | {real}))
+                    elif entry.is_file() or not Path(entry.path).exists():  # a broken link: reading it will tell
+                        found.append(prefix + entry.name)
+        return found
 
     def size(self, name: str) -> int:
         return (Path(self.root) / name).stat().st_size
@@ -64,20 +91,7 @@ class _Folder(Source):
         return (Path(self.root) / name).read_bytes()
 
     def where(self, name: str) -> str:
-        return str(Path(self.root) / name)
-
-    def _walk(self, folder: str, prefix: str, above: frozenset[Path]) -> Iterator[str]:
-        real = Path(folder).resolve()
-        if real in above:  # a link to a folder that it lies in
-            return
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if _is_hidden(entry.name):
-                    continue
-                if entry.is_dir():
-                    yield from self._walk(entry.path, f"{prefix}{entry.name}/", above | {real})
-                elif entry.is_file() or not Path(entry.path).exists():  # a broken link: reading it will tell
-                    yield prefix + entry.name
+        return printable(str(Path(self.root) / name))
 
 
 class _Zip(Source):
@@ -99,10 +113,23 @@ class _Zip(Source):
 
     def load(self, name: str) -> bytes:
         try:
+            if self._members[name].compress_type not in BOUNDED:
+                raise BadImageError("neither deflated nor stored: the other compressions of a .zip have no bound")
             with self._archive.open(self._members[name]) as file:
                 return file.read(self.size(name))  # read() alone would unpack more than the header says
         except (*DAMAGED_ARCHIVE, RuntimeError) as error:  # RuntimeError: encrypted, or of an unknown method
-            raise BadImageError(str(error)) from error
+            raise BadImageError(printable(str(error)) or type(error).__name__) from error
+
+
+class _TarHeader(tarfile.TarInfo):
+    """A header whose sizes are possible ones: tarfile would read on for ever, or all that is there at once."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        header = super().frombuf(buf, encoding, errors)
+        if header.size < 0 or (header.type in TAR_EXTENSIONS and header.size > EXTENSION_BYTES):
+            raise tarfile.ReadError(f"a header declares {header.size} bytes")
+        return header
 
 
 class _Tar(Source):
@@ -117,9 +144,8 @@ class _Tar(Source):
         super().__init__(root)
         self._archive = archive
         self._compressed = not isinstance(archive.fileobj, BufferedReader)  # else a decompressor
-        members = archive.getmembers()
+        named = {_member_name(member.name): member for member in _tar_members(archive) if member.isreg()}
         self._check_end()
-        named = {_member_name(member.name): member for member in members if member.isreg()}
         self._members = {name: member for name, member in named.items() if name}
 
     def files(self) -> list[str]:
@@ -143,6 +169,28 @@ class _Tar(Source):
         file.seek(self._archive.offset)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError("no end mark after the last file that can be read")
+
+
+def _tar_members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Every member, by headers that lie one behind the other.
+
+    Raises:
+        tarfile.ReadError: a header is damaged, or made so that reading would not end.
+        UserError: there are more members than memory is meant for.
+    """
+    number, before = 0, -1
+    try:
+        for member in archive:
+            number += 1
+            if archive.offset <= before or member.size < 0:
+                raise tarfile.ReadError("a header points back")
+            if number > MOST_FILES:
+                raise UserError(f"dataset.root: more than {MOST_FILES} files: unpack the archive, and give the folder")
+            before = archive.offset
+            archive.members = []  # type: ignore[attr-defined]  # else it keeps every header
+            yield member
+    except NONSENSE as error:
+        raise tarfile.ReadError(f"a header can't be read: {printable(str(error))}") from error
 
 
 def _member_name(path: str) -> str:
@@ -170,12 +218,15 @@ def open_source(root: str) -> Iterator[Source]:
             yield _Folder(root)
         elif not reading(root, path.exists):
             raise UserError(f"dataset.root: there is no {root} (looked for {path.absolute()})")
+        elif not path.is_file():  # a pipe would be waited for
+            raise UserError(f"dataset.root: {root} is neither a folder nor a file, but a pipe, socket or device")
         else:
             with _open_archive(root) as archive:
                 yield archive
     except DAMAGED_ARCHIVE as error:
+        reason = printable(str(error))
         raise UserError(
-            f"dataset.root: the archive {root} is damaged or incomplete ({error}): copy or download it again"
+            f"dataset.root: the archive {root} is damaged or incomplete ({reason}): copy or download it again"
         ) from error
 
 
@@ -194,8 +245,8 @@ def _open_archive(root: str) -> Iterator[Source]:
 
 def _open_tar(root: str) -> tarfile.TarFile | None:
     try:
-        return tarfile.open(root)  # closed by the caller
-    except tarfile.ReadError:
+        return tarfile.open(root, tarinfo=_TarHeader)  # closed by the caller
+    except (tarfile.ReadError, *NONSENSE):
         return None
 
 
@@ -204,4 +255,5 @@ def reading(where: str, read: Callable[[], T]) -> T:
     try:
         return read()
     except OSError as error:
-        raise UserError(f"cannot read {error.filename or where}: {error.strerror or error}") from error
+        place = where if error.filename is None else printable(str(error.filename))
+        raise UserError(f"cannot read {place}: {printable(error.strerror or str(error))}") from error

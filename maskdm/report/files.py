@@ -72,7 +72,7 @@ def open_images(file: Path, made_by: str) -> np.ndarray:
         images: np.ndarray = np.load(file, mmap_mode="r")
     except OSError as error:
         raise _unreadable(file, made_by, error) from error
-    except (ValueError, EOFError) as error:  # NumPy takes what it cannot read for a pickle, and talks of that
+    except Exception as error:  # NumPy takes what it cannot read for a pickle, and talks of that, or fails oddly
         raise UnusableError(f"{file} cannot be read (not a .npy file, or cut off)", made_by) from error
     if images.ndim != 4 or images.shape[-1] not in (1, 3) or images.dtype != np.uint8 or not len(images):
         found = f"{images.dtype} {images.shape}"

@@ -79,7 +79,7 @@ def read_json(path: Path, stage: str) -> Any:
     """
     try:
         return checked(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _damaged(path, stage, error) from None
 
 
@@ -97,8 +97,8 @@ def read_array(path: Path, stage: str, sha256: str) -> np.ndarray:
     try:
         if file_sha256(path) != sha256:
             raise ValueError("it is not the file that was written: its sha256 differs")
-        array: np.ndarray = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
+        array: np.ndarray = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # what NumPy raises for a header of nonsense may be almost anything
         raise _damaged(path, stage, error) from None
     return array
 
