@@ -22,6 +22,19 @@ Which = Literal["raw", "ema"]
 Sets = dict[str, dict[str, Tensor]]
 
 
+class DamagedError(UserError):
+    """A file of tensors is not what was written.
+
+    Args:
+        message: for the user.
+        reason: what is wrong with it, alone.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 def architecture_of(params: Params, num_classes: int) -> dict[str, Any]:
     """What two checkpoints must share to be exchangeable."""
     return {
@@ -84,7 +97,7 @@ def load_tensors(path: Path) -> tuple[Sets, dict[str, Any]]:
     """Read every set of tensors of a file of `save_tensors`, and its info; what does not match its checksum is refused.
 
     Raises:
-        UserError: the file is damaged or not ours.
+        DamagedError: the file is damaged or not ours.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -131,17 +144,19 @@ def _info(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
         info = None
     found = info.get("format") if isinstance(info, dict) else None
     if not isinstance(info, dict) or found != FORMAT:
-        raise UserError(
-            f"{path} is a safetensors file, but not a checkpoint of this version of maskdm "
-            f"(expected format {FORMAT!r}, got {found!r}), or damaged"
+        reason = f"expected format {FORMAT!r}, got {found!r}"
+        raise DamagedError(
+            f"{path} is a safetensors file, but not a checkpoint of this version of maskdm ({reason}), or damaged",
+            reason,
         )
     return info
 
 
-def _unreadable(path: Path, reason: str) -> UserError:
-    return UserError(
+def _unreadable(path: Path, reason: str) -> DamagedError:
+    return DamagedError(
         f"{path} is not a readable safetensors file ({reason}): truncated, damaged, or not a checkpoint of maskdm. "
-        "Delete it and run the stage that makes it again"
+        "Delete it and run the stage that makes it again",
+        reason,
     )
 
 

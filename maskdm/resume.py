@@ -10,8 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from maskdm.checkpoint import Sets, load_tensors, save_tensors
-from maskdm.errors import UserError
+from maskdm.checkpoint import DamagedError, Sets, load_tensors, save_tensors
 from maskdm.publishing import replace_file
 
 STATES_KEPT = 2
@@ -40,8 +39,8 @@ class StateStore:
         for file in reversed(self._files()):
             try:
                 sets, info = load_tensors(file)
-            except UserError as error:
-                put_aside(file, str(error))
+            except DamagedError as error:
+                put_aside(file, error.reason)
                 continue
             if not isinstance(info.get("step"), int):
                 put_aside(file, "it does not say of which step it is")
@@ -95,8 +94,8 @@ class Pieces:
             return None
         try:
             sets, info = load_tensors(file)
-        except UserError as error:
-            put_aside(file, str(error))
+        except DamagedError as error:
+            put_aside(file, error.reason)
             return None
         return sets.get("piece", {}), info
 

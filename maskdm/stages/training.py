@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from maskdm import device, interrupts, rng
-from maskdm.checkpoint import architecture_of, load_tensors, save_tensors
+from maskdm.checkpoint import DamagedError, architecture_of, load_tensors, save_tensors
 from maskdm.compute import StagePlan, build_model
 from maskdm.config import Params, StageConfig
 from maskdm.data.arrays import ImageArrays
@@ -198,9 +198,9 @@ class Trainer:
             file = self.milestone(step)
             try:
                 load_tensors(file)
-            except UserError as error:
+            except DamagedError as error:
                 if file.exists():
-                    put_aside(file, str(error))
+                    put_aside(file, error.reason)
                 return False
         return True
 
