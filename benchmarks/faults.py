@@ -453,7 +453,6 @@ def damages(folder: Path, times: int, numbers: random.Random) -> list[Row]:
             f"; {harmless} changed nothing that it says" if harmless else ""
         )
         rows.append(Row(f"{what} in each of {len(files)} files that stages read", len(outcomes), said))
-        print(rows[-1], file=sys.stderr, flush=True)
     return rows
 
 
@@ -501,7 +500,7 @@ def _fill(whole: Stages, folder: Path, numbers: random.Random) -> bool:
     return code == 1
 
 
-def run(only: Sequence[str], kills: int, seed: int) -> list[Row]:
+def run(only: Sequence[str], kills: int, seed: int) -> Iterator[Row]:
     """Every fault that is asked for, as rows of the table."""
     numbers = random.Random(seed)
     faults: dict[str, Callable[[Path], list[Row]]] = {
@@ -513,12 +512,10 @@ def run(only: Sequence[str], kills: int, seed: int) -> list[Row]:
     }
     if unknown := set(only) - set(faults):
         raise SystemExit(f"no fault {', '.join(sorted(unknown))}; there are {', '.join(faults)}")
-    rows = []
     for name, fault in faults.items():
         if name in only or not only:
             with tempfile.TemporaryDirectory(prefix=f"faults-{name}-") as folder:
-                rows += fault(Path(folder).resolve())
-    return rows
+                yield from fault(Path(folder).resolve())
 
 
 def main() -> None:
@@ -528,10 +525,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="kills kills-dvc kills-stages damages full-disk")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and places (moments depend on the machine)")
     options = parser.parse_args()
-    rows = run(options.only, options.kills, options.seed)
-    print("| fault | times tried | outcome |\n|---|---|---|")
-    for row in rows:
-        print(f"| {row.fault} | {row.times} | {row.outcome} |")
+    print("| fault | times tried | outcome |\n|---|---|---|", flush=True)
+    for row in run(options.only, options.kills, options.seed):
+        print(f"| {row.fault} | {row.times} | {row.outcome} |", flush=True)
 
 
 if __name__ == "__main__":
