@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from maskdm.checksums import NOT_NOW
 from maskdm.config import Params
 from maskdm.errors import UserError
 
@@ -98,7 +99,9 @@ def load_tensors(path: Path) -> tuple[Sets, dict[str, Any]]:
 
     Raises:
         DamagedError: the file is damaged or not ours.
+        UserError: it can't be read now.
     """
+    _check_readable(path)
     try:
         with safe_open(path, framework="pt") as file:
             info = _info(path, file.metadata())
@@ -125,6 +128,15 @@ def load_into(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"the weights of {path} do not fit the network: {reason}") from None
+
+
+def _check_readable(path: Path) -> None:
+    """Safetensors says of a file that may not be read that there is none."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        if error.errno in NOT_NOW:
+            raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _digest(tensors: dict[str, Tensor], info: dict[str, Any]) -> str:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
+
+# Why a file that is whole may be unreadable for now: nothing is to be taken for damaged because of these.
+NOT_NOW = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ENOMEM}
 
 
 def file_sha256(path: Path) -> str:

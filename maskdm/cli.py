@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
 
 from maskdm import __version__, formats, interrupts
@@ -91,7 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"maskdm: error: {error}", file=sys.stderr)
         return error.exit_code
     except interrupts.Stopped as stopped:
-        print(f"maskdm: stopped by {stopped.number.name}: {stopped.message or GOES_ON}", file=sys.stderr)
+        with suppress(OSError):  # the terminal may be gone
+            print(f"maskdm: stopped by {stopped.number.name}: {stopped.message or GOES_ON}", file=sys.stderr)
         return stopped.exit_code
     except KeyboardInterrupt:
         print("maskdm: interrupted", file=sys.stderr)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 # What pre-emption, Ctrl-C and a closed terminal send; one that was ignored from outside (nohup) stays so.
@@ -70,11 +70,11 @@ def deferring() -> Iterator[Deferral]:
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
+    if _deferral is not None and _deferral.requested is signal.SIGHUP and number == signal.SIGHUP:
+        return  # shell and kernel may both send it
     if _deferral is None or _deferral.requested is not None:
         raise Stopped(number)
     _deferral.requested = signal.Signals(number)
-    print(
-        f"maskdm: {_deferral.requested.name}: saving after this step and stopping (once more: at once)",
-        file=sys.stderr,
-        flush=True,
-    )
+    message = f"maskdm: {_deferral.requested.name}: saving after this step and stopping (once more: at once)\n"
+    with suppress(OSError):  # the terminal, or what Ctrl-C has ended in the same pipe, may be gone
+        os.write(2, message.encode())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -41,12 +42,13 @@ class Progress:
     def update(self, done: int = 1, note: str = "") -> None:
         """Count `done` more; `note` is shown beside the bar."""
         self._done += done
-        if self._live:
-            if note:
-                self._bar.set_postfix_str(note, refresh=False)
-            self._bar.update(done)
-        elif time.monotonic() - self._last >= LOG_EVERY_SECONDS or self._done >= self._total:
-            self._print(note)
+        with suppress(OSError):  # nobody looks any more: that is no reason to stop
+            if self._live:
+                if note:
+                    self._bar.set_postfix_str(note, refresh=False)
+                self._bar.update(done)
+            elif time.monotonic() - self._last >= LOG_EVERY_SECONDS or self._done >= self._total:
+                self._print(note)
 
     def update_to(self, done: int, note: str = "") -> None:
         """Say how much is done in all."""
@@ -54,7 +56,8 @@ class Progress:
 
     def close(self) -> None:
         """Finish the bar."""
-        self._bar.close()
+        with suppress(OSError):
+            self._bar.close()
 
     def _print(self, note: str) -> None:
         self._last = time.monotonic()

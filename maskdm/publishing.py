@@ -84,8 +84,10 @@ def one_writer(lock: Path, what: str) -> Iterator[Turn]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            turn.waited_for = _wait(file, what)
-            turn.found_done = _read_holder(file).get("done")
+            other = _wait(file, what)
+            turn.waited_for = other.get("pid")
+            if other.get("done") is None:  # else the line is of an earlier time
+                turn.found_done = _read_holder(file).get("done")
         turn._write(holder)
         yield turn
 
@@ -98,8 +100,8 @@ def _open_lock(lock: Path) -> TextIO:
         raise cannot_write(lock, error) from error
 
 
-def _wait(file: TextIO, what: str) -> int | None:
-    """Wait for the lock; the pid of who has it."""
+def _wait(file: TextIO, what: str) -> dict[str, Any]:
+    """Wait for the lock; who had it."""
     other = _read_holder(file)
     where = f" on {other['host']}" if other.get("host") not in (None, socket.gethostname()) else ""
     since = f" since {other['started']}" if "started" in other else ""
@@ -109,7 +111,7 @@ def _wait(file: TextIO, what: str) -> int | None:
         flush=True,
     )
     fcntl.flock(file, fcntl.LOCK_EX)
-    return other.get("pid")
+    return other
 
 
 def _read_holder(file: TextIO) -> dict[str, Any]:
@@ -253,18 +255,20 @@ def _building(output: Path) -> Iterator[Path]:
 
 def _replace(output: Path, building: Path) -> None:
     """Put the built folder in the place of the old output, which comes back if that fails."""
+    old = building.with_suffix(".old")
     if not output.is_dir() or output.is_symlink():
         if output.is_symlink():  # a cache's link: only the link goes
             output.unlink()
         building.rename(output)
+        _remove(old)  # by a process that was killed between its two renames
         return
-    old = building.with_name(output.name + ".old")
     _remove(old)
-    output.rename(old)
     try:
+        output.rename(old)
         building.rename(output)
-    except OSError:
-        old.rename(output)
+    except BaseException:  # a signal too
+        if not output.exists():
+            old.rename(output)
         raise
     _remove(old)
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from maskdm.checkpoint import DamagedError, Sets, load_tensors, save_tensors
 from maskdm.publishing import replace_file
 
 STATES_KEPT = 2
+INFO = "info"  # the set of a state's plain values
 
 
 class StateStore:
@@ -23,12 +26,15 @@ class StateStore:
         folder: the work folder, e.g. `.work/results/pretrain/patch-m50/seed-0`; whose it is, `Work` knows.
         every_seconds: after how long `is_due`.
         every_steps: after how many steps `is_due`, if that comes first; None: never.
+
+    Attributes:
+        last_step: of the state that was last saved or loaded; 0 where there is none.
     """
 
     def __init__(self, folder: Path, every_seconds: float, every_steps: int | None = None) -> None:
         self.folder = folder
         self._every_seconds, self._every_steps = every_seconds, every_steps
-        self._last_time, self._last_step = time.monotonic(), 0
+        self._last_time, self.last_step = time.monotonic(), 0
 
     def load(self, accept: Callable[[dict[str, Any]], bool] = lambda info: True) -> tuple[Sets, dict[str, Any]] | None:
         """The newest state that is whole, or None; a damaged one is reported and renamed.
@@ -42,17 +48,20 @@ class StateStore:
             except DamagedError as error:
                 put_aside(file, error.reason)
                 continue
-            if not isinstance(info.get("step"), int):
-                put_aside(file, "it does not say of which step it is")
+            try:
+                info = json.loads(sets.pop(INFO)["json"].numpy().tobytes())
+                step = int(info["step"])
+            except (KeyError, ValueError, TypeError, RecursionError) as error:
+                put_aside(file, f"it does not say of which step it is: {error}")
                 continue
             if accept(info):
-                self._last_step = info["step"]
+                self.last_step = step
                 return sets, info
         return None
 
     def is_due(self, step: int) -> bool:
         """Whether the last save is long enough ago; asked at every step, so it touches neither disk nor device."""
-        if self._every_steps is not None and step - self._last_step >= self._every_steps:
+        if self._every_steps is not None and step - self.last_step >= self._every_steps:
             return True
         return time.monotonic() - self._last_time >= self._every_seconds
 
@@ -67,11 +76,14 @@ class StateStore:
             UserError: the place can't be written; the states before are as they were.
         """
         step = int(info["step"])
-        with replace_file(self.folder / f"state-{step:010d}.safetensors") as building:
-            save_tensors(building, sets, info)
-        for file in self._files()[:-STATES_KEPT]:
+        own = self.folder / f"state-{step:010d}.safetensors"
+        plain = torch.frombuffer(bytearray(json.dumps(info).encode()), dtype=torch.uint8)  # a header has a limit
+        with replace_file(own) as building:
+            save_tensors(building, {**sets, INFO: {"json": plain}}, {})
+        older = [file for file in self._files() if file.name < own.name]  # newer ones are there if they were refused
+        for file in older[: -(STATES_KEPT - 1)]:
             file.unlink(missing_ok=True)
-        self._last_time, self._last_step = time.monotonic(), step
+        self._last_time, self.last_step = time.monotonic(), step
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("state-*.safetensors"))

@@ -1,8 +1,8 @@
 """The work folder of one run of a stage: whose it is, and what it has finished; never an output of a stage.
 
-What lies in it belongs to a fingerprint of all that the stage's result depends on. Unfinished work of other inputs is
-set aside and taken back when the inputs are those again; finished work is kept beside the results (as hard links, so
-it takes no room), so that an engine that lost its books may run the stage again: it costs a second, not a training.
+What lies in it belongs to a fingerprint of all that the stage's result depends on. Work of other inputs is set aside
+and taken back when the inputs are those again. Finished work is kept (as hard links, where that is possible), so that
+an engine that lost its books may run the stage again: it costs a second, not a training.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from maskdm import paths
-from maskdm.checksums import file_sha256, values_sha256
+from maskdm.checksums import NOT_NOW, file_sha256, values_sha256
+from maskdm.errors import UserError
 from maskdm.publishing import cannot_write, link_or_copy, publish_copy, replace_file
 
 FORMAT = "maskdm-work/1"
@@ -102,12 +103,14 @@ class Work:
         except OSError as error:
             raise cannot_write(building, error) from error
         self._drop_all_but_finished()
+        for aside in paths.set_aside(outputs[0]).glob(f"*/{FINISHED}/{MANIFEST}"):
+            shutil.rmtree(aside.parents[1])  # superseded: its outputs have made way for these
 
     def restore(self) -> bool:
         """Publish what was kept; False where there is nothing, or it is damaged.
 
         Raises:
-            UserError: an output can't be written.
+            UserError: an output can't be written, or what is kept can't be read now.
         """
         if not self.is_finished:
             return False
@@ -115,6 +118,8 @@ class Work:
         try:
             manifest = _read_manifest(folder)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            if isinstance(error, OSError) and error.errno in NOT_NOW:
+                raise UserError(f"cannot read {error.filename or folder}: {error.strerror}") from error
             print(
                 f"warning: {self.what} was finished before, but what {folder} keeps of it is damaged ({error}): "
                 "doing it again",
@@ -154,16 +159,20 @@ def _read_owner(folder: Path) -> dict[str, Any]:
         owner = json.loads((folder / OWNER).read_text(encoding="utf-8"))
         is_ours = owner["format"] == FORMAT and values_sha256(owner["inputs"]) == owner["fingerprint"]
         is_ours = is_ours and isinstance(owner["key"], str) and isinstance(owner["starts"], int)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except OSError as error:
+        if error.errno in NOT_NOW:
+            raise
+        return {}
+    except (ValueError, KeyError, TypeError, RecursionError):
         return {}
     return dict(owner) if is_ours else {}
 
 
 def _make_way(folder: Path, output: Path, what: str, owner: dict[str, Any], inputs: Mapping[str, Any]) -> None:
-    """Set unfinished work of other inputs aside; finished work of other inputs is superseded."""
+    """Set work of other inputs aside; finished work too, until new work is finished (see `keep`)."""
     if not folder.is_dir():
         return
-    if (folder / FINISHED / MANIFEST).is_file() or [path.name for path in folder.iterdir()] in ([], [OWNER]):
+    if [path.name for path in folder.iterdir()] in ([], [OWNER]):
         shutil.rmtree(folder)
         return
     aside = paths.set_aside(output) / (owner["fingerprint"][:16] if owner else f"unknown-{uuid.uuid4().hex[:8]}")

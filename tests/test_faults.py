@@ -6,6 +6,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -128,6 +130,22 @@ def test_a_signal_that_comes_while_samples_are_drawn_keeps_the_finished_batches(
     assert {name: at for name, at in kept.items() if now[name] != at}.keys() == {damaged.name}, "drawn once"
     stages.must("sample", *words)
     assert stages.digests(output).keys() == whole[0].digests(output).keys()
+
+
+def test_a_signal_whose_message_nobody_can_read_saves_all_the_same(untrained: Stages) -> None:
+    """Ctrl-C ends `tee` in the same pipe as well, and a closed terminal takes the message with it."""
+    reading, writing = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "maskdm", "pretrain", *OF_ARM], cwd=untrained.folder, stdout=writing, stderr=writing
+    )
+    os.close(writing)
+    when(lambda: any(untrained.path(WORK).glob("state-*.safetensors")))
+    os.close(reading)
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(10) == 129
+    untrained.must("pretrain", *OF_ARM)
+    assert "going on from step" in untrained.said()
 
 
 def test_signals_that_were_ignored_from_outside_stay_ignored() -> None:

@@ -93,6 +93,43 @@ def test_a_state_that_is_not_accepted_is_passed_over_and_stays(tmp_path: Path) -
     assert loaded_step(store) == 20
 
 
+def test_a_state_saved_before_refused_ones_is_kept(tmp_path: Path) -> None:
+    """Where a milestone was lost, training starts again before it, and newer states are still there."""
+    store = store_in(tmp_path)
+    save(store, 900)
+    save(store, 1000)
+    for step in (100, 200, 300):
+        save(store, step)
+        loaded = store.load(accept=lambda info: info["step"] < 500)
+        assert loaded is not None and loaded[1]["step"] == step
+    assert len(names(store)) == 4
+
+
+def test_a_state_that_can_not_be_read_now_is_not_taken_for_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = store_in(tmp_path)
+    save(store, 10)
+
+    def refuse(*_: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", refuse)
+        with pytest.raises(UserError, match=r"cannot read .*state-0000000010\.safetensors: Permission denied"):
+            store.load()
+    assert loaded_step(store) == 10
+
+
+def test_a_curve_of_any_length_can_be_saved(tmp_path: Path) -> None:
+    """The header of safetensors ends at 100 MB."""
+    store = store_in(tmp_path)
+    curve = [{"step": step, "loss": 0.123456789, "note": "x" * 80} for step in range(1_000_000)]
+    store.save({}, {"step": 1, "curve": curve})
+    loaded = store.load()
+    assert loaded is not None and loaded[1]["curve"] == curve
+
+
 def test_a_state_is_due_after_its_time_or_its_steps_and_not_right_after_a_save(tmp_path: Path) -> None:
     assert not store_in(tmp_path).is_due(1000)
     assert store_in(tmp_path, every_seconds=1e-9).is_due(1)

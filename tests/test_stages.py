@@ -29,6 +29,7 @@ from maskdm.checksums import checked
 from maskdm.compute import build_model, count_image_flops, plan_arm
 from maskdm.config import Params, fingerprint, load_params
 from maskdm.publishing import one_writer
+from maskdm.resume import StateStore
 
 if TYPE_CHECKING:
     from tests.conftest import Experiment, Outcome
@@ -537,7 +538,9 @@ def test_loss_that_is_not_finite_ends_the_stage_and_keeps_the_last_good_state(pr
     outcome = prepared.stage("pretrain")
     assert_refused(outcome, f"pretrain {ARM} seed 0: the loss is not finite at step ", "(learning rate 1e+12)")
     step = int(re.findall(r"not finite at step (\d+)", outcome.err)[0])
-    states, info = load_tensors(prepared.path(".work/results/pretrain", ARM, f"seed-0/state-{step:010d}.safetensors"))
+    saved = StateStore(prepared.path(".work/results/pretrain", ARM, "seed-0"), 60.0).load()
+    assert saved is not None
+    states, info = saved
     assert info["step"] == step >= 1
     assert all(torch.isfinite(w).all() for w in states["raw"].values())
     kept = re.search(r"The weights of before are in (\S+)", outcome.err)

@@ -215,12 +215,35 @@ def test_damaged_finished_work_is_reported_and_forgotten(capsys: pytest.CaptureF
     assert not kept.exists() and not Path("results").exists()
 
 
-def test_finished_work_of_other_inputs_makes_way_for_new_work() -> None:
+def test_finished_work_is_set_aside_until_work_of_other_inputs_is_finished_too() -> None:
+    """A mistake in params.yaml, seen and undone after seconds, must not cost days."""
     finish(0.1)
-    work = claim(0.2)
-    assert not work.restore()
-    assert not paths.set_aside(OUTPUT).exists(), "its results were published"
-    assert results(), "and stay until others take their place"
+    before = results()
+    begin(0.2)
+    shutil.rmtree("results")  # as an engine does before it starts the stage
+    assert claim(0.1).restore() and results() == before
+    finish(0.2)
+    assert not claim(0.1).restore()
+    claim(0.2)
+    assert not list(paths.set_aside(OUTPUT).glob("*/finished")), "room is not taken without end"
+
+
+def test_work_that_can_not_be_read_now_is_not_taken_for_damaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = finish()
+    shutil.rmtree("results")
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise PermissionError(13, "Permission denied", "checkpoint")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("maskdm.work.file_sha256", refuse)
+        with pytest.raises(UserError, match="cannot read checkpoint: Permission denied"):
+            claim().restore()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_text", refuse)
+        with pytest.raises(UserError, match=r"\.work/.*Permission denied"):
+            claim()
+    assert work.folder.exists() and claim().restore()
 
 
 def test_a_kept_output_that_is_edited_in_place_is_not_restored() -> None:

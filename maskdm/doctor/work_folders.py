@@ -64,6 +64,8 @@ def _unfinished() -> Iterator[Finding]:
 
 def _progress(folder: Path) -> str:
     """How far the work in a folder has come."""
+    if (folder / FINISHED / MANIFEST).is_file():
+        return "finished"
     if saved := states(folder):
         return f"{_step(folder, saved[-1])}, saved {_when(saved[-1])}"
     pieces = list(folder.rglob("*.safetensors"))

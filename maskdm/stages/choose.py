@@ -23,7 +23,7 @@ def run(params: Params) -> None:
         UserError: a trial is missing, stale, or not comparable with the others.
     """
     chosen = {arm: _choose(params, arm) for arm in params.arms}
-    with stage_session(params, "choose") as session:
+    with stage_session(params, "choose", output=paths.CHOSEN) as session:
         if session.is_to_do:
             with publish_folder(paths.CHOSEN) as folder:
                 for arm, choice in chosen.items():

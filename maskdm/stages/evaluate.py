@@ -43,6 +43,7 @@ def run(params: Params, arm: str, seed: int) -> None:
         "compute": params.compute,
         "milestones": milestones,
         "samples_sha256": hashes,
+        "reference_sha256": scorer.reference_sha256,
     }
     output = paths.metrics(arm, seed)
     with stage_session(params, "evaluate", arm, seed, inputs=inputs, output=output) as session:

@@ -14,7 +14,7 @@ def run(params: Params) -> None:
     Raises:
         UserError: the images can't be read.
     """
-    with stage_session(params, "prepare") as session:
+    with stage_session(params, "prepare", output=paths.DATA) as session:
         if session.is_to_do:
             manifest = prepare(params)
             facts = {"num_images": manifest["count"], "shape": manifest["shape"]}

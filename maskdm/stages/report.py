@@ -20,7 +20,7 @@ def run(params: Params) -> None:
     Raises:
         UserError: no arm has results that can be shown.
     """
-    with stage_session(params, "report") as session:
+    with stage_session(params, "report", output=paths.REPORT) as session:
         report = write_report(params)
         for file in sorted(paths.REPORT.iterdir()):
             session.tracked.figure(file)

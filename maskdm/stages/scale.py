@@ -33,7 +33,7 @@ def run(params: Params) -> None:
         "sampling": params.sampling,
         "evaluation": params.evaluation,
         "compute": params.compute,
-        "features": scorer.origin,
+        "features": {**scorer.origin, "reference_sha256": scorer.reference_sha256},
     }
     with stage_session(params, "scale", inputs=inputs, output=paths.SCALE) as session:
         if session.is_to_do:

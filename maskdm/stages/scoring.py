@@ -26,6 +26,7 @@ class Scorer:
 
     Attributes:
         real: features of the real images, (M, D).
+        reference_sha256: of their file.
         origin: what every score is to be published with: data and extractor.
 
     Raises:
@@ -39,7 +40,8 @@ class Scorer:
             raise UserError("results/features was made from other data than results/data; run first: maskdm features")
         self._config = params.evaluation
         self._extractor = _open_same_extractor(params, compute, info)
-        self.real = read_array(folder / features.REFERENCE_FILE, "features", info["reference_sha256"])
+        self.reference_sha256 = info["reference_sha256"]
+        self.real = read_array(folder / features.REFERENCE_FILE, "features", self.reference_sha256)
         self.origin = {"data_sha256": data_sha256, **{key: info[key] for key in ("extractor", "extractor_sha256")}}
         check_counts(params.sampling.num_samples, len(self.real), params.evaluation)
 

@@ -46,8 +46,9 @@ def stage_session(
     arm: str | None = None,
     seed: int | None = None,
     trial: str | None = None,
+    *,
+    output: Path,
     inputs: Mapping[str, Any] | None = None,
-    output: Path | None = None,
 ) -> Iterator[Session]:
     """Let one process at a time run a stage; track, time and record it, and keep what it has finished.
 
@@ -60,9 +61,10 @@ def stage_session(
         arm: where it works on one.
         seed: of the arm's run.
         trial: of the arm's tuning.
-        inputs: all that the output depends on; sections and plain values.
-        output: what the stage publishes, to be kept with its record: running the stage again for equal inputs takes a
-            second. None where `inputs` do not tell everything, or there is little to keep.
+        output: what the stage publishes.
+        inputs: all that the output depends on; sections and plain values. With them, output and record are kept:
+            running the stage again for equal inputs takes a second. None where they can't be told in full, or there
+            is little to keep.
 
     Raises:
         UserError: a place can't be written.
@@ -71,18 +73,24 @@ def stage_session(
     what = " ".join(str(part) for part in (stage, arm, _which(seed, trial)) if part is not None)
     given = plain({"stage": stage, "stage_version": STAGE_VERSIONS[stage], **(inputs or {"params": params})})
     with one_writer(paths.lock(*run), what) as turn:
-        work = None if output is None else Work.claim(output, what, given)
-        if turn.found_done == values_sha256(given):
+        work = None if inputs is None else Work.claim(output, what, given)
+        if work is not None and work.restore():
+            by = f"process {turn.waited_for} has done it" if turn.waited_for else "done before with the same inputs"
+            _say(f"{what}: {by}; its results are kept in {work.folder}")
+            yield Session(False, work.folder)
+        elif work is None and turn.found_done == values_sha256(given) and _is_there(output, paths.record(*run), stage):
             _say(f"{what}: process {turn.waited_for} has done it")
             yield Session(False, paths.WORK)
-        elif work is not None and work.restore():
-            _say(f"{what}: done before with the same inputs; its results were kept in {work.folder}")
-            yield Session(False, work.folder)
         else:
             yield from _tracked(params, run, work)
-            if work is not None and output is not None:
+            if work is not None:
                 work.keep([output, paths.record(*run)])
         turn.done(values_sha256(given))
+
+
+def _is_there(output: Path, record: Path, stage: str) -> bool:
+    """Whether what another process has published is there still: an engine may have cleared it for this one."""
+    return output.exists() and (stage == "report" or record.exists())
 
 
 def _tracked(params: Params, run: Run, work: Work | None) -> Iterator[Session]:

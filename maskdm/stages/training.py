@@ -168,6 +168,7 @@ class Trainer:
             with interrupts.deferring() as signals, device.explain_out_of_memory(self._needs_less_memory()):
                 watcher = _Watcher(self, tracked, bar, signals, prefix)
                 train(self.state, self._train_run(), self.batches, self.compute, watcher)
+                self._save()  # whatever becomes of publishing
         except NonFiniteLossError as error:
             raise NonFiniteLossError(f"{error}. {self._keep_last_good()}", error.reason) from None
         finally:
@@ -190,7 +191,12 @@ class Trainer:
             with replace_file(self.milestone(state.step)) as building:
                 self.save_weights(building, state)
         if stop or self.store.is_due(state.step):
-            self.store.save(state_tensors(state), {"architecture": self.architecture, **state_info(state)})
+            self._save()
+
+    def _save(self) -> None:
+        """Save the state, unless that was done at this step."""
+        if self.store.last_step != self.state.step:
+            self.store.save(state_tensors(self.state), state_info(self.state))
 
     def _milestones_are_kept(self, info: dict[str, Any]) -> bool:
         """Whether all milestones before a state can be published; one that can't has to be trained for again."""

@@ -49,7 +49,7 @@ class Trial:
             "finetune": {"config": params.finetune_of(arm), "steps": plan_arm(params, arm).finetune.num_steps},
             "sampling": params.sampling,
             "evaluation": params.evaluation,
-            "features": self._scorer.origin,
+            "features": {**self._scorer.origin, "reference_sha256": self._scorer.reference_sha256},
             "stage_versions": {stage: STAGE_VERSIONS[stage] for stage in ("finetune", "sample", "evaluate")},
         }
 
@@ -87,7 +87,6 @@ class Trial:
         trainer = Trainer(replace(job, trial=self._name), self._images, session.folder / job.stage)
         own: dict[str, Any] = {}
         state = trainer.run(session.tracked, own, prefix=f"{job.stage}/")
-        trainer.take(state, stop=True)
         weights = trainer.folder / "weights.safetensors"
         with replace_file(weights) as building:
             trainer.save_weights(building, state)

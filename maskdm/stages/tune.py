@@ -35,7 +35,7 @@ def run(params: Params, arm: str, trial: str) -> None:
     output = paths.trial(arm, trial)
     if not params.tuning.enabled:
         print(f"tuning is not enabled: nothing to try, {arm} runs with the values as given")
-        with stage_session(params, "tune", arm, trial=trial):
+        with stage_session(params, "tune", arm, trial=trial, output=output):
             publish_description(output, result)
         return
     from maskdm.stages.trial import Trial
