@@ -142,6 +142,7 @@ def _run_command(folder: str, log: str, words: list[str], limit: int | None) -> 
 
     from maskdm.cli import main
 
+    heed_signals()
     os.chdir(folder)
     with Path(log).open("w") as said:
         os.dup2(said.fileno(), 1)
@@ -153,6 +154,12 @@ def _run_command(folder: str, log: str, words: list[str], limit: int | None) -> 
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def heed_signals() -> None:
+    """In a new process: what nohup or a shell's background had ignored is not ignored here."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def make_params(folder: Path, **sections: dict[str, Any]) -> Path:
@@ -262,7 +269,7 @@ def started(engine: str, workspace: Path) -> Iterator[subprocess.Popen[bytes]]:
             stdout=said,
             stderr=said,
             start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            preexec_fn=heed_signals,
         )
     try:
         yield process

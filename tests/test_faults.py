@@ -136,7 +136,11 @@ def test_a_signal_whose_message_nobody_can_read_saves_all_the_same(untrained: St
     """Ctrl-C ends `tee` in the same pipe as well, and a closed terminal takes the message with it."""
     reading, writing = os.pipe()
     process = subprocess.Popen(
-        [sys.executable, "-m", "maskdm", "pretrain", *OF_ARM], cwd=untrained.folder, stdout=writing, stderr=writing
+        [sys.executable, "-m", "maskdm", "pretrain", *OF_ARM],
+        cwd=untrained.folder,
+        stdout=writing,
+        stderr=writing,
+        preexec_fn=faults.heed_signals,
     )
     os.close(writing)
     when(lambda: any(untrained.path(WORK).glob("state-*.safetensors")))
@@ -152,6 +156,8 @@ def test_signals_that_were_ignored_from_outside_stay_ignored() -> None:
     """What nohup does with a lost terminal."""
     before = {number: signal.getsignal(number) for number in interrupts.SIGNALS}
     try:
+        for number in interrupts.SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         interrupts.install()
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
