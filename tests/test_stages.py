@@ -611,6 +611,14 @@ def test_damaged_weights_are_refused(
     assert scored.hashes(OUTPUTS[stage]) == before
 
 
+@pytest.mark.parametrize("stage", ["sample", "evaluate"])
+def test_missing_weights_of_a_milestone_are_refused(scored: Experiment, stage: str) -> None:
+    file = folder_of(scored, "finetune") / "milestone-0.600.safetensors"
+    file.unlink()
+    where = str(file.relative_to(scored.folder))
+    assert_refused(scored.stage(stage), f"{where} is missing; run first: maskdm finetune --arm {ARM} --seed 0")
+
+
 def npy_of(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=True)

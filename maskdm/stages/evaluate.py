@@ -32,7 +32,7 @@ def run(params: Params, arm: str, seed: int) -> None:
     milestones = read_json(weights / finetune.MILESTONES, "finetune")
     scorer = Scorer(params, compute, images.sha256)
     scale = _read_scale(scorer)
-    hashes = _check_samples(params, arm, seed)
+    hashes = _check_samples(list(milestones), arm, seed)
     files = {key: samples / f"{finetune.milestone_name(float(key))}.npy" for key in milestones}
     drawn = {key: read_array(file, "sample", hashes[key]) for key, file in files.items()}
     made_with = {**read_json(weights / finetune.RUN, "finetune"), "scored_with": params.scored_with}
@@ -67,14 +67,14 @@ def _score(scorer: Scorer, drawn: np.ndarray, title: str, kept: Pieces, name: st
     return scores
 
 
-def _check_samples(params: Params, arm: str, seed: int) -> dict[str, str]:
+def _check_samples(milestones: list[str], arm: str, seed: int) -> dict[str, str]:
     """Samples must be of these weights; the engines see to it, hands may not. Their files' sha256 by milestone."""
     info = read_json(paths.samples(arm, seed) / sample.INFO, "sample")
     drawn = info["weights_sha256"]
     weights = paths.finetune(arm, seed)
-    for fraction in params.budget.milestones:
-        key = f"{fraction:.3f}"
-        if drawn.get(key) != file_sha256(weights / finetune.milestone_file(fraction)):
+    for key in milestones:
+        file = require(weights / finetune.milestone_file(float(key)), "finetune", arm, seed)
+        if drawn.get(key) != file_sha256(file):
             raise UserError(
                 f"{paths.samples(arm, seed)} was not drawn from the weights in {weights} at {key}; "
                 f"run first: maskdm sample --arm {arm} --seed {seed}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from maskdm.publishing import publish_description, publish_folder
 from maskdm.resume import Pieces
 from maskdm.stages import finetune
 from maskdm.stages.inputs import open_data, read_json, require, with_chosen_values
-from maskdm.stages.session import stage_session
+from maskdm.stages.session import Session, stage_session
 from maskdm.tracking import publish_arm
 
 INFO = "samples.json"
@@ -34,7 +35,7 @@ def run(params: Params, arm: str, seed: int) -> None:
     milestones = read_json(weights / finetune.MILESTONES, "finetune")
     num_classes, output = open_data(params).num_classes, paths.samples(arm, seed)
     files = {key: weights / finetune.milestone_file(float(key)) for key in milestones}
-    hashes = {key: file_sha256(file) for key, file in files.items()}
+    hashes = {key: file_sha256(require(file, "finetune", arm, seed)) for key, file in files.items()}
     inputs = {
         "architecture": architecture_of(params, num_classes),
         "sampling": params.sampling,
@@ -44,28 +45,34 @@ def run(params: Params, arm: str, seed: int) -> None:
     }
     with stage_session(params, "sample", arm, seed, inputs=inputs, output=output) as session:
         if session.is_to_do:
+            draw = partial(_draw, params, arm, seed, num_classes, compute, session)
             with publish_folder(output) as folder:
-                drawn = {}
-                for key, file in files.items():
-                    model, title = load_model(params, file, num_classes, compute), f"sample {arm} at {float(key):.0%}"
-                    name = finetune.milestone_name(float(key))
-                    kept = Pieces(session.folder / name)
-                    images = draw_images(
-                        params, model, num_classes, seed, params.sampling.num_samples, compute, title, kept
-                    )
-                    drawn[key] = _write(images, folder, name, params.sampling.grid_images)
-                info = {**params.sampling.model_dump(), "weights_sha256": hashes, "samples_sha256": drawn}
+                samples = {key: draw(float(key), file, folder) for key, file in files.items()}
+                info = {**params.sampling.model_dump(), "weights_sha256": hashes, "samples_sha256": samples}
                 publish_description(folder / INFO, info)
-            session.record.update(
-                compute.describe(training=False), num_images=params.sampling.num_samples * len(milestones)
-            )
+            num_images = params.sampling.num_samples * len(milestones)
+            session.record.update(compute.describe(training=False), num_images=num_images)
             for key in milestones:
                 session.tracked.figure(output / f"{finetune.milestone_name(float(key))}.png")
     publish_arm(params, arm, seed, through="sample")
 
 
-def _write(images: np.ndarray, folder: Path, name: str, grid_images: int) -> str:
+def _draw(
+    params: Params,
+    arm: str,
+    seed: int,
+    num_classes: int,
+    compute: device.Compute,
+    session: Session,
+    fraction: float,
+    weights: Path,
+    folder: Path,
+) -> str:
     """Write a milestone's samples and a grid of some of them; the sha256 of the former."""
+    name, sampling = finetune.milestone_name(fraction), params.sampling
+    model, title = load_model(params, weights, num_classes, compute), f"sample {arm} at {fraction:.0%}"
+    kept = Pieces(session.folder / name)
+    images = draw_images(params, model, num_classes, seed, sampling.num_samples, compute, title, kept)
     np.save(folder / f"{name}.npy", images)
-    save_grid(images[:grid_images], folder / f"{name}.png")
+    save_grid(images[: sampling.grid_images], folder / f"{name}.png")
     return file_sha256(folder / f"{name}.npy")

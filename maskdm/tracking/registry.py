@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskdm import paths
+from maskdm.checksums import file_sha256
 from maskdm.config import Params, parse_params
 from maskdm.tracking.logged_model import save_model
 from maskdm.tracking.run_content import finite, read_json
@@ -58,8 +59,7 @@ class Candidate:
     @property
     def digest(self) -> str:
         """What makes it this arm's model, and draw what it draws."""
-        with self.weights.open("rb") as file:
-            weights = hashlib.file_digest(file, "sha256").hexdigest()
+        weights = file_sha256(self.weights)
         return hashlib.sha256(f"{self.key.arm} {self.key.fingerprint} {weights}".encode()).hexdigest()
 
     @property
