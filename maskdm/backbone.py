@@ -12,12 +12,18 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from maskdm.config import ModelConfig
+
+AttentionChoice = Literal["auto", "plain", "fused"]
+# Up to so many tokens plain attention is the faster one on a CPU (`python -m benchmarks --only attention`).
+MOST_PLAIN_TOKENS = {torch.bfloat16: 512, torch.float32: 100}
 
 
 class UViT(nn.Module):
@@ -28,20 +34,30 @@ class UViT(nn.Module):
         num_patches: N of the grid.
         patch_dim: pixels of a patch, p·p·C.
         num_classes: of a class-conditional model; ignored otherwise.
+        attention: see `uses_plain_attention`.
+        checkpointing: whether activations inside the blocks are computed again in the backward pass, not kept.
     """
 
-    def __init__(self, config: ModelConfig, num_patches: int, patch_dim: int, num_classes: int = 0) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_patches: int,
+        patch_dim: int,
+        num_classes: int = 0,
+        attention: AttentionChoice = "auto",
+        checkpointing: bool = False,
+    ) -> None:
         super().__init__()
         dim = config.dim
-        self.dim = dim
+        self.dim, self.checkpointing = dim, checkpointing
         self.num_extra_tokens = 2 if config.class_conditional else 1
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Linear(patch_dim, dim)))
         self.time_embed = _time_mlp(dim) if config.mlp_time_embed else nn.Identity()
         self.label_emb = nn.Embedding(num_classes, dim) if config.class_conditional else None
         self.pos_embed = nn.Parameter(torch.zeros(1, self.num_extra_tokens + num_patches, dim))
-        self.in_blocks = nn.ModuleList(Block(config) for _ in range(config.depth // 2))
-        self.mid_block = Block(config)
-        self.out_blocks = nn.ModuleList(Block(config, skip=True) for _ in range(config.depth // 2))
+        self.in_blocks = nn.ModuleList(Block(config, attention) for _ in range(config.depth // 2))
+        self.mid_block = Block(config, attention)
+        self.out_blocks = nn.ModuleList(Block(config, attention, skip=True) for _ in range(config.depth // 2))
         self.norm = nn.LayerNorm(dim)
         self.decoder_pred = nn.Linear(dim, patch_dim)
 
@@ -62,11 +78,11 @@ class UViT(nn.Module):
         x = torch.cat([self._extra_tokens(t, labels), x], dim=1)      # (B, E+S, D)
         skips = []
         for block in self.in_blocks:
-            x = block(x)
+            x = self._run(block, x)
             skips.append(x)
-        x = self.mid_block(x)
+        x = self._run(self.mid_block, x)
         for block in self.out_blocks:
-            x = block(x, skips.pop())
+            x = self._run(block, x, skips.pop())
         x = self.norm(x[:, self.num_extra_tokens :])                  # (B, S, D)
         return self.decoder_pred(x)                                   # (B, S, P)
         # fmt: on
@@ -85,6 +101,11 @@ class UViT(nn.Module):
             else:
                 nn.init.trunc_normal_(parameter, std=0.02, generator=generator)
 
+    def _run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return block(*inputs)
+
     def _positions(self, visible_idx: Tensor) -> Tensor:
         """The position embeddings H of the visible patches: (B, S) → (B, S, D)."""
         return F.embedding(visible_idx + self.num_extra_tokens, self.pos_embed[0])
@@ -101,12 +122,12 @@ class UViT(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block; with `skip`, a long skip is concatenated and projected first."""
 
-    def __init__(self, config: ModelConfig, skip: bool = False) -> None:
+    def __init__(self, config: ModelConfig, attention: AttentionChoice = "auto", skip: bool = False) -> None:
         super().__init__()
         dim = config.dim
         self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = Attention(dim, config.num_heads, config.qkv_bias)
+        self.attn = Attention(dim, config.num_heads, config.qkv_bias, attention)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * config.mlp_ratio))
 
@@ -120,11 +141,11 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; the kernel is PyTorch's choice (see `maskdm.device`)."""
+    """Multi-head self-attention."""
 
-    def __init__(self, dim: int, num_heads: int, qkv_bias: bool) -> None:
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool, choice: AttentionChoice) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.choice = num_heads, choice
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
@@ -133,7 +154,8 @@ class Attention(nn.Module):
         b, s, d = x.shape
         qkv = self.qkv(x).view(b, s, 3, self.num_heads, d // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, S, D/heads)
-        x = F.scaled_dot_product_attention(q, k, v)
+        is_plain = uses_plain_attention(self.choice, q.device.type, q.dtype, s)
+        x = plain_attention(q, k, v) if is_plain else F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(b, s, d))
 
 
@@ -148,6 +170,30 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, S, D) → (B, S, D)."""
         return self.fc2(F.gelu(self.fc1(x)))
+
+
+def uses_plain_attention(choice: AttentionChoice, device_type: str, dtype: torch.dtype, num_tokens: int) -> bool:
+    """Whether attention is matrix products and a softmax instead of PyTorch's fused kernel: a rule, never a timing.
+
+    Args:
+        choice: `auto`, or what is wanted.
+        device_type: `cpu` or `cuda`.
+        dtype: of queries, keys and values.
+        num_tokens: S and the extra tokens.
+    """
+    if choice != "auto":
+        return choice == "plain"
+    return device_type == "cpu" and num_tokens <= MOST_PLAIN_TOKENS.get(dtype, 0)
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ / √d) v in the dtype of the inputs: (…, S, d) each → (…, S, d).
+
+    PyTorch's kernel of the same formula on a CPU computes in float32 and guards rows that are masked as a whole, which
+    there are none of here; in bfloat16 that takes more than twice the time of this.
+    """
+    weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    return weights.softmax(-1) @ v
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:

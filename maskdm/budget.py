@@ -1,4 +1,4 @@
-"""How a budget becomes steps: arithmetic, for the schema with closed-form costs and `compute` with counted ones."""
+"""How a budget becomes steps: arithmetic, shared by the schema and `compute`."""
 
 from __future__ import annotations
 

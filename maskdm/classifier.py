@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from maskdm import rng
 from maskdm.data.batches import to_model_range
+from maskdm.eager import EagerAdam
 from maskdm.progress import progress
 
 FEATURE_DIM = 64
@@ -90,7 +91,7 @@ def train_classifier(images: np.ndarray, labels: np.ndarray, num_classes: int, n
     order = torch.randperm(len(images), generator=rng.generator(0, "classifier/split")).numpy()
     num_held_out = max(1, round(HELD_OUT * len(images)))
     held_out, train = order[:num_held_out], order[num_held_out:]
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+    optimizer = EagerAdam(model.parameters(), lr=1e-3, fused=True)
     for epoch in progress(range(num_epochs), num_epochs, "classifier", "epoch"):
         _train_epoch(model, optimizer, images[train], labels[train], epoch)
     _normalise(model, images[train])

@@ -1,14 +1,11 @@
-"""Compute accounting: FLOPs per step, counted on the real network, and how an arm's budget becomes steps."""
+"""Compute accounting: FLOPs per step, and how an arm's budget becomes steps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from maskdm.backbone import UViT
 from maskdm.config import ModelConfig, Params, StageConfig
@@ -61,13 +58,21 @@ def count_image_flops(params: Params, num_visible: int) -> int:
     """FLOPs of training on one image with S visible patches: forward and backward, attention included, no optimizer.
 
     Counted by `torch.utils.flop_counter` on the real network without data (the meta device), with attention as
-    plain matrix products, so that the number does not depend on the kernel or the machine. Every product has the
-    batch as a factor, so that a step costs B times as much.
+    plain matrix products, so that the number does not depend on the kernel or the machine, and nothing computed twice
+    to save memory. Every product has the batch as a factor, so that a step costs B times as much.
     """
     return _count_image_flops(params.model, params.grid.num_patches, params.patch_dim, num_visible)
 
 
-def plan_arm(params: Params, arm: str, image_flops: Callable[[Params, int], int] = count_image_flops) -> ArmPlan:
+def image_flops(params: Params, num_visible: int) -> int:
+    """FLOPs of training on one image with S visible patches, in closed form.
+
+    The same number as `count_image_flops`, which the tests compare; PyTorch's counter takes two seconds to import.
+    """
+    return params.model.training_flops(num_visible, params.patch_dim)
+
+
+def plan_arm(params: Params, arm: str) -> ArmPlan:
     """Split an arm's budget into steps.
 
     Pretraining takes its share, finetuning what pretraining really left, so that all arms spend the same to within
@@ -76,7 +81,6 @@ def plan_arm(params: Params, arm: str, image_flops: Callable[[Params, int], int]
     Args:
         params: the experiment.
         arm: its key.
-        image_flops: (params, S) → FLOPs of training on one image.
 
     Raises:
         ParamsError: there is no such arm, or the budget is too small for it.
@@ -99,6 +103,9 @@ def plan_arm(params: Params, arm: str, image_flops: Callable[[Params, int], int]
 
 @cache
 def _count_image_flops(config: ModelConfig, num_patches: int, patch_dim: int, num_visible: int) -> int:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
     with torch.device("meta"):
         model = UViT(config, num_patches, patch_dim, num_classes=1)
         patches = torch.empty(1, num_visible, patch_dim)
@@ -112,4 +119,12 @@ def _count_image_flops(config: ModelConfig, num_patches: int, patch_dim: int, nu
 
 def build_model(params: Params, num_classes: int) -> UViT:
     """The network that params describe, weights not yet initialised."""
-    return UViT(params.model, params.grid.num_patches, params.patch_dim, num_classes)
+    compute = params.compute
+    return UViT(
+        params.model,
+        params.grid.num_patches,
+        params.patch_dim,
+        num_classes,
+        compute.attention,
+        compute.activation_checkpointing,
+    )

@@ -146,8 +146,8 @@ class ModelConfig(Section):
     def training_flops(self, num_visible: int, patch_dim: int) -> int:
         """FLOPs of forward and backward of one image in closed form, 2 per multiply-add.
 
-        Backward costs twice the forward, but once where the input needs no gradient. The accounting counts on the
-        real network (`compute.count_image_flops`); this one lets a budget be refused before torch is imported.
+        Backward costs twice the forward, but once where the input needs no gradient. The tests hold it equal to what
+        PyTorch counts on the real network (`compute.count_image_flops`).
 
         Args:
             num_visible: S.
@@ -202,6 +202,7 @@ class TrainingConfig(Section):
     grad_clip: Positive | None = None
     flip: Annotated[Number, Field(ge=0, le=1)] = Field(default=0.0, description="probability of a left-right flip")
     log_every: Count = 100
+    devices: Count = Field(default=1, description="processes that share a batch, one per device; changes no result")
 
 
 class StageConfig(Section):
@@ -209,13 +210,15 @@ class StageConfig(Section):
 
     lr: Positive
     batch_size: Count
-    micro_batch_size: Count | None = Field(default=None, description="accumulate gradients over chunks of this size")
+    micro_batch_size: Count | Literal["auto"] | None = Field(
+        default=None, description="accumulate gradients over chunks of this size; auto: the largest that fits in memory"
+    )
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     lr_decay: Literal["constant", "cosine"] = "constant"
 
     @model_validator(mode="after")
     def _micro_batches_fill_the_batch(self) -> Self:
-        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+        if isinstance(self.micro_batch_size, int) and self.batch_size % self.micro_batch_size:
             raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
         return self
 
@@ -262,7 +265,7 @@ class ArmConfig(Section):
 class SamplingConfig(Section):
     """How images are drawn from the EMA weights."""
 
-    sampler: Literal["ddim", "ddpm"] = "ddim"
+    sampler: Literal["ddim", "ddpm", "dpmsolver++", "unipc"] = "ddim"
     num_steps: Count = Field(default=50, description="network evaluations per image")
     eta: NonNegative = Field(default=0.0, description="ddim only: 0 is deterministic, 1 is ddpm's variance")
     num_samples: Count = 1000
@@ -296,6 +299,18 @@ class ComputeConfig(Section):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    attention: Literal["auto", "plain", "fused"] = Field(
+        default="auto", description="plain: matrix products and a softmax; fused: PyTorch's kernel"
+    )
+    compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] = Field(
+        default="auto", description="mode of torch.compile; auto: default on a GPU, off on a CPU"
+    )
+    activation_checkpointing: bool = Field(
+        default=False, description="compute the blocks' activations twice instead of keeping them"
+    )
+    sharding: Literal["auto", "none", "full"] = Field(
+        default="auto", description="of weights and optimizer over training.devices; auto: full where they fill a GPU"
+    )
     threads: Count = Field(default=1, description="CPU threads of a stage; Snakemake reserves as many cores")
 
 
@@ -317,6 +332,15 @@ class TuningConfig(Section):
                 "enabled: tuning needs two trials or more to choose from; add trials, or say enabled: false"
             )
         return self
+
+
+class DataConfig(Section):
+    """How images get to the device; nothing here changes a result."""
+
+    device_resident: Literal["auto"] | bool = Field(
+        default="auto",
+        description="keep the uint8 images on the GPU; auto: if at most a quarter of its memory",
+    )
 
 
 class TrackingConfig(Section):
@@ -348,6 +372,7 @@ class Params(Section):
     evaluation: EvaluationConfig
     compute: ComputeConfig
     tuning: TuningConfig
+    data: DataConfig = DataConfig()
     tracking: TrackingConfig = TrackingConfig()
     saving: SavingConfig = SavingConfig()
     arms: Annotated[dict[str, ArmConfig], Field(min_length=1)]
@@ -424,7 +449,8 @@ class Params(Section):
         pretrain = {} if arm.strategy == "none" else self.pretrain_of(key).model_dump(mode="json")
         mask = arm.model_dump(include={"strategy", "mask_rate", "block_size"})
         budget = (self.budget.model_dump(mode="json"), self.finetune.batch_size)
-        return fingerprint(self.model, self.diffusion, budget, self.training, mask, pretrain, self.finetune_of(key))
+        training = self.training.model_dump(mode="json", exclude={"devices"})
+        return fingerprint(self.model, self.diffusion, budget, training, mask, pretrain, self.finetune_of(key))
 
     @property
     def scored_with(self) -> str:
@@ -479,10 +505,22 @@ class Params(Section):
                 first = error.errors()[0]
                 where = f"arms.{key}.{section}" + ("." if first["loc"] else ": ")
                 raise ValueError(f"{where}{_message(first, model)}") from None
+            self._batch_is_shared_evenly(f"arms.{key}: {section}", merge(key))
         try:
             self.split_of(key, lambda num_visible: self.model.training_flops(num_visible, self.patch_dim))
         except ValueError as error:
             raise ValueError(f"arms.{key}: {error}") from None
+
+    def _batch_is_shared_evenly(self, where: str, stage: StageConfig) -> None:
+        """Every device gets as many images, in whole micro-batches."""
+        devices, micro = self.training.devices, stage.micro_batch_size
+        if stage.batch_size % devices:
+            raise ValueError(f"{where}.batch_size {stage.batch_size} can't be shared by training.devices {devices}")
+        if isinstance(micro, int) and stage.batch_size // devices % micro:
+            raise ValueError(
+                f"{where}.micro_batch_size {micro} does not divide the {stage.batch_size // devices} images of each "
+                f"of training.devices {devices}"
+            )
 
     def _trials_are_possible(self) -> None:
         tuning = self.tuning

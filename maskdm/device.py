@@ -1,19 +1,31 @@
-"""Where and how a stage computes: device, threads, precision, attention kernel, by fixed and logged rules.
+"""Where and how a stage computes: device, threads, precision, compilation, by fixed and logged rules.
 
 Nothing is timed at start: a choice that depends on noise would make results depend on noise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import ctypes
+import fcntl
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
 
+import psutil
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from maskdm.config import ComputeConfig
 from maskdm.errors import UserError
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+# glibc's numbers of what `mallopt` sets, and the values
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+KEEP_FREED_MEMORY = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 2**26}
 
 
 @dataclass(frozen=True)
@@ -24,32 +36,40 @@ class Compute:
         device: where tensors live.
         autocast: whether matrix products run in bfloat16.
         threads: CPU threads.
+        compile_mode: of `torch.compile`; None runs eagerly.
     """
 
     device: torch.device
     autocast: bool
     threads: int
+    compile_mode: str | None = None
 
     def uses_bf16(self, training: bool) -> bool:
         """Whether matrix products run in bfloat16: sampling stays in float32 on a CPU."""
         return self.autocast and (training or self.device.type == "cuda")
 
-    def uses_math_attention(self, training: bool) -> bool:
-        """Whether attention is plain matrix products instead of PyTorch's choice.
-
-        In bfloat16 on a CPU the default kernel is up to 2.6 times slower.
-        """
-        return self.uses_bf16(training) and self.device.type == "cpu"
+    def dtype(self, training: bool = True) -> torch.dtype:
+        """Of matrix products."""
+        return torch.bfloat16 if self.uses_bf16(training) else torch.float32
 
     @contextmanager
     def context(self, training: bool = True) -> Iterator[None]:
-        """Run the block with these choices."""
-        backends = [SDPBackend.MATH] if self.uses_math_attention(training) else _all_backends()
-        with (
-            sdpa_kernel(backends),
-            torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.uses_bf16(training)),
-        ):
+        """Run the block in this precision."""
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.uses_bf16(training)):
             yield
+
+    def compiled(self, function: Function) -> Function:
+        """The function compiled for one set of shapes after another; the function itself where nothing is compiled."""
+        if self.compile_mode is None:
+            return function
+        return torch.compile(function, mode=self.compile_mode, dynamic=False)  # type: ignore[return-value]
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the device has: a GPU's own, or half of the machine's."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.get_device_properties(self.device).total_memory)
+        return int(psutil.virtual_memory().total) // 2
 
     def describe_device(self) -> dict[str, str | int]:
         """For records: device, its name, threads."""
@@ -57,16 +77,20 @@ class Compute:
         return {"device": str(self.device), "device_name": name, "threads": self.threads}
 
     def describe(self, training: bool = True) -> dict[str, str | int]:
-        """For records of what runs in `context`: the device, precision and attention."""
+        """For records of what runs in `context`: the device, precision, and how it is compiled."""
         return {
             **self.describe_device(),
             "precision": "bf16" if self.uses_bf16(training) else "fp32",
-            "attention": "math" if self.uses_math_attention(training) else "default",
+            "compile": self.compile_mode or "off",
         }
 
 
-def resolve(config: ComputeConfig) -> Compute:
+def resolve(config: ComputeConfig, num_devices: int = 1) -> Compute:
     """Turn `auto` into a choice, set the CPU threads, and ask for deterministic kernels.
+
+    Args:
+        config: what is asked for.
+        num_devices: that work on a stage together, this one being the first unless LOCAL_RANK says otherwise.
 
     Raises:
         UserError: CUDA was asked for and is not there.
@@ -74,13 +98,71 @@ def resolve(config: ComputeConfig) -> Compute:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("compute.device is cuda, but PyTorch sees no CUDA device; use auto or cpu")
     use_cuda = config.device != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda" if use_cuda else "cpu")
+    device = torch.device("cuda", _gpu(num_devices)) if use_cuda else torch.device("cpu")
     torch.set_num_threads(config.threads)
-    torch.use_deterministic_algorithms(True, warn_only=use_cuda)
+    _ask_for_determinism(use_cuda, compile_mode := _compile_mode(config, use_cuda))
     if use_cuda:
+        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where float32 remains
+    else:
+        _keep_freed_memory()
     autocast = config.precision == "bf16" or (config.precision == "auto" and _has_bf16(device))
-    return Compute(device, autocast, config.threads)
+    return Compute(device, autocast, config.threads, compile_mode)
+
+
+def _gpu(num_devices: int) -> int:
+    """Which GPU: the launcher's choice, the first of several, or one that no other stage works on."""
+    if num_devices > 1 or "LOCAL_RANK" in os.environ:
+        return int(os.environ.get("LOCAL_RANK", 0))
+    return free_gpu(tuple(str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())))
+
+
+@cache
+def free_gpu(uuids: Sequence[str]) -> int:
+    """The index of the first GPU that no other stage of this user has taken; 0 where all are. It is taken until we end.
+
+    So that `snakemake --resources gpu=8` puts eight arms on eight GPUs.
+
+    Args:
+        uuids: of the GPUs that are visible.
+    """
+    for index, uuid in enumerate(uuids):
+        lock = os.open(Path(tempfile.gettempdir()) / f"maskdm-{os.getuid()}-{uuid}.lock", os.O_CREAT | os.O_RDWR, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
+        except BlockingIOError:
+            os.close(lock)
+        else:
+            return index
+    return 0
+
+
+def _ask_for_determinism(use_cuda: bool, compile_mode: str | None) -> None:
+    """Deterministic kernels; on CUDA, where some operators have none, a warning at most.
+
+    What is usually called for it tells PyTorch's compiler too, and for that imports it: two seconds.
+    """
+    if compile_mode is None:
+        torch.set_deterministic_debug_mode("warn" if use_cuda else "error")
+    else:
+        torch.use_deterministic_algorithms(True, warn_only=use_cuda)
+    # nothing reads uninitialised memory, and filling it takes 3 % of a step
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _compile_mode(config: ComputeConfig, use_cuda: bool) -> str | None:
+    """On a CPU compiling takes 15–65 s a shape and gains 5–45 %: it is not the rule there."""
+    if config.compile == "auto":
+        return "default" if use_cuda else None
+    return None if config.compile == "off" else config.compile
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc to keep what is freed: else every large activation is mapped and zeroed anew by the kernel."""
+    with suppress(OSError, AttributeError):  # another C library
+        library = ctypes.CDLL(None)
+        for parameter, value in KEEP_FREED_MEMORY.items():
+            library.mallopt(parameter, value)
 
 
 @contextmanager
@@ -112,12 +194,3 @@ def _has_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-def _all_backends() -> list[SDPBackend]:
-    return [
-        SDPBackend.FLASH_ATTENTION,
-        SDPBackend.EFFICIENT_ATTENTION,
-        SDPBackend.CUDNN_ATTENTION,
-        SDPBackend.MATH,
-    ]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from maskdm.config import StageConfig, TrainingConfig
+from maskdm.eager import EagerAdamW
 
 
 def make_optimizer(model: nn.Module, training: TrainingConfig, lr: float) -> torch.optim.AdamW:
@@ -23,7 +24,7 @@ def make_optimizer(model: nn.Module, training: TrainingConfig, lr: float) -> tor
         {"params": free, "weight_decay": 0.0},
     ]
     beta_1, beta_2 = training.betas
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(beta_1, beta_2), fused=True)
+    return EagerAdamW([g for g in groups if g["params"]], lr=lr, betas=(beta_1, beta_2), fused=True)
 
 
 def lr_at(step: int, num_steps: int, config: StageConfig) -> float:

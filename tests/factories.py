@@ -70,6 +70,11 @@ class ArrayImages:
     def __len__(self) -> int:
         return len(self.pixels)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        _, height, width, channels = self.pixels.shape
+        return height, width, channels
+
     def gather(self, indices: np.ndarray) -> np.ndarray:
         return self.pixels[indices]
 

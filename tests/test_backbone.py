@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from maskdm import rng
-from maskdm.backbone import Block, UViT, timestep_embedding
+from maskdm.backbone import AttentionChoice, Block, UViT, plain_attention, timestep_embedding, uses_plain_attention
 from maskdm.compute import build_model
 from maskdm.config import ModelConfig
 from maskdm.mask_geometry import Grid
 from maskdm.masking import Masking, all_visible
+from maskdm.memory import saved_bytes
 from tests.factories import CPU, tiny_model, tiny_params
 
 NUM_PATCHES, PATCH_DIM, NUM_CLASSES = 16, 4, 10
@@ -301,3 +302,62 @@ def test_initial_weights_are_of_std_0_02_and_biases_zero() -> None:
         else:
             tolerance = 5 * 0.02 / (2 * parameter.numel()) ** 0.5
             assert float(parameter.detach().std()) == pytest.approx(0.02, abs=tolerance), name
+
+
+# --- attention, and what is kept for backward
+
+
+@pytest.mark.parametrize(
+    ("choice", "device_type", "dtype", "num_tokens", "is_plain"),
+    [
+        ("auto", "cpu", torch.bfloat16, 512, True),
+        ("auto", "cpu", torch.bfloat16, 513, False),
+        ("auto", "cpu", torch.float32, 100, True),
+        ("auto", "cpu", torch.float32, 101, False),
+        ("auto", "cpu", torch.float64, 1, False),
+        ("auto", "cuda", torch.bfloat16, 17, False),
+        ("plain", "cuda", torch.bfloat16, 9999, True),
+        ("fused", "cpu", torch.bfloat16, 17, False),
+    ],
+)
+def test_attention_follows_a_rule_of_device_precision_and_tokens(
+    choice: AttentionChoice, device_type: str, dtype: torch.dtype, num_tokens: int, is_plain: bool
+) -> None:
+    assert uses_plain_attention(choice, device_type, dtype, num_tokens) == is_plain
+
+
+def gradients_of(model: UViT, given: Inputs) -> list[Tensor]:
+    model.zero_grad()
+    model(**given).square().mean().backward()
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("num_visible", [1, 5, 16])
+def test_plain_attention_computes_what_the_fused_one_does(num_visible: int) -> None:
+    given = inputs(num_visible)
+    plain, fused = (with_compute(attention=choice) for choice in ("plain", "fused"))
+    torch.testing.assert_close(predict(plain, given), predict(fused, given), atol=1e-6, rtol=1e-5)
+    for one, other in zip(gradients_of(plain, given), gradients_of(fused, given), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+def test_plain_attention_in_bfloat16_is_within_its_rounding() -> None:
+    q, k, v = torch.randn(3, 2, 4, 65, 16, generator=torch.Generator().manual_seed(0))
+    exact = plain_attention(q.double(), k.double(), v.double())
+    rounded = plain_attention(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.double(), exact, atol=0.02, rtol=0.02)
+
+
+def test_activations_that_are_computed_again_give_the_same_gradients_and_fewer_are_kept() -> None:
+    given = inputs(16)
+    kept, again = (with_compute(activation_checkpointing=choice, depth=5) for choice in (False, True))
+    assert torch.equal(predict(kept, given), predict(again, given))
+    for one, other in zip(gradients_of(kept, given), gradients_of(again, given), strict=True):
+        assert torch.equal(one, other)
+    sizes = [saved_bytes(lambda m=model: m(**given).sum(), model.parameters()) for model in (kept, again)]  # type: ignore[misc]
+    assert sizes[1] < sizes[0] / 2
+
+
+def with_compute(depth: int = 3, **compute: Any) -> UViT:
+    return tiny_model(tiny_params(compute=compute, model={"depth": depth}), 0, NUM_CLASSES)

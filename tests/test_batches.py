@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskdm.data.batches import Batches, to_model_range, to_uint8
+from maskdm.data.batches import Batches, Prefetch, fits_on_device, is_resident, to_model_range, to_uint8
 from tests.factories import CPU, ArrayImages
 
 ALL_VALUES = np.arange(256, dtype=np.uint8)
@@ -83,6 +83,75 @@ def test_labels_come_only_when_they_are_wanted() -> None:
     assert Batches(numbered(4, labelled=True), 2, 0, "pretrain", CPU)(0)[1] is None
     with pytest.raises(ValueError, match="needs a dataset with labels"):
         Batches(numbered(4), 2, 0, "pretrain", CPU, with_labels=True)
+
+
+@given(sizes, st.integers(0, 20))
+@settings(deadline=None)
+def test_images_kept_on_the_device_give_the_same_batches(size: tuple[int, int], step: int) -> None:
+    images = numbered(size[0], labelled=True)
+    streamed = Batches(images, size[1], 0, "pretrain", CPU, with_labels=True)
+    resident = Batches(images, size[1], 0, "pretrain", CPU, with_labels=True, resident=True)
+    for one, other in zip(streamed(step), resident(step), strict=True):
+        assert one is not None
+        assert other is not None
+        assert torch.equal(one, other)
+
+
+def test_a_whole_upload_takes_several_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("maskdm.data.batches.UPLOADED_AT_ONCE", 7)
+    images = numbered(30)
+    batch, _ = Batches(images, 30, 0, "pretrain", CPU, resident=True)(0)
+    assert sorted(to_uint8(batch)[:, 0, 0, 0].tolist()) == list(range(30))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_ranks_share_a_batch_in_order_and_without_overlap(num_ranks: int) -> None:
+    images = numbered(50, labelled=True)
+    whole, labels = Batches(images, 8, 0, "pretrain", CPU, with_labels=True)(7)
+    parts = [
+        Batches(images, 8, 0, "pretrain", CPU, with_labels=True, rank=rank, num_ranks=num_ranks)(7)
+        for rank in range(num_ranks)
+    ]
+    assert torch.equal(torch.cat([part[0] for part in parts]), whole)
+    assert labels is not None
+    assert torch.equal(torch.cat([part[1] for part in parts if part[1] is not None]), labels)
+
+
+def test_a_batch_that_ranks_can_not_share_is_refused() -> None:
+    with pytest.raises(ValueError, match="batch of 9 images can't be shared evenly by 2 ranks"):
+        Batches(numbered(20), 9, 0, "pretrain", CPU, num_ranks=2)
+
+
+def test_the_next_step_is_gathered_ahead_and_a_jump_is_answered_rightly() -> None:
+    asked: list[int] = []
+
+    def gather(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        asked.append(step)
+        return torch.tensor([step]), torch.tensor([0])
+
+    prefetch = Prefetch(gather)
+    assert [int(prefetch(step)[0]) for step in (0, 1, 2, 10, 11, 0)] == [0, 1, 2, 10, 11, 0]
+    prefetch.close()
+    assert asked[:4] == [0, 1, 2, 3], "one step ahead of what was asked for"
+
+
+def test_an_error_of_the_other_thread_reaches_the_caller() -> None:
+    def gather(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        raise OSError(f"no images at {step}")
+
+    with pytest.raises(OSError, match="no images at 3"):
+        Prefetch(gather)(3)
+
+
+def test_images_stay_on_a_gpu_if_they_take_at_most_a_quarter_of_it() -> None:
+    images, gpu = numbered(40), torch.device("cuda")  # 120 bytes
+    assert fits_on_device(images, 480)
+    assert not fits_on_device(images, 476)
+    assert is_resident("auto", images, gpu, 480)
+    assert not is_resident("auto", images, gpu, 476)
+    assert not is_resident("auto", images, CPU, 480), "a CPU has them in memory anyway"
+    assert is_resident(True, images, gpu, 1)
+    assert not is_resident(False, images, gpu, 480)
 
 
 def test_all_256_values_survive_the_round_trip() -> None:

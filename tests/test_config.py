@@ -74,7 +74,7 @@ def test_every_params_file_of_the_project_is_valid(file: Path) -> None:
 def test_only_what_describes_the_experiment_is_required() -> None:
     content = {key: TINY[key] for key in REQUIRED}
     assert parse_params({**content, "sampling": {}, "evaluation": {}, "training": {}, "diffusion": {}}).arms
-    assert set(Params.model_fields) - set(REQUIRED) == {"tracking", "saving"}
+    assert set(Params.model_fields) - set(REQUIRED) == {"tracking", "saving", "data"}
 
 
 @pytest.mark.parametrize(
@@ -238,6 +238,8 @@ def test_wrong_type_or_range_says_where_what_was_expected_and_got(
         ("evaluation/weights", "x.pth", "evaluation", "takes no weights"),
         ("pretrain/micro_batch_size", 5, "pretrain", "micro_batch_size 5 does not divide batch_size 32"),
         ("arms/patch-m50/pretrain", {"micro_batch_size": 5}, "arms.patch-m50", "5 does not divide batch_size 32"),
+        ("training/devices", 3, "arms.scratch: pretrain.batch_size 32", "can't be shared by training.devices 3"),
+        ("compute/attention", "math", "compute.attention", "'auto', 'plain' or 'fused'"),
         ("arms/block.2", {"strategy": "none"}, "arms.block.2", "only a-z, 0-9 and '-'"),
         ("arms/Block2", {"strategy": "none"}, "arms.Block2", "only a-z, 0-9 and '-'"),
         ("arms/block_2", {"strategy": "none"}, "arms.block_2", "only a-z, 0-9 and '-'"),
@@ -248,6 +250,20 @@ def test_impossible_combination_says_where_and_why(path: str, value: Any, where:
     message = error_of(content_with(path, value))
     assert message.startswith(where)
     assert says in message
+
+
+def test_micro_batch_has_to_divide_the_share_of_each_device() -> None:
+    content = content_with("training/devices", 4)
+    content["finetune"]["micro_batch_size"] = 16
+    says = error_of(content)
+    assert "finetune.micro_batch_size 16 does not divide the 8 images of each of training.devices 4" in says
+    content["finetune"]["micro_batch_size"] = "auto"
+    assert parse_params(content).training.devices == 4
+
+
+def test_number_of_devices_makes_no_weights_stale() -> None:
+    one, two = (parse_params(content_with("training/devices", n)) for n in (1, 2))
+    assert one.trained_with("scratch") == two.trained_with("scratch")
 
 
 @pytest.mark.parametrize("key", ["-m50", "--help", "m50\n"])
@@ -446,6 +462,7 @@ CHANGES: dict[str, Any] = {
     "tuning/trials/more": {"finetune.lr": 1e-3},
     "tracking/enabled": False,
     "saving/every_seconds": 61,
+    "data/device_resident": True,
     "arms/patch-m50/mask_rate": 0.75,
     "arms/patch-m50/pretrain": {"lr": 1e-3},
     "arms/more": {"strategy": "none"},

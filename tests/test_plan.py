@@ -14,6 +14,7 @@ from torch import nn
 from maskdm import device
 from maskdm.compute import StagePlan, count_image_flops, plan_arm
 from maskdm.config import ComputeConfig, Params
+from maskdm.memory import PROCESS_BYTES, MemoryCounter, peak_alive_bytes, saved_bytes
 from maskdm.plan import bench, calibration
 from maskdm.plan.calibration import Calibration, calibrate, measured_shapes
 from maskdm.plan.estimates import estimate, work_of
@@ -26,8 +27,7 @@ from maskdm.plan.findings import (
     warnings_of,
 )
 from maskdm.plan.gpus import GPUS
-from maskdm.plan.memory import PROCESS_BYTES, MemoryCounter, peak_alive_bytes, saved_bytes
-from maskdm.plan.steps import forward_flops, plan_of
+from maskdm.plan.steps import forward_flops
 from maskdm.plan.store import Measurement, MeasurementStore
 from maskdm.plan.table import Outlook, format_table
 from maskdm.plan.units import duration, flops, size
@@ -88,10 +88,11 @@ def test_amounts_have_a_prefix_and_three_digits(text: str, expected: str) -> Non
 
 @pytest.mark.parametrize("match", ["flops", "images", "steps"])
 @pytest.mark.parametrize("model", [{}, {"class_conditional": True, "mlp_time_embed": True, "depth": 5}], ids=str)
-def test_the_plan_is_what_the_stages_will_do(match: str, model: dict[str, Any]) -> None:
+def test_a_plans_steps_cost_what_is_counted_on_the_network(match: str, model: dict[str, Any]) -> None:
     params = tiny_params(budget={"match": match, "unmasked_steps": 123}, model=model, pretrain={"batch_size": 24})
     for arm in params.arms:
-        assert plan_of(params, arm) == plan_arm(params, arm)
+        for stage in (plan_arm(params, arm).pretrain, plan_arm(params, arm).finetune):
+            assert stage.flops_per_step == stage.batch_size * count_image_flops(params, stage.num_visible)
 
 
 @pytest.mark.parametrize("model", [{}, {"mlp_time_embed": True, "class_conditional": True}], ids=str)
@@ -224,7 +225,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
 
 def measure(params: Params, compute: device.Compute = FP32, **store: Any) -> Calibration:
-    return calibrate(params, compute, work_of(params), MeasurementStore(**store))
+    return calibrate(params, compute, work_of(params, compute), MeasurementStore(**store))
 
 
 def test_every_shape_is_measured_once(asked: list[str]) -> None:
@@ -333,7 +334,7 @@ def test_what_costs_the_same_at_any_batch_size_is_not_scaled(asked: list[str], m
 
 def test_masks_of_nearly_equal_size_share_a_measurement_where_steps_are_dear() -> None:
     params = tiny_params(dataset={"image_size": 32})  # 16×16 patches
-    work = work_of(params)
+    work = work_of(params, FP32)
     shapes = {(256, s) for s in (256, 230, 225, 26, 25)}
     work = type(work)(frozenset(shapes), work.batches, work.sampling_batch, work.num_patches, work.flops_of)
     dear = measured_shapes(work, 2 * work.flops_of(256))
@@ -379,16 +380,16 @@ def made_up(**changes: Any) -> Calibration:
 
 def test_time_that_follows_flops_gives_no_warning() -> None:
     params = tiny_params()
-    assert warnings_of(params, made_up()) == []
-    seconds, of_flops = time_ratio(params, "block2-m75", plan_arm(params, "block2-m75"), made_up())
+    assert warnings_of(params, FP32, made_up()) == []
+    seconds, of_flops = time_ratio(params, FP32, "block2-m75", plan_arm(params, "block2-m75"), made_up())
     assert seconds == pytest.approx(of_flops)
-    assert warnings_of(params, None) == []
+    assert warnings_of(params, FP32, None) == []
 
 
 def test_fixed_costs_that_eat_the_gain_are_named_with_the_arm() -> None:
     params, steps = tiny_params(), dict(made_up().steps)
     steps[8, 4] *= 2
-    [warning] = warnings_of(params, made_up(steps=steps))
+    [warning] = warnings_of(params, FP32, made_up(steps=steps))
     assert warning.startswith("block2-m75: pretraining at S = 4, batch 8 costs 2.0× its FLOPs here")
     assert "a larger pretrain.batch_size amortises them" in warning
 
@@ -397,22 +398,22 @@ def test_arms_with_the_same_finding_share_a_line() -> None:
     arm = {"strategy": "patch", "mask_rate": 0.75}
     params, steps = tiny_params(arms={"a": arm, "b": arm, "scratch": {"strategy": "none"}}), dict(made_up().steps)
     steps[8, 4] *= 2
-    [warning] = warnings_of(params, made_up(steps=steps))
+    [warning] = warnings_of(params, FP32, made_up(steps=steps))
     assert warning.startswith("a, b: pretraining at S = 4")
 
 
 def test_a_step_that_waits_for_its_data_is_named() -> None:
     params = tiny_params(arms={"scratch": {"strategy": "none"}})
     step = made_up().steps[8, 16]
-    assert warnings_of(params, made_up(gathers={8: 0.4 * step})) == []
-    [warning] = warnings_of(params, made_up(gathers={8: step}))
+    assert warnings_of(params, FP32, made_up(gathers={8: 0.4 * step})) == []
+    [warning] = warnings_of(params, FP32, made_up(gathers={8: step}))
     assert warning.startswith("scratch: 50% of a finetune step at S = 16, batch 8 is waiting for its images")
 
 
 def test_measurements_that_scatter_claim_nothing() -> None:
     steps = dict(made_up().steps)
     steps[8, 4] *= 9
-    [warning] = warnings_of(tiny_params(), made_up(steps=steps, uncertainty=0.9))
+    [warning] = warnings_of(tiny_params(), FP32, made_up(steps=steps, uncertainty=0.9))
     assert "scatter by ±90%" in warning
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from maskdm import rng
+
+RESIDENT_SHARE = 4  # the dataset may take so much of a GPU's memory: one part in
+UPLOADED_AT_ONCE = 8192  # images
 
 
 class Images(Protocol):
@@ -18,6 +23,10 @@ class Images(Protocol):
 
     def __len__(self) -> int: ...
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of every image."""
+
     def gather(self, indices: np.ndarray) -> np.ndarray:
         """The images of these indices, uint8 (B, H, W, C)."""
 
@@ -25,16 +34,23 @@ class Images(Protocol):
 class Batches:
     """Shuffled epochs, one after another, cut into batches.
 
+    On a CPU a batch is gathered when it is asked for. For a GPU either all images are kept in its memory as uint8, and
+    nothing but indices goes there in a step; or the next batch is gathered into pinned memory by another thread, and
+    copied asynchronously, while the GPU works on this one. The batches are the same.
+
     Args:
         images: the dataset.
-        batch_size: B.
+        batch_size: B, of all ranks together.
         seed: of the experiment.
         stream: names the use, so that pretraining and finetuning see different orders.
         device: where the batches go.
         with_labels: whether labels are wanted.
+        resident: whether the images are kept on the device.
+        rank: of this process among those that share a batch.
+        num_ranks: how many they are; each gets B / num_ranks images, in the order of their ranks.
 
     Raises:
-        ValueError: labels are wanted and the dataset has none.
+        ValueError: labels are wanted and the dataset has none, or the batch can't be shared evenly.
     """
 
     def __init__(
@@ -45,28 +61,52 @@ class Batches:
         stream: str,
         device: torch.device,
         with_labels: bool = False,
+        resident: bool = False,
+        rank: int = 0,
+        num_ranks: int = 1,
     ) -> None:
         if with_labels and images.labels is None:
             raise ValueError("a class-conditional model needs a dataset with labels")
+        if batch_size % num_ranks:
+            raise ValueError(f"a batch of {batch_size} images can't be shared evenly by {num_ranks} ranks")
         self.images, self.batch_size, self.device = images, batch_size, device
-        self._seed, self._stream, self._with_labels = seed, stream, with_labels
+        self._seed, self._stream = seed, stream
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+        share = batch_size // num_ranks
+        self._own = slice(rank * share, (rank + 1) * share)
+        labels = images.labels if with_labels else None
+        self._labels = None if labels is None else torch.from_numpy(np.asarray(labels, dtype=np.int64)).to(device)
+        self._resident = _upload(images, device) if resident else None
+        self._prefetch = Prefetch(self._gather) if device.type == "cuda" and not resident else None
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor | None]:
-        """The batch of a step (from 0): images in [−1, 1] (B, C, H, W), and labels (B,) or None."""
-        indices = self.indices(step)
-        x_0 = to_model_range(torch.from_numpy(self.images.gather(indices)).to(self.device, non_blocking=True))
-        if not self._with_labels or self.images.labels is None:
+        """This rank's part of the batch of a step (from 0): images in [−1, 1] (B, C, H, W), and labels (B,) or None."""
+        pixels, indices = self._prefetch(step) if self._prefetch is not None else self._gather(step)
+        x_0 = to_model_range(pixels.to(self.device, non_blocking=True))
+        if self._labels is None:
             return x_0, None
-        return x_0, torch.from_numpy(self.images.labels[indices]).to(self.device)
+        return x_0, self._labels[indices.to(self.device, non_blocking=True)]
 
     def indices(self, step: int) -> np.ndarray:
-        """Which images make up the batch of a step: (B,) int64; an epoch's end may lie inside."""
+        """Which images make up the batch of a step, of all ranks: (B,) int64; an epoch's end may lie inside."""
         first, count = step * self.batch_size, len(self.images)
-        position = np.arange(first, first + self.batch_size)
-        epochs = position // count
-        parts = [self._epoch_order(int(e))[position[epochs == e] % count] for e in np.unique(epochs)]
+        start, epoch = first % count, first // count
+        parts = [self._epoch_order(epoch)[start : start + self.batch_size]]
+        while (missing := self.batch_size - sum(map(len, parts))) > 0:
+            epoch += 1
+            parts.append(self._epoch_order(epoch)[:missing])
         return np.concatenate(parts)
+
+    def _gather(self, step: int) -> tuple[Tensor, Tensor]:
+        """The pixels (B, H, W, C) uint8 of a step's images, and their indices; pinned if they are to be copied."""
+        own = self.indices(step)[self._own]
+        indices = torch.from_numpy(own)
+        if self.device.type == "cuda":
+            indices = indices.pin_memory()
+        if self._resident is not None:
+            return self._resident[indices.to(self.device, non_blocking=True)], indices
+        pixels = torch.from_numpy(self.images.gather(own))
+        return (pixels.pin_memory() if self.device.type == "cuda" else pixels), indices
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if epoch != self._epoch:
@@ -74,6 +114,43 @@ class Batches:
             self._order = torch.randperm(len(self.images), generator=generator).numpy()
             self._epoch = epoch
         return self._order
+
+
+class Prefetch:
+    """Gathers the batch of the next step in another thread while this one is worked on.
+
+    Args:
+        gather: step → pixels and indices.
+    """
+
+    def __init__(self, gather: Callable[[int], tuple[Tensor, Tensor]]) -> None:
+        self._gather = gather
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._ahead: tuple[int, Future[tuple[Tensor, Tensor]]] | None = None
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        """What `gather` gives for a step; steps may come in any order."""
+        if self._ahead is None or self._ahead[0] != step:
+            self._ahead = step, self._thread.submit(self._gather, step)
+        batch = self._ahead[1].result()
+        self._ahead = step + 1, self._thread.submit(self._gather, step + 1)
+        return batch
+
+    def close(self) -> None:
+        """Wait for the thread."""
+        self._thread.shutdown()
+
+
+def fits_on_device(images: Images, memory_bytes: int) -> bool:
+    """Whether the images take at most a quarter of a device's memory."""
+    return len(images) * int(np.prod(images.shape)) <= memory_bytes // RESIDENT_SHARE
+
+
+def is_resident(choice: Literal["auto"] | bool, images: Images, device: torch.device, memory_bytes: int) -> bool:
+    """Whether the images are to be kept on the device: by `auto`, on a GPU where they fit."""
+    if choice == "auto":
+        return device.type == "cuda" and fits_on_device(images, memory_bytes)
+    return choice
 
 
 def to_model_range(images: Tensor) -> Tensor:
@@ -84,3 +161,12 @@ def to_model_range(images: Tensor) -> Tensor:
 def to_uint8(images: Tensor) -> Tensor:
     """Float in [−1, 1], (B, C, H, W) → uint8 (B, H, W, C), rounded: the inverse of `to_model_range`."""
     return images.add(1.0).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+
+
+def _upload(images: Images, device: torch.device) -> Tensor:
+    """All images on the device, uint8 (N, H, W, C)."""
+    resident = torch.empty(len(images), *images.shape, dtype=torch.uint8, device=device)
+    for start in range(0, len(images), UPLOADED_AT_ONCE):
+        indices = np.arange(start, min(start + UPLOADED_AT_ONCE, len(images)))
+        resident[start : indices[-1] + 1] = torch.from_numpy(images.gather(indices)).to(device)
+    return resident

@@ -20,11 +20,11 @@ from maskdm.device import Compute
 from maskdm.diffusion import Diffusion, draw_step, masked_dsm_loss
 from maskdm.errors import UserError
 from maskdm.masking import Masking
+from maskdm.memory import NUM_CLASSES
 from maskdm.optimization import Ema, clip_gradients, make_optimizer
 from maskdm.plan.store import Measurement
 from maskdm.sampling import on_images
 
-NUM_CLASSES = 10  # of a class-conditional network before the data are known: the number costs no time
 SYNTHETIC_IMAGES = 8192  # in memory, where no dataset is prepared
 MAX_REPETITIONS = 50
 
@@ -138,6 +138,11 @@ class _Zeros:
 
     def __len__(self) -> int:
         return len(self._pixels)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        _, height, width, channels = self._pixels.shape
+        return height, width, channels
 
     def gather(self, indices: np.ndarray) -> np.ndarray:
         return self._pixels[indices]

@@ -247,7 +247,7 @@ class _Measure:
         }[name]
         image = (p.dataset.image_size, p.dataset.channels)
         precision = self._compute.describe(training=name != "evaluation")
-        return fingerprint(machine(), precision, p.model, image, name, arguments, own)
+        return fingerprint(machine(), precision, p.compute.attention, p.model, image, name, arguments, own)
 
 
 @cache

@@ -45,7 +45,7 @@ def run(params: Params, options: PlanOptions) -> str:
     store = MeasurementStore(forget=options.recalibrate)
     compute, missing = _resolve(params.compute)
     wanted = options.calibrate and not missing
-    calibration = calibrate(params, compute, work_of(params), store) if wanted else None
+    calibration = calibrate(params, compute, work_of(params, compute), store) if wanted else None
     estimates = estimate(params, compute, calibration, store)
     precision = "fp32" if params.compute.precision == "fp32" else "bf16"
     gpus = tuple(GPUS[name] for name in dict.fromkeys(options.gpus or GPUS))
@@ -80,7 +80,7 @@ def warnings(params: Params, compute: Compute, estimates: Estimates, outlook: Ou
     """What stands against the plan."""
     total = estimates.seeds
     found = [
-        *warnings_of(params, outlook.calibration),
+        *warnings_of(params, compute, outlook.calibration),
         *launch_warnings(params, outlook.gpus, outlook.precision, outlook.utilisation),
         threads_warning(params.compute.threads, num_cores()),
         memory_warning(total.memory, total_memory(compute)),
@@ -147,15 +147,14 @@ def _words_on_gpus(outlook: Outlook) -> str:
 
 
 def _words_on_memory(compute: Compute) -> str:
-    precision, attention = compute.describe()["precision"], compute.describe()["attention"]
     where = "of the process, PyTorch included" if compute.device.type == "cpu" else "on the device"
     kernel = (
-        "plain attention, which keeps its weights; a GPU's fused attention keeps less" if attention == "math" else ""
+        " with this CPU's attention, which keeps its weights where tokens are few; a GPU's keeps less"
+        if compute.device.type == "cpu"
+        else ""
     )
     return (
-        f"Memory: the peak {where}, counted on the network in {precision}"
-        + (f" with {kernel}" if kernel else "")
-        + ": "
+        f"Memory: the peak {where}, counted on the network in {compute.describe()['precision']}{kernel}: "
         "weights, gradients, moments, average, what backward needs of a (micro-)batch."
     )
 

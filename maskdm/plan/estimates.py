@@ -6,20 +6,17 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from math import ceil
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
-from maskdm.compute import StagePlan, build_model
+from maskdm.compute import StagePlan, build_model, image_flops, plan_arm
 from maskdm.config import Params, StageConfig, fingerprint
 from maskdm.device import Compute
-from maskdm.plan.bench import NUM_CLASSES
+from maskdm.memory import NUM_CLASSES, MemoryCounter, micro_batch_size
 from maskdm.plan.calibration import Calibration, Work, machine
-from maskdm.plan.steps import forward_flops, image_flops, plan_of
+from maskdm.plan.steps import forward_flops
 from maskdm.plan.store import Measurement, MeasurementStore
-
-if TYPE_CHECKING:
-    from maskdm.plan.memory import MemoryCounter
 
 FLOAT32 = 4
 SETS_KEPT = 2  # of weights in a checkpoint: raw and averaged
@@ -36,6 +33,7 @@ class StageEstimate:
         num_patches: N.
         num_steps: optimizer updates; evaluations of the network on a batch while sampling.
         batch_size: images of each.
+        micro_batch_size: of these, that enter the network at once.
         flops_per_step: of such a step.
         memory: bytes at the peak, of the device.
         disk: bytes of the stage's output.
@@ -47,6 +45,7 @@ class StageEstimate:
     num_patches: int
     num_steps: int
     batch_size: int
+    micro_batch_size: int
     flops_per_step: float
     memory: float
     disk: float
@@ -98,14 +97,14 @@ class Estimates:
     resumable: float
 
 
-def work_of(params: Params) -> Work:
+def work_of(params: Params, compute: Compute) -> Work:
     """What has to be timed: the shapes of all planned stages; trials are scaled from them."""
     steps, batches = set[tuple[int, int]](), set[int]()
     for arm in params.arms:
-        plan, configs = plan_of(params, arm), (params.pretrain_of(arm), params.finetune_of(arm))
+        plan, configs = plan_arm(params, arm), (params.pretrain_of(arm), params.finetune_of(arm))
         for stage, config in zip((plan.pretrain, plan.finetune), configs, strict=True):
             if stage.num_steps:
-                steps.add((config.micro_batch_size or stage.batch_size, stage.num_visible))
+                steps.add((micro_batch_size(params, compute, config, stage.num_visible), stage.num_visible))
                 batches.add(stage.batch_size)
     num_patches, sampled = params.grid.num_patches, min(params.sampling.batch_size, params.sampling.num_samples)
     return Work(frozenset(steps), frozenset(batches), sampled, num_patches, partial(image_flops, params))
@@ -165,8 +164,6 @@ class _Estimator:
 
     @cached_property
     def _counter(self) -> MemoryCounter:
-        from maskdm.plan.memory import MemoryCounter  # fake tensors take a second to import
-
         return MemoryCounter(self._params, self._compute)
 
     @property
@@ -176,7 +173,7 @@ class _Estimator:
 
     def stages(self, params: Params, arm: str) -> list[StageEstimate]:
         """The stages of an arm that do something."""
-        plan, num_milestones = plan_of(params, arm), len(params.budget.milestones)
+        plan, num_milestones = plan_arm(params, arm), len(params.budget.milestones)
         if not plan.pretrain.num_steps:  # the stage `pretrain` publishes the initialisation, and that is all
             finetune = self._trained("finetune", plan.finetune, params.finetune_of(arm), 1 + num_milestones)
             return [finetune, self._sampled(num_milestones)]
@@ -202,7 +199,8 @@ class _Estimator:
     def _trained(
         self, name: Literal["pretrain", "finetune"], plan: StagePlan, config: StageConfig, num_checkpoints: int
     ) -> StageEstimate:
-        micro, calibration = config.micro_batch_size, self._calibration
+        calibration = self._calibration
+        micro = micro_batch_size(self._params, self._compute, config, plan.num_visible)
         held = self.weights if name == "finetune" else 0  # what it starts from
         return StageEstimate(
             stage=name,
@@ -210,8 +208,9 @@ class _Estimator:
             num_patches=self._params.grid.num_patches,
             num_steps=plan.num_steps,
             batch_size=plan.batch_size,
+            micro_batch_size=micro,
             flops_per_step=plan.flops_per_step,
-            memory=held + self._memory("training", plan.batch_size, micro or plan.batch_size, plan.num_visible),
+            memory=held + self._memory("training", plan.batch_size, micro, plan.num_visible),
             disk=num_checkpoints * SETS_KEPT * self.weights,
             seconds=plan.num_steps * calibration.step_seconds(plan, micro) if calibration else None,
         )
@@ -229,6 +228,7 @@ class _Estimator:
             num_patches=num_patches,
             num_steps=num_evaluations,
             batch_size=batch,
+            micro_batch_size=batch,
             flops_per_step=used * batch * forward_flops(params),
             memory=self._memory("sampling", batch, config.num_samples),
             disk=num_milestones * config.num_samples * image,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from maskdm.compute import ArmPlan, StagePlan
+from maskdm.compute import ArmPlan, StagePlan, plan_arm
 from maskdm.config import Params
+from maskdm.device import Compute
+from maskdm.memory import micro_batch_size
 from maskdm.plan.calibration import Calibration
 from maskdm.plan.gpus import Gpu
-from maskdm.plan.steps import plan_of
 from maskdm.plan.units import size
 
 # A masked step per image should cost, of an unmasked one, what its FLOPs do; where it costs this many times as much,
@@ -22,7 +23,7 @@ DATA_BOUND = 0.3
 LAUNCH_BOUND_SECONDS = 5e-3
 
 
-def warnings_of(params: Params, calibration: Calibration | None) -> list[str]:
+def warnings_of(params: Params, compute: Compute, calibration: Calibration | None) -> list[str]:
     """What the measurements say against the plan, one sentence each; equal findings of several arms are one."""
     if calibration is None:
         return []
@@ -34,10 +35,10 @@ def warnings_of(params: Params, calibration: Calibration | None) -> list[str]:
     fixed: dict[str, list[str]] = {}
     slow_data: dict[str, list[str]] = {}
     for arm in params.arms:
-        plan = plan_of(params, arm)
-        for message in _fixed_costs(params, arm, plan, calibration):
+        plan = plan_arm(params, arm)
+        for message in _fixed_costs(params, compute, arm, plan, calibration):
             fixed.setdefault(message, []).append(arm)
-        for message in _data_bound(params, arm, plan, calibration):
+        for message in _data_bound(params, compute, arm, plan, calibration):
             slow_data.setdefault(message, []).append(arm)
     return [f"{_arms(params, arms)}: {message}" for found in (fixed, slow_data) for message, arms in found.items()]
 
@@ -78,7 +79,7 @@ def launch_warnings(params: Params, gpus: Iterable[Gpu], precision: str, utilisa
         precision: of training.
         utilisation: that they were given with.
     """
-    steps = {arm: _smallest_step(plan_of(params, arm)) for arm in params.arms}
+    steps = {arm: _smallest_step(plan_arm(params, arm)) for arm in params.arms}
     names: dict[tuple[str, ...], list[str]] = {}
     for gpu in gpus:
         bound = tuple(a for a, f in steps.items() if gpu.seconds(f, precision, utilisation) < LAUNCH_BOUND_SECONDS)
@@ -92,18 +93,22 @@ def launch_warnings(params: Params, gpus: Iterable[Gpu], precision: str, utilisa
     ]
 
 
-def time_ratio(params: Params, arm: str, plan: ArmPlan, calibration: Calibration) -> tuple[float, float]:
+def time_ratio(
+    params: Params, compute: Compute, arm: str, plan: ArmPlan, calibration: Calibration
+) -> tuple[float, float]:
     """A masked training step of an arm against its unmasked one, per image: in measured time, and in FLOPs."""
-    pretrain, finetune = params.pretrain_of(arm), params.finetune_of(arm)
-    masked = calibration.compute_seconds(plan.pretrain, pretrain.micro_batch_size) / plan.pretrain.batch_size
-    unmasked = calibration.compute_seconds(plan.finetune, finetune.micro_batch_size) / plan.finetune.batch_size
+    masked, unmasked = (
+        calibration.compute_seconds(stage, micro_batch_size(params, compute, config, stage.num_visible))
+        / stage.batch_size
+        for stage, config in ((plan.pretrain, params.pretrain_of(arm)), (plan.finetune, params.finetune_of(arm)))
+    )
     return masked / unmasked, _image_flops(plan.pretrain) / _image_flops(plan.finetune)
 
 
-def _fixed_costs(params: Params, arm: str, plan: ArmPlan, calibration: Calibration) -> Iterable[str]:
+def _fixed_costs(params: Params, compute: Compute, arm: str, plan: ArmPlan, calibration: Calibration) -> Iterable[str]:
     if not plan.pretrain.num_steps:
         return
-    seconds, flops = time_ratio(params, arm, plan, calibration)
+    seconds, flops = time_ratio(params, compute, arm, plan, calibration)
     if seconds > FIXED_COSTS_DOMINATE * flops:
         yield (
             f"pretraining at S = {plan.pretrain.num_visible}, batch {plan.pretrain.batch_size} costs "
@@ -112,7 +117,7 @@ def _fixed_costs(params: Params, arm: str, plan: ArmPlan, calibration: Calibrati
         )
 
 
-def _data_bound(params: Params, arm: str, plan: ArmPlan, calibration: Calibration) -> Iterable[str]:
+def _data_bound(params: Params, compute: Compute, arm: str, plan: ArmPlan, calibration: Calibration) -> Iterable[str]:
     stages = (
         ("pretrain", plan.pretrain, params.pretrain_of(arm)),
         ("finetune", plan.finetune, params.finetune_of(arm)),
@@ -121,7 +126,8 @@ def _data_bound(params: Params, arm: str, plan: ArmPlan, calibration: Calibratio
         if not stage.num_steps:
             continue
         gather = calibration.gather_seconds(stage.batch_size)
-        share = gather / calibration.step_seconds(stage, config.micro_batch_size)
+        micro = micro_batch_size(params, compute, config, stage.num_visible)
+        share = gather / calibration.step_seconds(stage, micro)
         if share > DATA_BOUND:
             yield (
                 f"{share:.0%} of a {name} step at S = {stage.num_visible}, batch {stage.batch_size} is waiting for its "

@@ -1,19 +1,9 @@
-"""FLOPs in closed form: what the stages count on the real network, without the seconds of counting."""
+"""FLOPs of drawing images."""
 
 from __future__ import annotations
 
-from functools import partial
-
-from maskdm.compute import plan_arm
+from maskdm.compute import image_flops
 from maskdm.config import Params
-
-
-def image_flops(params: Params, num_visible: int) -> int:
-    """FLOPs of forward and backward of one image with S visible patches."""
-    return params.model.training_flops(num_visible, params.patch_dim)
-
-
-plan_of = partial(plan_arm, image_flops=image_flops)
 
 
 def forward_flops(params: Params) -> float:

@@ -89,9 +89,15 @@ def _stage_row(stage: StageEstimate, outlook: Outlook) -> list[str]:
         str(stage.num_visible),
         f"{stage.realised_mask_rate:.3g}",
         f"{float(f'{stage.flops_per_step / 1e9:.3g}'):,g}",
-        f"{stage.num_steps:,} × {stage.batch_size}",
+        f"{stage.num_steps:,} × {_batch(stage)}",
         *_sums(Total(stage.flops, stage.memory, stage.disk, stage.seconds), outlook),
     ]
+
+
+def _batch(stage: StageEstimate) -> str:
+    """Its images; those of a micro-batch in brackets, where it is taken in several."""
+    is_whole = stage.micro_batch_size == stage.batch_size
+    return f"{stage.batch_size}" if is_whole else f"{stage.batch_size} (by {stage.micro_batch_size})"
 
 
 def _sums(total: Total, outlook: Outlook) -> list[str]:

@@ -1,4 +1,4 @@
-"""Peak memory, counted on the real network without computing it.
+"""Peak memory, counted on the real network without computing it, and the micro-batches that fit into a device's.
 
 The network runs on fake tensors: they have shapes, types and lifetimes and no content, so that a batch of any size
 costs neither time nor memory, and the storages are those that a real step would keep. Against the peak
@@ -8,29 +8,70 @@ resident size of stages on a CPU (dim 256 and 512, batches of 8 to 50) the count
 from __future__ import annotations
 
 import weakref
+from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from maskdm.backbone import UViT
 from maskdm.compute import build_model
-from maskdm.config import Params
+from maskdm.config import Params, StageConfig, fingerprint
 from maskdm.device import Compute
 from maskdm.diffusion import Diffusion, Draws, masked_dsm_loss
-from maskdm.plan.bench import NUM_CLASSES
 from maskdm.sampling import on_images
+
+NUM_CLASSES = 10  # of a class-conditional network before the data are known: the number costs no time
+FILLED = 0.85  # of a device's memory; the rest is for what backward makes and gives back, and for fragments
+_known: dict[str, int] = {}  # micro-batch sizes of this process: counting takes half a second
 
 # Python, PyTorch's libraries and what their kernels keep: the resident size of a stage with a tiny network, measured
 # on Linux with the CPU build of torch 2.13 as 0.40 GiB. On a GPU it is the host's memory, which is not counted here.
 PROCESS_BYTES = {"cpu": 0.40 * 2**30}
 # float32 arrays as large as the images of a sampling batch: x_t, the prediction, x_0, the direction, a product.
 SAMPLER_ARRAYS = 5
+
+
+def micro_batch_size(
+    params: Params, compute: Compute, config: StageConfig, num_visible: int, num_ranks: int = 1
+) -> int:
+    """How many images of a batch enter the network at once on a rank: as given, or for `auto` the most that fit.
+
+    A function of the experiment and the device's size alone, not of what is free at the moment, for it decides in which
+    order gradients are added up.
+
+    Args:
+        params: the experiment.
+        compute: the device.
+        config: of the stage.
+        num_visible: S.
+        num_ranks: that share the batch.
+    """
+    share = config.batch_size // num_ranks
+    if config.micro_batch_size != "auto":
+        return min(config.micro_batch_size or share, share)
+    sizes = (params.dataset.image_size, params.dataset.channels, share, num_visible, compute.memory_bytes)
+    key = fingerprint(params.model, params.compute, sizes)
+    if key not in _known:
+        _known[key] = _largest_that_fits(MemoryCounter(params, compute), compute, share, num_visible)
+    return _known[key]
+
+
+def fills_device(params: Params, compute: Compute) -> bool:
+    """Whether weights, gradients, moments and averages alone take more than half of the device."""
+    return MemoryCounter(params, compute).states > compute.memory_bytes // 2
+
+
+def _largest_that_fits(counter: MemoryCounter, compute: Compute, share: int, num_visible: int) -> int:
+    """The largest divisor of a rank's share of the batch; 1 where even that does not fit."""
+    sizes = [size for size in range(1, share + 1) if share % size == 0]
+    there = FILLED * compute.memory_bytes
+    fitting = bisect_right(sizes, there, key=lambda size: counter.training(share, size, num_visible))
+    return sizes[max(0, fitting - 1)]
 
 
 class MemoryCounter:
@@ -42,6 +83,8 @@ class MemoryCounter:
     """
 
     def __init__(self, params: Params, compute: Compute) -> None:
+        from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second to import
+
         self._params, self._compute = params, compute
         self._fake = FakeTensorMode()
         self._model = self._fake_model(params.model.depth)
@@ -50,13 +93,16 @@ class MemoryCounter:
     def training(self, batch_size: int, micro_batch_size: int, num_visible: int) -> int:
         """Bytes at the peak of a training stage.
 
-        Weights, gradients, two moments and the average in float32; the activations saved for backward by a
-        micro-batch; a batch of images and its noise.
+        The activations saved for backward by a micro-batch; a batch of images and its noise.
         """
         image = self._image_bytes + 4 * num_visible * self._params.patch_dim
-        states = 5 * 4 * self.num_parameters
         activations = self.saved_for_backward(micro_batch_size, num_visible)
-        return states + activations + batch_size * image + self._process_bytes
+        return self.states + activations + batch_size * image + self._process_bytes
+
+    @property
+    def states(self) -> int:
+        """Bytes of weights, gradients, two moments and the average, in float32."""
+        return 5 * 4 * self.num_parameters
 
     def sampling(self, batch_size: int, num_samples: int) -> int:
         """Bytes at the peak of the sampling stage: a checkpoint and the network, activations, the images drawn."""
@@ -68,9 +114,13 @@ class MemoryCounter:
     def saved_for_backward(self, batch_size: int, num_visible: int) -> int:
         """Bytes of activations that one forward pass of the loss keeps for backward.
 
-        All pairs of an in and an out block but the innermost keep the same: one of them is counted for all.
+        All pairs of an in and an out block but the innermost keep the same: one of them is counted for all. Where
+        activations are computed again, what enters each block is kept, and the inside of a pair at a time.
         """
         depth = self._params.model.depth
+        if self._params.compute.activation_checkpointing:
+            kept = depth * batch_size * (num_visible + 2) * 4 * self._params.model.dim
+            return kept + self._saved_at_depth(3, batch_size, num_visible)
         if depth <= 5:
             return self._saved_at_depth(depth, batch_size, num_visible)
         shallow, deeper = (self._saved_at_depth(d, batch_size, num_visible) for d in (3, 5))
@@ -96,8 +146,9 @@ class MemoryCounter:
 
     def _fake_model(self, depth: int) -> UViT:
         config = self._params.model.model_copy(update={"depth": depth})
+        compute = self._params.compute.model_copy(update={"activation_checkpointing": False})
         with self._fake, self._compute.device:
-            return build_model(self._params.model_copy(update={"model": config}), NUM_CLASSES)
+            return build_model(self._params.model_copy(update={"model": config, "compute": compute}), NUM_CLASSES)
 
     def _saved_at_depth(self, depth: int, batch_size: int, num_visible: int) -> int:
         model = self._fake_model(depth)
