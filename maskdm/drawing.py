@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +16,8 @@ from maskdm.compute import build_model
 from maskdm.config import Params
 from maskdm.data.batches import to_uint8
 from maskdm.device import Compute
-from maskdm.diffusion import Diffusion
+from maskdm.diffusion import Denoiser, Diffusion
+from maskdm.parallel import ALONE, Ranks
 from maskdm.progress import Progress
 from maskdm.resume import Pieces
 from maskdm.sampling import batches_of, on_images, sample
@@ -49,6 +50,7 @@ def draw_images(
     compute: Compute,
     title: str,
     kept: Pieces | None = None,
+    ranks: Ranks = ALONE,
 ) -> np.ndarray:
     """Draw images as params.sampling says, in batches of its size.
 
@@ -60,34 +62,85 @@ def draw_images(
         num_images: how many.
         compute: device and precision.
         title: for the progress display.
-        kept: has the batches that a killed process has finished, and gets every new one.
+        kept: has the batches that a killed process has finished, and gets every new one; the first rank's.
+        ranks: that draw a batch each at a time; how many they are changes no byte.
 
     Returns:
-        uint8 (num_images, H, W, C).
+        uint8 (num_images, H, W, C); nothing on other ranks than the first.
 
     Raises:
         UserError: memory does not suffice, or a batch can't be kept.
     """
-    config, parts = params.sampling, list[torch.Tensor]()
-    bar = Progress(num_images * config.num_steps, title, "evaluations")
+    config, network = params.sampling, compute.compiled(model)
+    ids_of_batches = list(batches_of(num_images, config.batch_size))
+    parts = {ids: images for ids in ids_of_batches if (images := _load(kept, ids)) is not None}
+    count, close = _progress(num_images * config.num_steps, title, ranks)
+    count(config.num_steps * sum(map(len, parts)))
+
+    def draw(ids: range, num_drawn: int) -> torch.Tensor:
+        filled = _filled_up(ids, min(config.batch_size, num_images)) if compute.compile_mode else ids
+        on_step = partial(count, num_drawn)
+        return _draw_batch(params, network, num_classes, seed, filled, compute, on_step)[: len(ids)]
+
+    missing = ranks.shared([ids for ids in ids_of_batches if ids not in parts])
     advice = f"{title}: batches of {config.batch_size} images did not fit; lower sampling.batch_size"
     with device.explain_out_of_memory(advice):
-        for ids in batches_of(num_images, config.batch_size):
-            name = f"{ids.start:08d}-{ids.stop:08d}"
-            if kept is not None and (piece := kept.load(name)) is not None:
-                parts.append(piece[0]["images"])
-                bar.update(len(ids) * config.num_steps)
-                continue
-            parts.append(_draw_batch(params, model, num_classes, seed, ids, compute, partial(bar.update, len(ids))))
+        for ids, images in _drawn(missing, draw, _image_shape(params), ranks):
+            parts[ids] = images
             if kept is not None:
-                kept.save(name, {"images": parts[-1]}, {})
-    bar.close()
-    return torch.cat(parts).numpy()
+                kept.save(_name(ids), {"images": images}, {})
+    close()
+    nothing = torch.empty(0, *_image_shape(params), dtype=torch.uint8)
+    return torch.cat([nothing, *(parts[ids] for ids in ids_of_batches if ids in parts)]).numpy()
+
+
+def _drawn(
+    missing: list[range], draw: Callable[[range, int], torch.Tensor], image_shape: tuple[int, int, int], ranks: Ranks
+) -> Iterator[tuple[range, torch.Tensor]]:
+    """Batch after batch, on the first rank; every rank draws one of as many as there are ranks.
+
+    Args:
+        missing: ids of the batches.
+        draw: (ids, number of images that all ranks draw meanwhile) → uint8 images.
+        image_shape: (H, W, C).
+        ranks: that draw.
+    """
+    for start in range(0, len(missing), ranks.num_ranks):
+        together = missing[start : start + ranks.num_ranks]
+        own = draw(together[ranks.rank], sum(map(len, together))) if ranks.rank < len(together) else None
+        yield from zip(together, ranks.collected(own, [(len(ids), *image_shape) for ids in together]), strict=False)
+
+
+def _progress(total: int, title: str, ranks: Ranks) -> tuple[Callable[[int], None], Callable[[], None]]:
+    """Counts evaluations and closes the display, which the first rank alone has."""
+    if not ranks.is_first:
+        return lambda _: None, lambda: None
+    bar = Progress(total, title, "evaluations")
+    return bar.update, bar.close
+
+
+def _load(kept: Pieces | None, ids: range) -> torch.Tensor | None:
+    """The images of a batch that was finished before."""
+    piece = None if kept is None else kept.load(_name(ids))
+    return None if piece is None else piece[0]["images"]
+
+
+def _name(ids: range) -> str:
+    return f"{ids.start:08d}-{ids.stop:08d}"
+
+
+def _image_shape(params: Params) -> tuple[int, int, int]:
+    return params.dataset.image_size, params.dataset.image_size, params.dataset.channels
+
+
+def _filled_up(ids: range, batch_size: int) -> range:
+    """The ids of a last, smaller batch and of images after it: another shape would be compiled anew."""
+    return range(ids.start, ids.start + batch_size)
 
 
 def _draw_batch(
     params: Params,
-    model: UViT,
+    network: Denoiser,
     num_classes: int,
     seed: int,
     ids: range,
@@ -98,7 +151,7 @@ def _draw_batch(
     labels = _labels(params, ids, num_classes, compute.device)
     with compute.context(training=False):
         drawn = sample(
-            on_images(model, params.model.patch_size, params.grid, labels),
+            on_images(network, params.model.patch_size, params.grid, labels),
             Diffusion(process.num_timesteps, process.schedule, process.prediction, compute.device),
             params.sampling,
             (params.dataset.channels, side, side),

@@ -1,4 +1,4 @@
-"""Samplers against the best denoiser of Gaussian data, which is known in closed form."""
+"""Samplers against the best denoiser of Gaussian data, which is known in closed form, and against diffusers'."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ from torch import Tensor
 
 from maskdm.config import SamplingConfig
 from maskdm.data.batches import to_uint8
+from maskdm.device import Compute
 from maskdm.diffusion import Diffusion, Prediction
+from maskdm.drawing import draw_images
 from maskdm.mask_geometry import Grid
 from maskdm.sampling import ImageDenoiser, ImageNoise, batches_of, on_images, sample, sample_timesteps
-from tests.factories import CPU, tiny_model, tiny_params
+from tests.factories import CPU, FP32, tiny_model, tiny_params
 
 MEAN, STD = 0.2, 0.12  # of the data; 1 is more than six standard deviations away
 SHAPE = (1, 64, 64)
+SAMPLERS = ["ddim", "ddpm", "dpmsolver++", "unipc"]
+MULTISTEP = ["dpmsolver++", "unipc"]
 
 
 def config(**changes: Any) -> SamplingConfig:
@@ -112,7 +116,7 @@ def test_the_best_denoiser_of_gaussian_data_gives_that_gaussian(sampling: Sampli
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_what_the_network_predicts_makes_no_difference(sampler: str, prediction: Prediction) -> None:
     sampling = config(sampler=sampler, num_steps=50)
     x_0, other = (gaussian_samples(diffusion_of(p), sampling, range(2)) for p in ("x_0", prediction))
@@ -142,9 +146,35 @@ def test_ddims_error_is_of_first_order_in_the_step() -> None:
     assert errors[-1] < 0.03 * STD
 
 
-def test_ddim_without_noise_is_a_function_of_the_first_draw_alone() -> None:
+def even_in_log_snr(num_timesteps: int) -> Diffusion:
+    """A process whose λ falls from 5 to −4 evenly in t: with it steps even in t are even in λ."""
+    diffusion = diffusion_of(num_timesteps=num_timesteps)
+    diffusion.alphas_cumprod = torch.sigmoid(2 * torch.linspace(5, -4, num_timesteps, dtype=torch.float64))
+    return diffusion
+
+
+@pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("dpmsolver++", 2), ("unipc", 3)])
+def test_a_samplers_error_is_of_its_order_in_the_step(sampler: str, order: int) -> None:
+    """In float64; DPM-Solver++ (2M) is of second order, and UniC raises the order of its predictor, UniP-2, by one."""
+    diffusion, counts = even_in_log_snr(257), np.array([33, 65, 129, 257])
+
+    def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+        return best_x_0(diffusion, x_t, t)
+
+    def drawn(num_steps: int) -> Tensor:
+        sampling = config(sampler=sampler, num_steps=num_steps, clip_x_0=False)
+        return sample(denoise, diffusion, sampling, SHAPE, 0, range(2), CPU)
+
+    exact = exact_ddim(diffusion, first_noise(range(2)))
+    errors = [float((drawn(int(n)) - exact).square().mean().sqrt()) for n in counts]
+    slopes = -np.diff(np.log(errors)) / np.diff(np.log(counts - 1))
+    assert slopes == pytest.approx([order] * 3, abs=0.1)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", *MULTISTEP])
+def test_without_noise_an_image_is_a_function_of_the_first_draw_alone(sampler: str) -> None:
     diffusion = diffusion_of()
-    x = gaussian_samples(diffusion, config(num_steps=100), range(2)).flatten()
+    x = gaussian_samples(diffusion, config(sampler=sampler, num_steps=100), range(2)).flatten()
     order = first_noise(range(2)).flatten().argsort()
     assert (x[order].diff() > -1e-5).all()
 
@@ -163,6 +193,45 @@ def test_ddim_with_eta_1_and_every_step_is_ddpm(schedule: str) -> None:
     torch.testing.assert_close(trajectories["ddim"], trajectories["ddpm"], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("num_steps", [2, 3, 20])
+@pytest.mark.parametrize("sampler", MULTISTEP)
+def test_trajectories_are_those_of_diffusers(sampler: str, num_steps: int, schedule: str, clip: bool) -> None:
+    diffusion, seen = diffusion_of(schedule=schedule), list[Tensor]()
+
+    def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+        """Bends x_t, and in most places beyond 1 where clipping is tried."""
+        return (4.0 if clip else 0.7) * torch.cos(t / 900)[:, None, None, None] * torch.tanh(1.3 * x_t).double()
+
+    sampling = config(sampler=sampler, num_steps=num_steps, clip_x_0=clip)
+    last = sample(recording(denoise, seen), diffusion, sampling, (1, 8, 8), 0, range(2), CPU)
+    theirs = diffusers_scheduler(sampler, diffusion, num_steps)
+    x_t = ImageNoise(0, range(2), (1, 8, 8), CPU).next().double()
+    for t, ours in zip(sample_timesteps(1000, num_steps), seen, strict=True):
+        torch.testing.assert_close(ours.double(), x_t, rtol=0, atol=3e-6)
+        x_0 = denoise(x_t, torch.full((2,), t))
+        x_t = theirs.step(x_0.clamp(-1, 1) if clip else x_0, t, x_t).prev_sample
+    torch.testing.assert_close(last, x_t.clamp(-1, 1), rtol=0, atol=3e-6)
+
+
+def diffusers_scheduler(sampler: str, diffusion: Diffusion, num_steps: int) -> Any:
+    """The scheduler of the same name on the same timesteps, its noise levels unrounded."""
+    import diffusers
+
+    scheduler_of = {
+        "dpmsolver++": diffusers.DPMSolverMultistepScheduler,
+        "unipc": diffusers.UniPCMultistepScheduler,
+    }[sampler]
+    scheduler = scheduler_of(num_train_timesteps=diffusion.num_timesteps, solver_order=2, prediction_type="sample")
+    scheduler.num_inference_steps = num_steps
+    timesteps = torch.tensor(sample_timesteps(diffusion.num_timesteps, num_steps))
+    alphas_cumprod = diffusion.alphas_cumprod[timesteps]
+    scheduler.timesteps = timesteps
+    scheduler.sigmas = torch.cat([((1 - alphas_cumprod) / alphas_cumprod).sqrt(), torch.zeros(1)])
+    return scheduler
+
+
 def recording(denoise: ImageDenoiser, seen: list[Tensor]) -> ImageDenoiser:
     def predict(x_t: Tensor, t: Tensor) -> Tensor:
         seen.append(x_t.clone())
@@ -171,7 +240,7 @@ def recording(denoise: ImageDenoiser, seen: list[Tensor]) -> ImageDenoiser:
     return predict
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_one_step_gives_the_best_x_0_of_pure_noise(sampler: str) -> None:
     diffusion = diffusion_of()
     expected = best_x_0(diffusion, first_noise(range(2)), torch.full((2,), 999)).float()
@@ -184,8 +253,8 @@ def test_one_step_gives_the_best_x_0_of_pure_noise(sampler: str) -> None:
 
 @pytest.mark.parametrize(
     "sampling",
-    [config(num_steps=20), config(num_steps=20, eta=0.5), config(sampler="ddpm", num_steps=20)],
-    ids=["ddim", "ddim-eta", "ddpm"],
+    [config(num_steps=20, eta=0.5), *(config(sampler=sampler, num_steps=20) for sampler in SAMPLERS)],
+    ids=["ddim-eta", *SAMPLERS],
 )
 @pytest.mark.parametrize("batch_size", [1, 3, 7])
 def test_images_do_not_depend_on_the_batch_they_are_drawn_in(sampling: SamplingConfig, batch_size: int) -> None:
@@ -196,7 +265,7 @@ def test_images_do_not_depend_on_the_batch_they_are_drawn_in(sampling: SamplingC
     assert len(together.flatten(1).unique(dim=0)) == 10
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "unipc"])
 def test_a_networks_pixels_do_not_depend_on_the_batch(sampler: str) -> None:
     params = tiny_params(model={"dim": 32, "depth": 5})
     diffusion = diffusion_of(schedule="cosine")
@@ -257,15 +326,17 @@ def test_an_impossible_number_of_steps_is_refused(num_steps: int) -> None:
         sample_timesteps(10, num_steps)
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("num_steps", [1, 2, 10])
-def test_the_network_is_evaluated_once_a_step_at_the_timesteps(num_steps: int) -> None:
+def test_the_network_is_evaluated_once_a_step_at_the_timesteps(num_steps: int, sampler: str) -> None:
     diffusion, asked, done = diffusion_of(num_timesteps=10), [], []
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
         asked.append(t.tolist())
         return torch.zeros_like(x_t)
 
-    sample(denoise, diffusion, config(num_steps=num_steps), (1, 2, 2), 0, range(3), CPU, lambda: done.append(1))
+    sampling = config(sampler=sampler, num_steps=num_steps)
+    sample(denoise, diffusion, sampling, (1, 2, 2), 0, range(3), CPU, lambda: done.append(1))
     assert asked == [[t] * 3 for t in sample_timesteps(10, num_steps)]
     assert len(done) == num_steps
 
@@ -273,7 +344,7 @@ def test_the_network_is_evaluated_once_a_step_at_the_timesteps(num_steps: int) -
 # --- clipping
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize(("clip", "x_0"), [(True, 1.0), (False, 3.0)])
 def test_a_clipped_x_0_has_its_noise_derived_anew(sampler: str, clip: bool, x_0: float) -> None:
     """The denoiser says x_0 = 3: one step later x must be built from the clipped 1 and the noise that goes with it."""
@@ -287,7 +358,7 @@ def test_a_clipped_x_0_has_its_noise_derived_anew(sampler: str, clip: bool, x_0:
     last = sample(recording(denoise, seen), diffusion, sampling, (1, 4, 4), 0, range(2), CPU)
     noise = ImageNoise(0, range(2), (1, 4, 4), CPU)
     x, step_noise = noise.next().double(), noise.next().double()
-    if sampler == "ddim":
+    if sampler != "ddpm":  # a multistep sampler's first step is DDIM's
         expected = signal[8] * x_0 + sigma[8] * (x - signal[9] * x_0) / sigma[9]
     else:
         beta = 1 - signal[9] ** 2 / signal[8] ** 2
@@ -315,3 +386,31 @@ def test_a_network_on_images_gets_every_patch_in_order_and_gives_images_back() -
     patch_of_pixel = torch.arange(6).reshape(2, 3).repeat_interleave(2, 0).repeat_interleave(2, 1)
     for image, base in zip(got, (510, 720), strict=True):
         assert torch.equal(image, (base + patch_of_pixel).expand(3, -1, -1).float())
+
+
+# --- batches of a compiled network
+
+
+class Watched(Compute):
+    """Compiles a network as far as to tell how it is called."""
+
+    def compiled(self, function: Any) -> Any:
+        def call(*inputs: Tensor) -> Tensor:
+            shapes.append(tuple(inputs[0].shape))
+            return function(*inputs)
+
+        shapes: list[tuple[int, ...]] = self.__dict__.setdefault("shapes", [])
+        return call
+
+
+@pytest.mark.parametrize("class_conditional", [False, True])
+def test_a_compiled_network_sees_batches_of_one_shape_and_draws_the_same_images(class_conditional: bool) -> None:
+    params = tiny_params(
+        model={"class_conditional": class_conditional}, sampling={"num_steps": 3, "batch_size": 4, "num_samples": 1000}
+    )
+    model = tiny_model(params).eval()
+    watched = Watched(CPU, autocast=False, threads=1, compile_mode="default")
+    eager, compiled = (draw_images(params, model, 10, 0, 10, compute, "test") for compute in (FP32, watched))
+    assert watched.shapes == [(4, 16, 4)] * 9  # type: ignore[attr-defined]
+    assert compiled.shape == eager.shape == (10, 8, 8, 1)
+    assert np.abs(compiled.astype(int) - eager).max() <= 1

@@ -13,11 +13,12 @@ from maskdm.checksums import file_sha256
 from maskdm.config import Params
 from maskdm.data.grids import save_grid
 from maskdm.drawing import draw_images, load_model
+from maskdm.parallel import Ranks
 from maskdm.publishing import publish_description, publish_folder
 from maskdm.resume import Pieces
 from maskdm.stages import finetune
 from maskdm.stages.inputs import open_data, read_json, require, with_chosen_values
-from maskdm.stages.session import Session, stage_session
+from maskdm.stages.joint import joint_session
 from maskdm.tracking import publish_arm
 
 INFO = "samples.json"
@@ -43,15 +44,26 @@ def run(params: Params, arm: str, seed: int) -> None:
         "seed": seed,
         "weights_sha256": hashes,
     }
-    with stage_session(params, "sample", arm, seed, inputs=inputs, output=output) as session:
-        if session.is_to_do:
-            draw = partial(_draw, params, arm, seed, num_classes, compute, session)
+    is_shared = params.sampling.num_samples > params.sampling.batch_size
+    with joint_session(params, "sample", arm, seed, inputs=inputs, output=output, is_shared=is_shared) as (
+        session,
+        ranks,
+    ):
+        draw = partial(_draw, params, arm, seed, num_classes, compute, ranks)
+        if not ranks.is_first:
+            for key, file in files.items():
+                draw(float(key), file)
+        elif session.is_to_do:
             with publish_folder(output) as folder:
-                samples = {key: draw(float(key), file, folder) for key, file in files.items()}
+                samples = {}
+                for key, file in files.items():
+                    name = finetune.milestone_name(float(key))
+                    images = draw(float(key), file, Pieces(session.folder / name))
+                    samples[key] = _write(params, images, folder, name)
                 info = {**params.sampling.model_dump(), "weights_sha256": hashes, "samples_sha256": samples}
                 publish_description(folder / INFO, info)
             num_images = params.sampling.num_samples * len(milestones)
-            session.record.update(compute.describe(training=False), num_images=num_images)
+            session.record.update(compute.describe(training=False), num_images=num_images, devices=ranks.num_ranks)
             for key in milestones:
                 session.tracked.figure(output / f"{finetune.milestone_name(float(key))}.png")
     publish_arm(params, arm, seed, through="sample")
@@ -63,16 +75,18 @@ def _draw(
     seed: int,
     num_classes: int,
     compute: device.Compute,
-    session: Session,
+    ranks: Ranks,
     fraction: float,
     weights: Path,
-    folder: Path,
-) -> str:
-    """Write a milestone's samples and a grid of some of them; the sha256 of the former."""
-    name, sampling = finetune.milestone_name(fraction), params.sampling
+    kept: Pieces | None = None,
+) -> np.ndarray:
+    """A milestone's samples, on the first rank."""
     model, title = load_model(params, weights, num_classes, compute), f"sample {arm} at {fraction:.0%}"
-    kept = Pieces(session.folder / name)
-    images = draw_images(params, model, num_classes, seed, sampling.num_samples, compute, title, kept)
+    return draw_images(params, model, num_classes, seed, params.sampling.num_samples, compute, title, kept, ranks)
+
+
+def _write(params: Params, images: np.ndarray, folder: Path, name: str) -> str:
+    """Write samples and a grid of some of them; the sha256 of the former."""
     np.save(folder / f"{name}.npy", images)
-    save_grid(images[: sampling.grid_images], folder / f"{name}.png")
+    save_grid(images[: params.sampling.grid_images], folder / f"{name}.png")
     return file_sha256(folder / f"{name}.npy")
