@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -20,9 +21,11 @@ from maskdm.diffusion import Diffusion, Draws, draw_step, masked_dsm_loss
 from maskdm.errors import UserError
 from maskdm.masking import Masking
 from maskdm.optimization import Ema, clip_gradients, lr_at
+from maskdm.parallel import ALONE, Ranks, Sets, averaging, is_sharded, local, stored_like
 from maskdm.records import peak_memory_gib
 
-Sets = dict[str, dict[str, Tensor]]
+Loss = Callable[..., Tensor]  # as `masked_dsm_loss`
+USING_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile
 PLAIN_VALUES = ("num_losses", "step", "curve", "timings", "device_seconds", "data_wait_seconds")
 REMEDY = "lower the learning rate, clip gradients (training.grad_clip), or use compute.precision: fp32"
 
@@ -46,7 +49,7 @@ class TrainState:
 
     Attributes:
         model: the network.
-        ema: its averaged weights.
+        ema: its averaged weights; None on ranks that keep none.
         optimizer: AdamW over the network's parameters.
         loss_sum: of the losses since the last row of the curve, a scalar on the device; None before the first step.
         num_losses: how many they are.
@@ -55,10 +58,11 @@ class TrainState:
         timings: for each of its rows, what the machine took for it: see `Clock`.
         device_seconds: in training steps so far.
         data_wait_seconds: those of them that were spent waiting for data.
+        compile_seconds: before the first step of this process, for compiling; not among the others.
     """
 
     model: nn.Module
-    ema: Ema
+    ema: Ema | None
     optimizer: torch.optim.Optimizer
     loss_sum: Tensor | None = None
     num_losses: int = 0
@@ -67,6 +71,7 @@ class TrainState:
     timings: list[dict[str, float]] = field(default_factory=list)
     device_seconds: float = 0.0
     data_wait_seconds: float = 0.0
+    compile_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ class TrainRun:
 
     Attributes:
         name: for messages, e.g. "pretrain patch-m50 seed 0".
-        stage: lr, batch size, warm-up.
+        stage: lr, batch size, warm-up; its micro_batch_size is a number, or None for all images of a rank at once.
         training: what both stages share.
         num_steps: how long.
         milestones: steps after which a row is logged and the state taken, whatever log_every says.
@@ -115,60 +120,69 @@ class Watcher(Protocol):
         """Get a state that is known to be good; may raise to stop the training."""
 
 
-def train(state: TrainState, run: TrainRun, batches: Batches, compute: Compute, watcher: Watcher) -> None:
+def train(
+    state: TrainState, run: TrainRun, batches: Batches, compute: Compute, watcher: Watcher, ranks: Ranks = ALONE
+) -> None:
     """Train from `state.step` to `run.num_steps`; calling it again with a restored state goes on exactly.
 
     Every step's randomness is a function of (seed, stream, step) alone. Losses stay on the device until they are
     logged. A non-finite loss makes no update: the fused optimizer is told on the device (`found_inf`), so that
     finding out costs no synchronisation. The host waits for the device where a row is due or the state is taken.
 
+    Several ranks do the same together: each draws what the whole batch needs and takes its rows, so that what they
+    compute is what one would; gradients and losses are averaged over them.
+
     Args:
         state: changed in place.
         run: what to do.
-        batches: step → images and labels.
+        batches: step → this rank's images and labels.
         compute: device, precision, attention kernel.
-        watcher: gets the rows, and the states that it wants and those of milestones.
+        watcher: gets the rows, and the states that it wants and those of milestones; of several ranks the first one's
+            decides what is wanted.
+        ranks: that share every batch.
 
     Raises:
-        NonFiniteLossError: naming step, run and learning rate.
+        NonFiniteLossError: naming step, run and learning rate; on all ranks.
     """
-    device = compute.device
-    monitor = LossMonitor(state, run, device)
-    generator = torch.Generator(device)
-    parameters = list(state.model.parameters())
-    clock = Clock(state, device)
+    monitor = LossMonitor(state, run, compute.device)
+    gradients = Gradients(state.model, run, compute, ranks)
+    if state.step < run.num_steps:
+        state.compile_seconds = gradients.warm_up(state.step, batches)
+    clock = Clock(state, compute.device)
     for step in range(state.step, run.num_steps):
-        generator.manual_seed(rng.derive_seed(run.seed, run.stream, step))
+        is_wanted = ranks.ask(partial(is_to_be_taken, step + 1, run, watcher))
         with clock.waiting_for_data():
             x_0, labels = batches(step)
-        draws = draw_step(
-            len(x_0), run.patch_dim, run.masking, run.diffusion.num_timesteps, run.training.flip, generator
-        )
-        set_lr(state.optimizer, lr := lr_at(step, run.num_steps, run.stage))
-        # entered anew each step: autocast keeps its bfloat16 copies of the weights until it is left
-        with compute.context():
-            loss = accumulate_gradients(state.model, run, x_0, draws, labels)
-        clip_gradients(parameters, run.training.grad_clip)
-        monitor.observe(step, loss, state.optimizer)
+        set_lr(state.optimizer, lr_at(step, run.num_steps, run.stage))
+        loss = gradients(step, x_0, labels)
+        clip_gradients(state.model.parameters(), run.training.grad_clip)
+        monitor.observe(step, ranks.mean(loss), state.optimizer)
         state.optimizer.step()
-        state.optimizer.zero_grad()
-        state.ema.update(step)
+        gradients.forget()
+        if state.ema is not None:
+            state.ema.update(step)
         state.step = step + 1
-        has_row = state.step % run.training.log_every == 0 or state.step in (run.num_steps, *run.milestones)
-        is_taken = state.step in run.milestones or watcher.wants(state.step)
-        if has_row or is_taken:
+        if (is_taken := is_wanted()) or has_row(state.step, run):
             monitor.check()
-            check_weights_are_finite(state, run, lr)
+            check_weights_are_finite(state, run, ranks)
             clock.stop()
-            if has_row:
-                state.curve.append(
-                    {"step": state.step, "loss": monitor.mean(), "lr": lr, **run.spent_after(state.step)}
-                )
+            if has_row(state.step, run):
+                state.curve.append(monitor.row())
                 state.timings.append(clock.read())
                 watcher.log(state.curve[-1] | state.timings[-1])
             if is_taken:
                 watcher.take(state)
             clock.go_on()
+
+
+def is_to_be_taken(step: int, run: TrainRun, watcher: Watcher) -> bool:
+    """Whether the state after so many steps is."""
+    return step in run.milestones or watcher.wants(step)
+
+
+def has_row(step: int, run: TrainRun) -> bool:
+    """Whether a row of the curve is due after so many steps."""
+    return step % run.training.log_every == 0 or step in (run.num_steps, *run.milestones)
 
 
 class Clock:
@@ -212,21 +226,110 @@ class Clock:
         }
 
 
-def accumulate_gradients(model: nn.Module, run: TrainRun, x_0: Tensor, draws: Draws, labels: Tensor | None) -> Tensor:
+class Gradients:
+    """The gradients of a step, as they are computed here: compiled or not, averaged over the ranks.
+
+    Alone, the loss of a micro-batch is compiled as a whole. With others, the network is, by itself or block by block,
+    for what averages the gradients is wrapped around it.
+
+    Args:
+        model: the network.
+        run: what to do.
+        compute: device, precision, compilation.
+        ranks: that share a batch.
+    """
+
+    def __init__(self, model: nn.Module, run: TrainRun, compute: Compute, ranks: Ranks) -> None:
+        self._run, self._compute, self._ranks = run, compute, ranks
+        self._parameters = list(model.parameters())
+        self._generator = torch.Generator(compute.device)
+        self._uses_cuda_graphs = compute.compile_mode in USING_CUDA_GRAPHS
+        self._loss: Loss = masked_dsm_loss
+        if ranks.num_ranks == 1:
+            self._loss = compute.compiled(masked_dsm_loss)
+        elif compute.compile_mode is not None and not is_sharded(model):
+            model.compile(mode=compute.compile_mode, dynamic=False)
+        self._network = ranks.replicated(model)
+
+    def __call__(self, step: int, x_0: Tensor, labels: Tensor | None) -> Tensor:
+        """Add the gradients of a step to the weights'.
+
+        Args:
+            step: gives the draws.
+            x_0: this rank's images in [−1, 1], (B / ranks, C, H, W).
+            labels: their classes, or None.
+
+        Returns:
+            their mean loss, a detached scalar on the device.
+        """
+        run, batch_size = self._run, self._run.stage.batch_size
+        self._generator.manual_seed(rng.derive_seed(run.seed, run.stream, step))
+        draws = draw_step(
+            batch_size, run.patch_dim, run.masking, run.diffusion.num_timesteps, run.training.flip, self._generator
+        )
+        own = draws.chunk(self._ranks.part(batch_size))
+        # entered anew each step: autocast keeps its bfloat16 copies of the weights until it is left
+        with self._compute.context():
+            return accumulate_gradients(self._network, run, x_0, own, labels, self._marked_loss)
+
+    def forget(self) -> None:
+        """Drop the gradients; those that CUDA graphs would write into their own memory stay in place as zeros."""
+        for parameter in self._parameters:
+            if not self._uses_cuda_graphs:
+                parameter.grad = None
+            elif parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            else:
+                parameter.grad.zero_()
+
+    def warm_up(self, step: int, batches: Batches) -> float:
+        """Do all that is done but once: compile, and settle in which portions ranks send each other gradients.
+
+        Args:
+            step: the next one; it is still to be made.
+            batches: step → this rank's images and labels.
+
+        Returns:
+            seconds; 0 where nothing is compiled.
+        """
+        if self._compute.compile_mode is None and self._ranks.num_ranks == 1:
+            return 0.0
+        started = time.perf_counter()
+        self.forget()
+        float(self(step, *batches(step)))
+        self.forget()
+        return 0.0 if self._compute.compile_mode is None else time.perf_counter() - started
+
+    def _marked_loss(self, *inputs: Any) -> Tensor:
+        if self._uses_cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        return self._loss(*inputs)
+
+
+def accumulate_gradients(
+    model: nn.Module,
+    run: TrainRun,
+    x_0: Tensor,
+    draws: Draws,
+    labels: Tensor | None,
+    loss_of: Loss = masked_dsm_loss,
+) -> Tensor:
     """Add up the gradients of a batch, in micro-batches if the stage says so; the result is the same.
 
     Returns:
         the batch's mean loss, a detached scalar on the device.
     """
-    batch_size = len(x_0)
-    micro = run.stage.micro_batch_size or batch_size
+    num_images = len(x_0)
+    micro = run.stage.micro_batch_size or num_images
+    assert micro != "auto"
     total = torch.zeros((), device=x_0.device)
-    for start in range(0, batch_size, micro):
+    for start in range(0, num_images, micro):
         part = slice(start, start + micro)
         part_labels = None if labels is None else labels[part]
-        loss = masked_dsm_loss(model, run.diffusion, x_0[part], draws.chunk(part), run.patch_size, part_labels)
-        loss = loss * (micro / batch_size)
-        loss.backward()
+        with averaging(model, wanted=part.stop >= num_images):
+            loss = loss_of(model, run.diffusion, x_0[part], draws.chunk(part), run.patch_size, part_labels)
+            loss = loss * (micro / num_images)
+            loss.backward()
         total += loss.detach()
     return total
 
@@ -269,22 +372,25 @@ class LossMonitor:
             message = f"{self._run.name}: {reason}. The weights were not updated with it; {REMEDY}"
             raise NonFiniteLossError(message, reason)
 
-    def mean(self) -> float:
-        """The mean loss since the last time."""
-        mean = float(self._sum) / self._state.num_losses
+    def row(self) -> dict[str, float]:
+        """A row of the curve: the mean loss since the last one, and what is spent by now."""
+        state, run = self._state, self._run
+        mean = float(self._sum) / state.num_losses
         self._sum.zero_()
-        self._state.num_losses = 0
-        return mean
+        state.num_losses = 0
+        lr = lr_at(state.step - 1, run.num_steps, run.stage)
+        return {"step": state.step, "loss": mean, "lr": lr, **run.spent_after(state.step)}
 
 
-def check_weights_are_finite(state: TrainState, run: TrainRun, lr: float) -> None:
+def check_weights_are_finite(state: TrainState, run: TrainRun, ranks: Ranks = ALONE) -> None:
     """Gradients can overflow while the loss is finite: such weights must never be saved.
 
     Raises:
         NonFiniteLossError: naming step, run and learning rate.
     """
-    finite = torch.stack([torch.isfinite(p).all() for p in state.model.parameters()]).all()
-    if not bool(finite):
+    finite = torch.stack([torch.isfinite(local(p)).all() for p in state.model.parameters()]).all()
+    if not bool(ranks.all(finite)):
+        lr = lr_at(state.step - 1, run.num_steps, run.stage)
         reason = f"the weights are not finite after step {state.step - 1} (learning rate {lr:g})"
         raise NonFiniteLossError(f"{run.name}: {reason}; {REMEDY}", reason)
 
@@ -296,9 +402,14 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def state_tensors(state: TrainState) -> Sets:
-    """All tensors of a state by kind and name: raw, ema, exp_avg, exp_avg_sq, step; and the sum of losses."""
+    """All tensors of a state by kind and name: raw, ema, exp_avg, exp_avg_sq, step; and the sum of losses.
+
+    Those of a sharded network are this rank's parts of them: see `parallel.whole`.
+    """
     named = dict(state.model.named_parameters())
-    tensors: Sets = {"raw": named, "ema": state.ema.state_dict()}  # type: ignore[dict-item]
+    tensors: Sets = {"raw": named}  # type: ignore[dict-item]
+    if state.ema is not None:
+        tensors["ema"] = state.ema.state_dict()
     for key in ("exp_avg", "exp_avg_sq", "step"):
         moments = {n: state.optimizer.state[p][key] for n, p in named.items() if key in state.optimizer.state[p]}
         tensors[key] = moments
@@ -313,16 +424,27 @@ def state_info(state: TrainState) -> dict[str, Any]:
 
 
 def restore_state(state: TrainState, tensors: Sets, info: dict[str, Any]) -> None:
-    """Make `state` what it was when `state_tensors` and `state_info` were taken."""
-    state.model.load_state_dict(tensors["raw"])
-    state.ema.load_state_dict(tensors["ema"])
-    device = next(state.model.parameters()).device
-    for name, parameter in state.model.named_parameters():
-        if name in tensors.get("exp_avg", {}):
-            state.optimizer.state[parameter] = {
-                key: tensors[key][name].to(device).clone() for key in ("exp_avg", "exp_avg_sq", "step")
-            }
+    """Make `state` what it was when `state_tensors` and `state_info` were taken.
+
+    Args:
+        state: changed in place; if its network is sharded, every rank must restore it.
+        tensors: whole.
+        info: plain values.
+    """
+    named = dict(state.model.named_parameters())
+
+    def stored(kind: str) -> dict[str, Tensor]:
+        return {name: stored_like(tensor, named[name]) for name, tensor in tensors.get(kind, {}).items()}
+
+    state.model.load_state_dict(stored("raw"))
+    if state.ema is not None:
+        state.ema.load_state_dict(stored("ema"))
+    moments = {kind: stored(kind) for kind in ("exp_avg", "exp_avg_sq")}
+    for name in moments["exp_avg"]:
+        parameter, num_updates = named[name], tensors["step"][name].to(named[name].device)
+        own = {kind: tensor[name].clone() for kind, tensor in moments.items()}
+        state.optimizer.state[parameter] = {"step": num_updates.clone(), **own}
     if "loss" in tensors:
-        state.loss_sum = tensors["loss"]["sum"].to(device).clone()
+        state.loss_sum = tensors["loss"]["sum"].to(next(iter(named.values())).device).clone()
     for name in PLAIN_VALUES:
         setattr(state, name, copy(info[name]))

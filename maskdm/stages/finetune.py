@@ -7,16 +7,17 @@ from pathlib import Path
 from maskdm import paths
 from maskdm.checkpoint import architecture_of, load_weights
 from maskdm.checksums import file_sha256
+from maskdm.company import is_follower
 from maskdm.compute import ArmPlan, plan_arm
 from maskdm.config import Params
-from maskdm.data.arrays import ImageArrays
 from maskdm.masking import Masking
 from maskdm.publishing import link_or_copy, publish_description, publish_folder
 from maskdm.stages import pretrain
 from maskdm.stages.inputs import open_data, require, with_chosen_values
-from maskdm.stages.session import Session, stage_session
+from maskdm.stages.joint import joint_session
 from maskdm.stages.training import Spent, Trainer, TrainingJob, write_curve
 from maskdm.tracking import publish_arm
+from maskdm.training import TrainState
 
 MILESTONES = "milestones.json"
 CURVE = "curve.csv"
@@ -30,19 +31,21 @@ def run(params: Params, arm: str, seed: int) -> None:
         UserError: the dataset or the checkpoint is missing or does not fit, or the loss is not finite.
     """
     params = with_chosen_values(params, arm)
-    images, output = open_data(params, verify=True), paths.finetune(arm, seed)
+    images, output = open_data(params, verify=not is_follower()), paths.finetune(arm, seed)
     checkpoint = require(paths.pretrain(arm, seed), "pretrain", arm, seed) / pretrain.CHECKPOINT
     job = finetuning_job(params, arm, seed, images.num_classes, checkpoint)
     inputs = {**job.inputs(images.sha256), RUN: params.trained_with(arm)}
-    with stage_session(params, "finetune", arm, seed, inputs=inputs, output=output) as session:
+    with joint_session(params, "finetune", arm, seed, inputs=inputs, output=output) as (session, ranks):
         if session.is_to_do:
-            _finetune(params, job, images, session, output)
+            trainer = Trainer(job, images, session.folder, ranks)
+            state = trainer.run(session.tracked, session.record)
+            if ranks.is_first:
+                _publish(params, trainer, state, output)
     publish_arm(params, arm, seed, through="finetune")
 
 
-def _finetune(params: Params, job: TrainingJob, images: ImageArrays, session: Session, output: Path) -> None:
-    trainer, plan = Trainer(job, images, session.folder), plan_arm(params, job.arm)
-    state = trainer.run(session.tracked, session.record)
+def _publish(params: Params, trainer: Trainer, state: TrainState, output: Path) -> None:
+    job, plan = trainer.job, plan_arm(params, trainer.job.arm)
     with publish_folder(output) as folder:
         for fraction, step in plan.milestones:
             link_or_copy(trainer.milestone(step), folder / milestone_file(fraction))
@@ -61,7 +64,7 @@ def milestone_name(fraction: float) -> str:
     return f"milestone-{fraction:.3f}"
 
 
-def finetuning_job(params: Params, arm: str, seed: int, num_classes: int, checkpoint: Path) -> TrainingJob:
+def finetuning_job(params: Params, arm: str, seed: int, num_classes: int, checkpoint: Path | None) -> TrainingJob:
     """What finetuning an arm is.
 
     Args:
@@ -69,13 +72,16 @@ def finetuning_job(params: Params, arm: str, seed: int, num_classes: int, checkp
         arm: its key.
         seed: of the run.
         num_classes: of the dataset.
-        checkpoint: the pretrained weights.
+        checkpoint: the pretrained weights; None where the first rank gives them to this one.
 
     Raises:
         UserError: the checkpoint is damaged or does not fit.
     """
     config, plan = params.finetune_of(arm), plan_arm(params, arm)
-    init, _ = load_weights(checkpoint, config.init_from, architecture_of(params, num_classes))
+    init, sha256 = None, ""
+    if checkpoint is not None:
+        init, _ = load_weights(checkpoint, config.init_from, architecture_of(params, num_classes))
+        sha256 = file_sha256(checkpoint)
     return TrainingJob(
         params=params,
         stage="finetune",
@@ -87,7 +93,7 @@ def finetuning_job(params: Params, arm: str, seed: int, num_classes: int, checkp
         milestones=tuple(step for _, step in plan.milestones),
         spent=Spent().after(plan.pretrain.num_steps, plan.pretrain),
         init=init,
-        init_sha256=file_sha256(checkpoint),
+        init_sha256=sha256,
     )
 
 

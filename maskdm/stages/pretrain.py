@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from maskdm import paths
+from maskdm.company import is_follower
 from maskdm.compute import plan_arm
 from maskdm.config import Params
 from maskdm.masking import Masking
 from maskdm.publishing import publish_folder
 from maskdm.stages.inputs import open_data, with_chosen_values
-from maskdm.stages.session import stage_session
+from maskdm.stages.joint import joint_session
 from maskdm.stages.training import Trainer, TrainingJob, write_curve
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -22,14 +23,23 @@ def run(params: Params, arm: str, seed: int) -> None:
         UserError: the dataset or the arm's values are missing, or the loss is not finite.
     """
     params = with_chosen_values(params, arm)
-    images, job, output = open_data(params, verify=True), pretraining_job(params, arm, seed), paths.pretrain(arm, seed)
-    with stage_session(params, "pretrain", arm, seed, inputs=job.inputs(images.sha256), output=output) as session:
+    images, job, output = (
+        open_data(params, verify=not is_follower()),
+        pretraining_job(params, arm, seed),
+        paths.pretrain(arm, seed),
+    )
+    inputs, is_shared = job.inputs(images.sha256), job.plan.num_steps > 0
+    with joint_session(params, "pretrain", arm, seed, inputs=inputs, output=output, is_shared=is_shared) as (
+        session,
+        ranks,
+    ):
         if session.is_to_do:
-            trainer = Trainer(job, images, session.folder)
+            trainer = Trainer(job, images, session.folder, ranks)
             state = trainer.run(session.tracked, session.record)
-            with publish_folder(output) as folder:
-                trainer.save_weights(folder / CHECKPOINT, state)
-                write_curve(folder / CURVE, state)
+            if ranks.is_first:
+                with publish_folder(output) as folder:
+                    trainer.save_weights(folder / CHECKPOINT)
+                    write_curve(folder / CURVE, state)
 
 
 def pretraining_job(params: Params, arm: str, seed: int) -> TrainingJob:

@@ -9,24 +9,35 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from maskdm import device, interrupts, rng
+from maskdm import device, interrupts, memory, rng
+from maskdm.backbone import Block, uses_plain_attention
 from maskdm.checkpoint import DamagedError, architecture_of, load_tensors, save_tensors
 from maskdm.compute import StagePlan, build_model
 from maskdm.config import Params, StageConfig
 from maskdm.data.arrays import ImageArrays
-from maskdm.data.batches import Batches
+from maskdm.data.batches import Batches, is_resident
 from maskdm.diffusion import Diffusion
 from maskdm.errors import UserError
 from maskdm.formats import CURVE_COLUMNS
 from maskdm.interrupts import Deferral, Stopped
 from maskdm.masking import Masking
 from maskdm.optimization import Ema, make_optimizer
+from maskdm.parallel import ALONE, Ranks, Sets, is_sharded, whole
 from maskdm.progress import Progress
 from maskdm.publishing import replace_file
 from maskdm.resume import StateStore, put_aside
 from maskdm.stages.versions import STAGE_VERSIONS
 from maskdm.tracking import StageRun
-from maskdm.training import NonFiniteLossError, TrainRun, TrainState, restore_state, state_info, state_tensors, train
+from maskdm.training import (
+    NonFiniteLossError,
+    TrainRun,
+    TrainState,
+    Watcher,
+    restore_state,
+    state_info,
+    state_tensors,
+    train,
+)
 
 
 @dataclass(frozen=True)
@@ -102,7 +113,7 @@ class TrainingJob:
             "stage_version": STAGE_VERSIONS[self.stage],
             "model": p.model,
             "diffusion": p.diffusion,
-            "training": p.training,
+            "training": p.training.model_dump(mode="json", exclude={"devices"}),  # any number can go on from another's
             "compute": p.compute,
             self.stage: self.config,
             "mask": {
@@ -124,18 +135,29 @@ class Trainer:
     Args:
         job: what to do.
         images: the dataset.
-        folder: where states and milestones are kept until the job is done.
+        folder: where states and milestones are kept until the job is done; the first rank's.
+        ranks: that share every batch.
+
+    Attributes:
+        compute: device and precision.
+        state: what is trained.
+        batches: step → this rank's images and labels.
+        micro_batch_size: images of this rank that enter the network at once.
 
     Raises:
         UserError: a class-conditional model and no labels; CUDA asked for and not there.
     """
 
-    def __init__(self, job: TrainingJob, images: ImageArrays, folder: Path) -> None:
+    def __init__(self, job: TrainingJob, images: ImageArrays, folder: Path, ranks: Ranks = ALONE) -> None:
         params = job.params
         if params.model.class_conditional and images.labels is None:
             raise UserError("model.class_conditional needs a dataset with labels (class folders); this one has none")
-        self.job, self.folder = job, folder
+        self.job, self.folder, self.ranks = job, folder, ranks
+        self._taken: Sets = {}
         self.compute = device.resolve(params.compute)
+        self.micro_batch_size = memory.micro_batch_size(
+            params, self.compute, job.config, job.plan.num_visible, ranks.num_ranks
+        )
         self.architecture = architecture_of(params, images.num_classes)
         self.state = self._fresh_state(images.num_classes)
         self.store = StateStore(folder, params.saving.every_seconds, params.saving.every_steps)
@@ -146,6 +168,9 @@ class Trainer:
             job.stage,
             self.compute.device,
             with_labels=params.model.class_conditional,
+            resident=is_resident(params.data.device_resident, images, self.compute.device, self.compute.memory_bytes),
+            rank=ranks.rank,
+            num_ranks=ranks.num_ranks,
         )
 
     def run(self, tracked: StageRun, record: dict[str, Any], prefix: str = "") -> TrainState:
@@ -160,15 +185,14 @@ class Trainer:
             UserError: the loss is not finite, memory does not suffice, or a state can't be saved.
             Stopped: a signal came; the state is saved.
         """
-        if (saved := self.store.load(accept=self._milestones_are_kept)) is not None:
-            restore_state(self.state, *saved)
-            print(f"{self.job.title}: going on from step {self.state.step}", flush=True)
+        self._restore()
+        if not self.ranks.is_first:
+            self._follow()
+            return self.state
         bar = Progress(self.job.plan.num_steps, self.job.title, "step", initial=self.state.step)
         try:
             with interrupts.deferring() as signals, device.explain_out_of_memory(self._needs_less_memory()):
-                watcher = _Watcher(self, tracked, bar, signals, prefix)
-                train(self.state, self._train_run(), self.batches, self.compute, watcher)
-                self._save()  # whatever becomes of publishing
+                self._train(_Watcher(self, tracked, bar, signals, prefix))
         except NonFiniteLossError as error:
             raise NonFiniteLossError(f"{error}. {self._keep_last_good()}", error.reason) from None
         finally:
@@ -180,23 +204,69 @@ class Trainer:
         """Where the weights of a milestone are kept until the stage publishes them."""
         return self.folder / "milestones" / f"{step}.safetensors"
 
-    def take(self, state: TrainState, stop: bool) -> None:
+    def take(self, state: TrainState, signal: int) -> None:
         """Keep a good state: the weights of a milestone; the state itself if it is time for that.
 
         Args:
             state: known to be good.
-            stop: whether the process is about to end.
+            signal: that the first rank has got, which is to end all of them; 0: none.
+
+        Raises:
+            Stopped: there is one.
         """
-        if state.step in self.job.milestones:
-            with replace_file(self.milestone(state.step)) as building:
-                self.save_weights(building, state)
-        if stop or self.store.is_due(state.step):
+        signal = self.ranks.shared(signal)
+        self._taken = whole(state_tensors(state))
+        if self.ranks.is_first:
+            if state.step in self.job.milestones:
+                with replace_file(self.milestone(state.step)) as building:
+                    self.save_weights(building)
+            if signal or self.store.is_due(state.step):
+                self._save()
+        if signal:
+            of = f"{state.step} of {self.job.plan.num_steps}"
+            raise Stopped(signal, f"saved {self.job.title} at step {of}; the same command goes on from there")
+
+    def save_weights(self, path: Path) -> None:
+        """Write the raw and the averaged weights of the last state taken; after `run`, the final one."""
+        spent = self.job.spent.after(self.state.step, self.job.plan)
+        info = {
+            "architecture": self.architecture,
+            "arm": self.job.arm,
+            "seed": self.job.seed,
+            "stage": self.job.stage,
+            "step": self.state.step,
+            **spent.as_dict(),
+        }
+        save_tensors(path, {"raw": self._taken["raw"], "ema": self._taken["ema"]}, info)
+
+    def _train(self, watcher: Watcher) -> None:
+        """Train to the end, and save: whatever becomes of publishing."""
+        train(self.state, self._train_run(), self.batches, self.compute, watcher, self.ranks)
+        self._taken = whole(state_tensors(self.state))
+        if self.ranks.is_first:
             self._save()
 
+    def _follow(self) -> None:
+        """What another rank than the first does."""
+        try:
+            with device.explain_out_of_memory(self._needs_less_memory()):
+                self._train(_Follower(self))
+        except NonFiniteLossError:
+            self._keep_last_good()
+            raise
+
+    def _restore(self) -> None:
+        """Go on from what the first rank has saved, if anything."""
+        saved = self.store.load(accept=self._milestones_are_kept) if self.ranks.is_first else None
+        if (shared := self.ranks.share_state(saved)) is not None:
+            restore_state(self.state, *shared)
+            if self.ranks.is_first:
+                print(f"{self.job.title}: going on from step {self.state.step}", flush=True)
+
     def _save(self) -> None:
-        """Save the state, unless that was done at this step."""
+        """Save the state that was taken, unless that was done at this step."""
         if self.store.last_step != self.state.step:
-            self.store.save(state_tensors(self.state), state_info(self.state))
+            self.store.save(self._taken, state_info(self.state))
 
     def _milestones_are_kept(self, info: dict[str, Any]) -> bool:
         """Whether all milestones before a state can be published; one that can't has to be trained for again."""
@@ -212,35 +282,20 @@ class Trainer:
 
     def _needs_less_memory(self) -> str:
         """What to lower where memory does not suffice."""
-        job, micro = self.job, self.job.config.micro_batch_size
+        job, micro = self.job, self.micro_batch_size
         whole = job.config.batch_size
         tokens = f"{job.plan.num_visible} visible tokens of {job.params.grid.num_patches} patches each"
-        size = f"{whole} images" if micro is None else f"{whole} images in micro-batches of {micro}"
-        advice = [
-            f"{job.stage}.micro_batch_size below {micro or whole} (the result is the same)",
-            "compute.precision: bf16",
-        ]
+        size = f"{whole} images" if micro == whole else f"{whole} images in micro-batches of {micro}"
+        advice = [f"{job.stage}.micro_batch_size below {micro} (the result is the same)", "compute.precision: bf16"]
         if job.masking.strategy != "none":
             advice.append("a higher mask_rate")
         return f"{job.title}: batches of {size}, {tokens}, did not fit; try {', or '.join(advice)}"
 
-    def save_weights(self, path: Path, state: TrainState) -> None:
-        """Write the raw and the averaged weights of a state."""
-        spent = self.job.spent.after(state.step, self.job.plan)
-        states = {"raw": dict(state.model.state_dict()), "ema": state.ema.state_dict()}
-        info = {
-            "architecture": self.architecture,
-            "arm": self.job.arm,
-            "seed": self.job.seed,
-            "stage": self.job.stage,
-            "step": state.step,
-            **spent.as_dict(),
-        }
-        save_tensors(path, states, info)
-
     def _keep_last_good(self) -> str:
         """Write the weights of before the bad step, which no later update has touched; says where they are."""
-        raw = dict(self.state.model.state_dict())
+        raw = whole({"raw": dict(self.state.model.named_parameters())})["raw"]
+        if not self.ranks.is_first:
+            return ""
         if not all(bool(tensor.isfinite().all()) for tensor in raw.values()):
             return f"The last state that was saved, if any, is in {self.folder}"
         file = self.folder / "before-non-finite-loss.safetensors"
@@ -249,21 +304,34 @@ class Trainer:
         return f"The weights of before are in {file}"
 
     def _fresh_state(self, num_classes: int) -> TrainState:
-        job = self.job
+        job, ranks, training = self.job, self.ranks, self.job.params.training
         model = build_model(job.params, num_classes)
         if job.init is None:
             model.initialise(rng.generator(job.seed, "init"))
         else:
             model.load_state_dict(job.init)
+        ranks.share_weights(model)
+        if self._is_to_be_sharded():
+            blocks = [module for module in model.modules() if isinstance(module, Block)]
+            for block in blocks if self.compute.compile_mode else ():
+                block.compile(mode=self.compute.compile_mode, dynamic=False)
+            ranks.shard(model, blocks, self.compute.device)
         model.to(self.compute.device)
-        training = job.params.training
-        return TrainState(model, Ema(model, training.ema_decay), make_optimizer(model, training, job.config.lr))
+        ema = Ema(model, training.ema_decay) if ranks.is_first or is_sharded(model) else None
+        return TrainState(model, ema, make_optimizer(model, training, job.config.lr))
+
+    def _is_to_be_sharded(self) -> bool:
+        """Whether the ranks divide the weights: as asked, or where they would fill a GPU."""
+        choice, on_gpu = self.job.params.compute.sharding, self.compute.device.type == "cuda"
+        if self.ranks.num_ranks == 1 or choice == "none":
+            return False
+        return choice == "full" or (on_gpu and memory.fills_device(self.job.params, self.compute))
 
     def _train_run(self) -> TrainRun:
         job, diffusion = self.job, self.job.params.diffusion
         return TrainRun(
             name=job.title,
-            stage=job.config,
+            stage=job.config.model_copy(update={"micro_batch_size": self.micro_batch_size}),
             training=job.params.training,
             num_steps=job.plan.num_steps,
             milestones=job.milestones,
@@ -290,11 +358,48 @@ class Trainer:
             "images_per_second": round(job.plan.num_steps * job.plan.batch_size / seconds, 1) if seconds else None,
             "num_parameters": num_parameters(self.state.model),
         }
-        record.update(facts, timings=self.state.timings, **self.compute.describe())
+        record.update(facts, timings=self.state.timings, **self.compute.describe(), **self._how_it_ran())
+        if self.compute.compile_mode is not None:
+            print(f"{job.title}: compiled in {self.state.compile_seconds:.1f} s, before the first step", flush=True)
         tracked.params(**self.compute.describe())
         in_curve = {*job.spent.as_dict(), "device_seconds", "data_wait_seconds"}  # cumulative, with every row
         once = {prefix + name: fact for name, fact in facts.items() if fact is not None and name not in in_curve}
         tracked.log(job.plan.num_steps, **once)
+
+    def _how_it_ran(self) -> dict[str, Any]:
+        """For records: what of the machine and its use changes no result."""
+        params, compute, model = self.job.params, self.compute, self.state.model
+        tokens = self.job.plan.num_visible + (2 if params.model.class_conditional else 1)
+        is_plain = uses_plain_attention(params.compute.attention, compute.device.type, compute.dtype(), tokens)
+        facts = {
+            "attention": "plain" if is_plain else "fused",
+            "devices": self.ranks.num_ranks,
+            "sharding": "full" if is_sharded(model) else "none",
+            "micro_batch_size": self.micro_batch_size,
+        }
+        return facts if compute.compile_mode is None else facts | {"compile_seconds": self.state.compile_seconds}
+
+
+class _Follower:
+    """What another rank than the first does around the steps: its part of saving, when the first one says so.
+
+    Args:
+        trainer: keeps states.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def log(self, row: dict[str, float]) -> None:
+        """The first rank does."""
+
+    def wants(self, step: int) -> bool:
+        """Nobody asks this rank."""
+        return False
+
+    def take(self, state: TrainState) -> None:
+        """Take part in taking a state."""
+        self._trainer.take(state, signal=0)
 
 
 class _Watcher:
@@ -322,16 +427,8 @@ class _Watcher:
         return self._signals.requested is not None or self._trainer.store.is_due(step)
 
     def take(self, state: TrainState) -> None:
-        """Save; then stop, if a signal has come.
-
-        Raises:
-            Stopped: one has.
-        """
-        stop = self._signals.requested
-        self._trainer.take(state, stop is not None)
-        if stop is not None:
-            of = f"{state.step} of {self._trainer.job.plan.num_steps}"
-            raise Stopped(stop, f"saved {self._trainer.job.title} at step {of}; the same command goes on from there")
+        """Save; then stop, if a signal has come."""
+        self._trainer.take(state, self._signals.requested or 0)
 
 
 def write_curve(path: Path, state: TrainState) -> None:

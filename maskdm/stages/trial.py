@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 
 from maskdm import device
-from maskdm.compute import plan_arm
+from maskdm.company import is_follower
+from maskdm.compute import build_model, plan_arm
 from maskdm.config import Params
 from maskdm.drawing import draw_images, load_model
+from maskdm.parallel import Ranks
 from maskdm.publishing import replace_file
 from maskdm.resume import Pieces
 from maskdm.stages import finetune, pretrain
@@ -42,7 +44,7 @@ class Trial:
     def __init__(self, params: Params, arm: str, name: str) -> None:
         self._params, self._arm, self._name = params, arm, name
         self._seed = params.seeds[0]
-        self._compute, self._images = device.resolve(params.compute), open_data(params, verify=True)
+        self._compute, self._images = device.resolve(params.compute), open_data(params, verify=not is_follower())
         self._scorer = Scorer(params, self._compute, self._images.sha256)
         self.inputs = {
             "pretrain": pretrain.pretraining_job(params, arm, self._seed).inputs(self._images.sha256),
@@ -53,48 +55,60 @@ class Trial:
             "stage_versions": {stage: STAGE_VERSIONS[stage] for stage in ("finetune", "sample", "evaluate")},
         }
 
-    def run(self, session: Session) -> dict[str, Any]:
+    def run(self, session: Session, ranks: Ranks) -> dict[str, Any]:
         """Train, draw and score; what came out.
 
         A loss that becomes non-finite is a result too: the trial has `failed`, and says why.
 
         Args:
             session: keeps what a killed trial goes on from; gets curves, scores and the accounts of both stages.
+            ranks: that train together; what came out, only the first one knows.
         """
         plan = plan_arm(self._params, self._arm)
         spent = Spent().after(plan.pretrain.num_steps, plan.pretrain).after(plan.finetune.num_steps, plan.finetune)
         result: dict[str, Any] = {**spent.as_dict(), **self._scorer.origin}
         title = f"{self._arm} trial {self._name}"
         try:
-            weights = self._train(session)
+            weights = self._train(session, ranks)
         except NonFiniteLossError as error:
-            print(f"{title} has failed, {error.reason}: the arm is tuned over the others", file=sys.stderr)
+            if ranks.is_first:
+                print(f"{title} has failed, {error.reason}: the arm is tuned over the others", file=sys.stderr)
             return {**result, "failed": error.reason}
-        drawn = self._draw(weights, session, f"sample {title}")
+        drawn = self._draw(weights, session, f"sample {title}", ranks)
+        if not ranks.is_first:
+            return result
         scores = self._scorer.score(drawn, f"score {title}").as_dict()
         session.tracked.log(100, **scores)
         return {**result, **scores}
 
-    def _train(self, session: Session) -> Path:
-        """Pretrain and finetune; the file of the finetuned weights."""
+    def _train(self, session: Session, ranks: Ranks) -> Path | None:
+        """Pretrain and finetune; the file of the finetuned weights, on the first rank."""
         params, arm, seed = self._params, self._arm, self._seed
-        pretrained = self._run(pretrain.pretraining_job(params, arm, seed), session)
+        pretrained = self._run(pretrain.pretraining_job(params, arm, seed), session, ranks)
         job = finetune.finetuning_job(params, arm, seed, self._images.num_classes, pretrained)
-        return self._run(job, session)
+        return self._run(job, session, ranks)
 
-    def _run(self, job: TrainingJob, session: Session) -> Path:
-        """Run one training stage of the trial; the file of its weights."""
-        trainer = Trainer(replace(job, trial=self._name), self._images, session.folder / job.stage)
+    def _run(self, job: TrainingJob, session: Session, ranks: Ranks) -> Path | None:
+        """Run one training stage of the trial; the file of its weights, on the first rank."""
+        trainer = Trainer(replace(job, trial=self._name), self._images, session.folder / job.stage, ranks)
         own: dict[str, Any] = {}
-        state = trainer.run(session.tracked, own, prefix=f"{job.stage}/")
+        trainer.run(session.tracked, own, prefix=f"{job.stage}/")
+        if not ranks.is_first:
+            return None
         weights = trainer.folder / "weights.safetensors"
         with replace_file(weights) as building:
-            trainer.save_weights(building, state)
+            trainer.save_weights(building)
         session.record[job.stage] = own
         return weights
 
-    def _draw(self, weights: Path, session: Session, title: str) -> np.ndarray:
-        params, num_classes = self._params, self._images.num_classes
-        model = load_model(params, weights, num_classes, self._compute)
-        kept, count = Pieces(session.folder / "samples"), params.sampling.num_samples
-        return draw_images(params, model, num_classes, self._seed, count, self._compute, title, kept)
+    def _draw(self, weights: Path | None, session: Session, title: str, ranks: Ranks) -> np.ndarray:
+        """Samples, on the first rank; it gives the others its weights."""
+        params, num_classes, compute = self._params, self._images.num_classes, self._compute
+        if weights is None:
+            model = build_model(params, num_classes).eval().to(compute.device)
+        else:
+            model = load_model(params, weights, num_classes, compute)
+        ranks.share_weights(model)
+        kept = Pieces(session.folder / "samples") if ranks.is_first else None
+        count = params.sampling.num_samples
+        return draw_images(params, model, num_classes, self._seed, count, compute, title, kept, ranks)

@@ -38,10 +38,13 @@ def run(params: Params, arm: str, trial: str) -> None:
         with stage_session(params, "tune", arm, trial=trial, output=output):
             publish_description(output, result)
         return
+    from maskdm.stages.joint import joint_session
     from maskdm.stages.trial import Trial
 
     tried = Trial(params.for_trial(arm, params.tuning.trials[trial]), arm, trial)
     inputs = {"given": result, **tried.inputs}
-    with stage_session(params, "tune", arm, trial=trial, inputs=inputs, output=output) as session:
+    with joint_session(params, "tune", arm, trial=trial, inputs=inputs, output=output) as (session, ranks):
         if session.is_to_do:
-            publish_description(output, result | tried.run(session))
+            outcome = tried.run(session, ranks)
+            if ranks.is_first:
+                publish_description(output, result | outcome)

@@ -10,12 +10,12 @@ from __future__ import annotations
 STAGE_VERSIONS = {
     "prepare": 2,
     "features": 3,
-    "scale": 2,
-    "tune": 2,
+    "scale": 3,
+    "tune": 3,
     "choose": 2,
-    "pretrain": 2,
-    "finetune": 3,
-    "sample": 2,
+    "pretrain": 3,
+    "finetune": 4,
+    "sample": 3,
     "evaluate": 2,
     "report": 2,
 }

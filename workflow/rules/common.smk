@@ -1,4 +1,6 @@
 # What the rules share: the validated parameters, and which of them each stage depends on.
+from pathlib import Path
+
 import yaml
 from snakemake.exceptions import WorkflowError
 
@@ -10,6 +12,17 @@ try:
     PARAMS = parse_params(config)
 except ParamsError as error:
     raise WorkflowError(str(error))
+
+# What a stage that computes takes: with `--resources gpu=N` (1 by default, see profiles/) no more of them run at a time
+# than there are GPUs.
+CORES = PARAMS.compute.threads
+GPU = int(
+    PARAMS.compute.device == "cuda"
+    or (
+        PARAMS.compute.device == "auto"
+        and any(Path("/proc/driver/nvidia/gpus").glob("*"))
+    )
+)
 
 ARMS = list(PARAMS.arms)
 SEEDS = list(PARAMS.seeds)

@@ -24,7 +24,9 @@ rule features:
         "logs/features.log",
     conda:
         "../envs/maskdm.yaml"
-    threads: PARAMS.compute.threads
+    threads: CORES
+    resources:
+        gpu=GPU,
     params:
         depends_on=depends_on("features"),
     shell:
@@ -42,8 +44,10 @@ rule scale:
         "logs/scale.log",
     conda:
         "../envs/maskdm.yaml"
-    threads: PARAMS.compute.threads
+    threads: CORES
+    resources:
+        gpu=GPU,
     params:
         depends_on=depends_on("scale"),
     shell:
-        "maskdm scale --stage-version 2 > {log} 2>&1"
+        "maskdm scale --stage-version 3 > {log} 2>&1"

@@ -10,11 +10,13 @@ rule sample:
         "logs/sample-{arm}-seed-{seed}.log",
     conda:
         "../envs/maskdm.yaml"
-    threads: PARAMS.compute.threads
+    threads: CORES * PARAMS.training.devices
+    resources:
+        gpu=GPU * PARAMS.training.devices,
     params:
         depends_on=depends_on("sample"),
     shell:
-        "maskdm sample --arm {wildcards.arm} --seed {wildcards.seed} --stage-version 2 > {log} 2>&1"
+        "maskdm sample --arm {wildcards.arm} --seed {wildcards.seed} --stage-version 3 > {log} 2>&1"
 
 
 rule evaluate:
@@ -31,7 +33,9 @@ rule evaluate:
         "logs/evaluate-{arm}-seed-{seed}.log",
     conda:
         "../envs/maskdm.yaml"
-    threads: PARAMS.compute.threads
+    threads: CORES
+    resources:
+        gpu=GPU,
     params:
         depends_on=depends_on("evaluate"),
     shell:

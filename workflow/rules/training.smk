@@ -10,11 +10,13 @@ rule pretrain:
         "logs/pretrain-{arm}-seed-{seed}.log",
     conda:
         "../envs/maskdm.yaml"
-    threads: PARAMS.compute.threads
+    threads: CORES * PARAMS.training.devices
+    resources:
+        gpu=GPU * PARAMS.training.devices,
     params:
         depends_on=depends_on("pretrain"),
     shell:
-        "maskdm pretrain --arm {wildcards.arm} --seed {wildcards.seed} --stage-version 2 > {log} 2>&1"
+        "maskdm pretrain --arm {wildcards.arm} --seed {wildcards.seed} --stage-version 3 > {log} 2>&1"
 
 
 rule finetune:
@@ -29,8 +31,10 @@ rule finetune:
         "logs/finetune-{arm}-seed-{seed}.log",
     conda:
         "../envs/maskdm.yaml"
-    threads: PARAMS.compute.threads
+    threads: CORES * PARAMS.training.devices
+    resources:
+        gpu=GPU * PARAMS.training.devices,
     params:
         depends_on=depends_on("finetune"),
     shell:
-        "maskdm finetune --arm {wildcards.arm} --seed {wildcards.seed} --stage-version 3 > {log} 2>&1"
+        "maskdm finetune --arm {wildcards.arm} --seed {wildcards.seed} --stage-version 4 > {log} 2>&1"

@@ -10,11 +10,13 @@ rule tune:
         "logs/tune-{arm}-trial-{trial}.log",
     conda:
         "../envs/maskdm.yaml"
-    threads: PARAMS.compute.threads
+    threads: CORES * PARAMS.training.devices
+    resources:
+        gpu=GPU * PARAMS.training.devices,
     params:
         depends_on=depends_on("tune"),
     shell:
-        "maskdm tune --arm {wildcards.arm} --trial {wildcards.trial} --stage-version 2 > {log} 2>&1"
+        "maskdm tune --arm {wildcards.arm} --trial {wildcards.trial} --stage-version 3 > {log} 2>&1"
 
 
 rule choose:
