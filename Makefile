@@ -40,6 +40,10 @@ ui: $(INSTALLED)  ## open MLflow's UI and print the address that compares the ar
 test: $(INSTALLED)  ## run the tests
 	$(BIN)/python -m pytest -n auto
 
+.PHONY: bench
+bench: $(INSTALLED)  ## measure speed and print which targets hold (minutes; leave the machine alone meanwhile)
+	$(BIN)/python -m benchmarks
+
 .PHONY: check
 check: $(INSTALLED)  ## format, lint, types, import contract, workflow lint
 	ruff format --check .

@@ -1,0 +1,133 @@
+"""An outside reference: the same task with the blocks of timm's ViT, in the loop that a competent user would write.
+
+What differs from ours: no long skips (so fewer FLOPs), every patch enters, nothing is masked, drawn or averaged by our
+code. What is the same: width, depth, heads, hidden width, patches, time token, ε-prediction, AdamW, averaged weights.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.shapes import Shape
+from maskdm.backbone import timestep_embedding
+from maskdm.diffusion import Diffusion
+from maskdm.patches import patchify
+from maskdm.torchvision_compat import declare_missing_operators
+
+
+class TimmViT(nn.Module):
+    """timm's blocks on the patches of an image and a time token.
+
+    Args:
+        shape: gives width, depth, heads and patches.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        block = _timm("models.vision_transformer").Block
+        model, dim = shape.model, shape.model["dim"]
+        self.patch_size, self.dim = model["patch_size"], dim
+        patch_dim = self.patch_size**2 * shape.channels
+        self.patch_embed = nn.Linear(patch_dim, dim)
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + shape.num_patches, dim))
+        depth, heads, mlp_ratio = model["depth"], model["num_heads"], model["mlp_ratio"]
+        self.blocks = nn.Sequential(*(block(dim, heads, mlp_ratio=mlp_ratio, qkv_bias=False) for _ in range(depth)))
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, patch_dim)
+
+    def forward(self, patches: Tensor, t: Tensor) -> Tensor:
+        """(B, N, P), (B,) → (B, N, P)."""
+        time_token = timestep_embedding(t, self.dim)[:, None]
+        x = torch.cat([time_token, self.patch_embed(patches)], dim=1) + self.pos_embed
+        x = self.norm(self.blocks(x))[:, 1:]
+        prediction: Tensor = self.head(x)
+        return prediction
+
+
+class TimmSteps:
+    """Unmasked training steps of the reference.
+
+    Args:
+        shape: images, network and batch.
+        images: uint8 (N, H, W, C).
+        precision: `fp32`, or `bf16` by autocast.
+        device: where.
+    """
+
+    def __init__(self, shape: Shape, images: Tensor, precision: str, device: torch.device) -> None:
+        self._images, self._batch_size, self._precision = images.to(device), shape.batch_size, precision
+        self._device = device
+        self.model = TimmViT(shape).to(device)
+        self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        self._ema = _timm("utils").ModelEmaV3(self.model, decay=0.999)
+        self._diffusion = Diffusion(1000, "linear", "epsilon", device)
+
+    def run(self, num_steps: int) -> float:
+        """Make steps; seconds in all."""
+        with _as_a_user():
+            started = time.perf_counter()
+            for _ in range(num_steps):
+                self._step()
+            if self._device.type == "cuda":
+                torch.cuda.synchronize()
+            return time.perf_counter() - started
+
+    def _step(self) -> None:
+        batch, device = self._batch_size, self._device
+        x_0 = self._images[torch.randint(len(self._images), (batch,), device=device)]
+        patches = patchify(x_0.permute(0, 3, 1, 2).float() / 127.5 - 1, self.model.patch_size)
+        t = torch.randint(1000, (batch,), device=device)
+        noise = torch.randn_like(patches)
+        x_t = self._diffusion.add_noise(patches, noise, t)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._precision == "bf16"):
+            loss = F.mse_loss(self.model(x_t, t).float(), noise)
+        self._optimizer.zero_grad()
+        loss.backward()
+        self._optimizer.step()
+        self._ema.update(self.model)
+
+
+def count_flops(shape: Shape) -> int:
+    """FLOPs of forward and backward of one image of the reference, counted as ours are."""
+    _timm("models.vision_transformer")  # imported where tensors are real
+    with torch.device("meta"):
+        model = TimmViT(shape)
+        patches = torch.empty(1, shape.num_patches, shape.model["patch_size"] ** 2 * shape.channels)
+        t = torch.empty(1, dtype=torch.int64)
+        with FlopCounterMode(display=False) as counter, sdpa_kernel([SDPBackend.MATH]):
+            model(patches, t).sum().backward()
+    return int(counter.get_total_flops())
+
+
+def is_installed() -> bool:
+    """Whether timm is there: it is needed for nothing else."""
+    return importlib.util.find_spec("timm") is not None
+
+
+@contextmanager
+def _as_a_user() -> Iterator[None]:
+    """Without the deterministic kernels that our stages ask for: a user of timm would not have asked."""
+    mode = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+
+
+def _timm(module: str) -> Any:
+    declare_missing_operators()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return importlib.import_module(f"timm.{module}")

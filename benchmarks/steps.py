@@ -1,0 +1,153 @@
+"""Real training steps, as the stages make them: `maskdm.training.train` with all that it does, on random images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.settings import Settings
+from benchmarks.shapes import Shape, arm_of
+from benchmarks.timing import Task
+from maskdm.compute import StagePlan, count_image_flops
+from maskdm.config import Params
+from maskdm.data.arrays import ImageArrays, ShardWriter
+from maskdm.masking import Masking
+from maskdm.optimization import clip_gradients
+from maskdm.stages.training import Trainer, TrainingJob
+from maskdm.training import TrainState, train
+
+NUM_IMAGES = 2048
+SEED = 0
+
+
+class Steps:
+    """A training that goes on for as many steps as it is asked for.
+
+    Args:
+        params: with the one arm.
+        images: the dataset.
+        folder: for the trainer; nothing is written.
+
+    Attributes:
+        flops: of a step, forward and backward.
+        num_visible: S.
+    """
+
+    def __init__(self, params: Params, images: ImageArrays, folder: Path) -> None:
+        job = _job(params)
+        self.flops, self.num_visible = job.plan.flops_per_step, job.plan.num_visible
+        self.trainer = Trainer(job, images, folder)
+        self._run = self.trainer._train_run()
+
+    def run(self, num_steps: int) -> float:
+        """Make steps; the seconds that the training loop's own clock has counted."""
+        state, trainer = self.trainer.state, self.trainer
+        before = state.device_seconds
+        run = replace(self._run, num_steps=state.step + num_steps)
+        train(state, run, trainer.batches, trainer.compute, _NobodyWatches())
+        return state.device_seconds - before
+
+    def update(self) -> None:
+        """What ends a step, alone: clipping, AdamW and the average of the weights."""
+        state = self.trainer.state
+        clip_gradients(state.model.parameters(), self._run.training.grad_clip)
+        state.optimizer.step()
+        assert state.ema is not None, "one process averages weights"
+        state.ema.update(state.step)
+
+    def fill_gradients(self) -> None:
+        """Give every weight a gradient, for `update`."""
+        for parameter in self.trainer.state.model.parameters():
+            parameter.grad = parameter.detach().clone()
+
+    @property
+    def waited(self) -> float:
+        """Seconds spent waiting for data so far."""
+        return self.trainer.state.data_wait_seconds
+
+
+@dataclass(frozen=True)
+class StepMaker:
+    """Makes `Steps` of a shape.
+
+    Attributes:
+        shape: images, network and batch.
+        settings: device and threads.
+        grad_clip: as in params.yaml.
+        num_images: of the random data set.
+    """
+
+    shape: Shape
+    settings: Settings
+    grad_clip: float | None = None
+    num_images: int = NUM_IMAGES
+
+    def steps(
+        self, mask_rate: float, precision: str = "auto", device_resident: bool | str = "auto", **compute: Any
+    ) -> Steps:
+        """Steps at a mask rate.
+
+        Args:
+            mask_rate: 0 is finetuning.
+            precision: `fp32`, `bf16` or the best.
+            device_resident: as in params.yaml.
+            compute: other knobs of the section `compute`.
+        """
+        settings = self.settings
+        compute = {"device": settings.device.type, "precision": precision, **compute}
+        params = self.shape.params(mask_rate, settings.threads, self.grad_clip, device_resident, **compute)
+        return Steps(params, self.images(), settings.folder)
+
+    def task(self, steps: Steps) -> Task:
+        """A step as something to be timed."""
+        return Task(steps.run, self.settings.step_seconds)
+
+    def images(self) -> ImageArrays:
+        """Random images of the shape, written once."""
+        return random_arrays(self.settings.folder, self.shape.image_size, self.shape.channels, self.num_images)
+
+
+def random_arrays(folder: Path, image_size: int, channels: int, num_images: int) -> ImageArrays:
+    """A dataset of random images on disk, as `prepare` writes it; made where it is not there."""
+    place = folder / f"images-{image_size}-{channels}-{num_images}"
+    if not place.exists():
+        place.mkdir(parents=True)
+        writer = ShardWriter(place, (image_size, image_size, channels), shard_images=num_images)
+        numbers = np.random.default_rng(SEED)
+        for _ in range(num_images):
+            writer.add(numbers.integers(0, 256, (image_size, image_size, channels), dtype=np.uint8))
+        writer.finish(None, {}, {}, [])
+    return ImageArrays.open(place)
+
+
+def _job(params: Params) -> TrainingJob:
+    """The one arm's only stage that matters: finetuning of `scratch`, else pretraining."""
+    (arm,) = params.arms
+    config, is_masked = params.arm(arm), arm != arm_of(0.0)
+    stage = params.pretrain_of(arm) if is_masked else params.finetune_of(arm)
+    masking = Masking(config.strategy, params.grid, config.mask_rate or 0.0)
+    flops = stage.batch_size * count_image_flops(params, masking.num_visible)
+    return TrainingJob(
+        params=params,
+        stage="pretrain" if is_masked else "finetune",
+        arm=arm,
+        seed=SEED,
+        config=stage,
+        plan=StagePlan(10**9, stage.batch_size, masking.num_visible, flops),
+        masking=masking,
+    )
+
+
+class _NobodyWatches:
+    def log(self, row: dict[str, float]) -> None:
+        """Rows are not looked at."""
+
+    def wants(self, step: int) -> bool:
+        """No state is wanted."""
+        return False
+
+    def take(self, state: TrainState) -> None:
+        """Never called: nothing is wanted."""

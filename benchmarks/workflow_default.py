@@ -1,0 +1,70 @@
+"""`workflow-default`: the default experiment through both engines, from nothing to the report."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+from benchmarks.faults import ENGINE_FILES, ROOT, TINY
+from benchmarks.outcome import Cell, Outcome, Table, Target
+from benchmarks.settings import Settings
+from benchmarks.timing import Task, interleave
+from benchmarks.workflow import command
+
+LEAST_SPEEDUP = 1.5
+MOST_DEMO_SECONDS = 300.0
+ENGINES = {"dvc repro": ["dvc", "repro"], "snakemake --cores 2": ["snakemake", "--cores", "2"]}
+
+
+class _Run:
+    """Runs an engine in a fresh copy of the project."""
+
+    def __init__(self, settings: Settings, engine: str) -> None:
+        self._settings, self._engine, self._count = settings, engine, 0
+
+    def once(self, _: int) -> float:
+        """From nothing to the report; seconds of the engine alone."""
+        self._count += 1
+        if self._count == 1:  # warming up a run of minutes would only cost minutes
+            return 0.0
+        folder = make_project(
+            self._settings.folder / f"{self._engine.split()[0]}-{self._count}", tiny=self._settings.is_quick
+        )
+        started = time.perf_counter()
+        command(ENGINES[self._engine], folder)
+        seconds = time.perf_counter() - started
+        shutil.rmtree(folder)
+        return seconds
+
+
+def run(settings: Settings) -> Outcome:
+    """One round of both, or as many as `--rounds` says; `--quick` takes experiments/tiny's params."""
+    rounds = interleave(
+        {engine: Task(_Run(settings, engine).once) for engine in ENGINES}, settings.rounds, "workflow-default"
+    )
+    rows: list[dict[str, Cell]] = [{"engine": engine, "s": rounds.of(engine)} for engine in ENGINES]
+    speedup = rounds.ratio("dvc repro", "snakemake --cores 2")
+    rows.append({"engine": "dvc repro over snakemake --cores 2", "s": speedup})
+    targets = [
+        Target("default: seconds of dvc repro", rounds.of("dvc repro").median, MOST_DEMO_SECONDS),
+        Target("default: dvc repro over snakemake --cores 2", speedup.median, LEAST_SPEEDUP, "at least"),
+    ]
+    return Outcome([Table("the default experiment, one thread per stage, tracking on", rows)], targets)
+
+
+def make_project(folder: Path, tiny: bool) -> Path:
+    """A project as a checkout has it, without git.
+
+    Args:
+        folder: made.
+        tiny: whether its experiment is experiments/tiny's.
+    """
+    folder.mkdir(parents=True)
+    for name in ENGINE_FILES:
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
+    if tiny:
+        shutil.copy(ROOT / TINY / "params.yaml", folder / "params.yaml")
+    command(["dvc", "init", "--quiet", "--no-scm"], folder)
+    return folder
