@@ -44,18 +44,15 @@ class Compute:
     threads: int
     compile_mode: str | None = None
 
-    def uses_bf16(self, training: bool) -> bool:
-        """Whether matrix products run in bfloat16: sampling stays in float32 on a CPU."""
-        return self.autocast and (training or self.device.type == "cuda")
-
-    def dtype(self, training: bool = True) -> torch.dtype:
+    @property
+    def dtype(self) -> torch.dtype:
         """Of matrix products."""
-        return torch.bfloat16 if self.uses_bf16(training) else torch.float32
+        return torch.bfloat16 if self.autocast else torch.float32
 
     @contextmanager
-    def context(self, training: bool = True) -> Iterator[None]:
+    def context(self) -> Iterator[None]:
         """Run the block in this precision."""
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.uses_bf16(training)):
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
             yield
 
     def compiled(self, function: Function) -> Function:
@@ -76,11 +73,11 @@ class Compute:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         return {"device": str(self.device), "device_name": name, "threads": self.threads}
 
-    def describe(self, training: bool = True) -> dict[str, str | int]:
+    def describe(self) -> dict[str, str | int]:
         """For records of what runs in `context`: the device, precision, and how it is compiled."""
         return {
             **self.describe_device(),
-            "precision": "bf16" if self.uses_bf16(training) else "fp32",
+            "precision": "bf16" if self.autocast else "fp32",
             "compile": self.compile_mode or "off",
         }
 

@@ -149,7 +149,7 @@ def _draw_batch(
 ) -> torch.Tensor:
     side, process = params.dataset.image_size, params.diffusion
     labels = _labels(params, ids, num_classes, compute.device)
-    with compute.context(training=False):
+    with compute.context():
         drawn = sample(
             on_images(network, params.model.patch_size, params.grid, labels),
             Diffusion(process.num_timesteps, process.schedule, process.prediction, compute.device),

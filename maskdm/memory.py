@@ -129,7 +129,7 @@ class MemoryCounter:
     def alive_while_sampling(self, batch_size: int) -> int:
         """The most bytes that one evaluation of the network without gradients holds at a time."""
         params, side = self._params, self._params.dataset.image_size
-        with self._fake, self._compute.device, self._compute.context(training=False), torch.inference_mode():
+        with self._fake, self._compute.device, self._compute.context(), torch.inference_mode():
             t, labels = torch.zeros(2, batch_size, dtype=torch.int64)
             predict = on_images(self._model, params.model.patch_size, params.grid, labels)
             x_t = torch.zeros(batch_size, params.dataset.channels, side, side)

@@ -46,7 +46,7 @@ def test_precision_that_is_asked_for_is_that_of_products_and_of_the_record(preci
     compute = resolve(ComputeConfig(device="cpu", precision=precision))  # type: ignore[arg-type]
     with compute.context():
         product = torch.ones(2, 2) @ torch.ones(2, 2)
-    assert product.dtype == compute.dtype() == {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    assert product.dtype == compute.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     assert compute.describe()["precision"] == precision
 
 

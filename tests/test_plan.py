@@ -290,7 +290,7 @@ def test_a_damaged_entry_is_measured_anew(asked: list[str], entry: Any) -> None:
     "change",
     [
         lambda patch: patch.setattr(calibration, "machine", lambda: ("another CPU", 64, "9.9")),
-        lambda patch: patch.setattr(device.Compute, "uses_bf16", lambda self, training: True),
+        lambda patch: patch.setattr(device.Compute, "describe", lambda self: {"precision": "bf16"}),
         lambda patch: patch.setattr(device.Compute, "describe_device", lambda self: {"threads": 7}),
     ],
     ids=["machine", "precision", "threads"],

@@ -89,7 +89,7 @@ class Bench:
         t, labels = torch.zeros(2, num_images, dtype=torch.int64, device=device)
         predict = on_images(self._model, params.model.patch_size, params.grid, labels)
         x_t = torch.rand(num_images, params.dataset.channels, side, side, device=device)
-        with self._compute.context(training=False), torch.inference_mode():
+        with self._compute.context(), torch.inference_mode():
             return self._time(lambda: predict(x_t, t))
 
     @cached_property

@@ -246,7 +246,7 @@ class _Measure:
             "evaluation": (),
         }[name]
         image = (p.dataset.image_size, p.dataset.channels)
-        precision = self._compute.describe(training=name != "evaluation")
+        precision = self._compute.describe()
         return fingerprint(machine(), precision, p.compute.attention, p.model, image, name, arguments, own)
 
 

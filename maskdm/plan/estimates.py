@@ -237,7 +237,7 @@ class _Estimator:
 
     def _memory(self, kind: Literal["training", "sampling"], *arguments: int) -> float:
         """Counted once, and remembered: counting takes half a second."""
-        params, precision = self._params, self._compute.describe(training=kind == "training")
+        params, precision = self._params, self._compute.describe()
         image = (params.dataset.image_size, params.dataset.channels)
         key = fingerprint("memory", machine(), precision, params.model, image, kind, arguments)
         if (known := self._store.get(key)) is None:

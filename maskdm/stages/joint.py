@@ -47,7 +47,7 @@ def joint_session(
         UserError: a place can't be written, or another process has ended before its time.
         SystemExit: this process follows, and its part is done.
     """
-    company = Company(params.training.devices, device.resolve(params.compute).device)
+    company = Company(params.training.devices, device.resolve(params.compute, params.training.devices).device)
     if is_follower():
         with company.follow() as ranks, _ending_with_the_first():
             yield Session(True, paths.WORK), ranks

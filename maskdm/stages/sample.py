@@ -31,7 +31,7 @@ def run(params: Params, arm: str, seed: int) -> None:
         UserError: the weights are missing or do not fit.
     """
     params = with_chosen_values(params, arm)
-    compute = device.resolve(params.compute)
+    compute = device.resolve(params.compute, params.training.devices)
     weights = require(paths.finetune(arm, seed), "finetune", arm, seed)
     milestones = read_json(weights / finetune.MILESTONES, "finetune")
     num_classes, output = open_data(params).num_classes, paths.samples(arm, seed)
@@ -63,7 +63,7 @@ def run(params: Params, arm: str, seed: int) -> None:
                 info = {**params.sampling.model_dump(), "weights_sha256": hashes, "samples_sha256": samples}
                 publish_description(folder / INFO, info)
             num_images = params.sampling.num_samples * len(milestones)
-            session.record.update(compute.describe(training=False), num_images=num_images, devices=ranks.num_ranks)
+            session.record.update(compute.describe(), num_images=num_images, devices=ranks.num_ranks)
             for key in milestones:
                 session.tracked.figure(output / f"{finetune.milestone_name(float(key))}.png")
     publish_arm(params, arm, seed, through="sample")

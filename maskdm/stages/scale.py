@@ -39,7 +39,7 @@ def run(params: Params) -> None:
         if session.is_to_do:
             scale = _measure(params, images, scorer, compute)
             publish_description(paths.SCALE, scale)
-            session.record.update(compute.describe(training=False))
+            session.record.update(compute.describe())
             session.tracked.log(
                 0, **{f"{metric}_{end}": scale[end][metric] for end in ENDS for metric in ("fid", "kid")}
             )

@@ -154,7 +154,7 @@ class Trainer:
             raise UserError("model.class_conditional needs a dataset with labels (class folders); this one has none")
         self.job, self.folder, self.ranks = job, folder, ranks
         self._taken: Sets = {}
-        self.compute = device.resolve(params.compute)
+        self.compute = device.resolve(params.compute, params.training.devices)
         self.micro_batch_size = memory.micro_batch_size(
             params, self.compute, job.config, job.plan.num_visible, ranks.num_ranks
         )
@@ -370,7 +370,7 @@ class Trainer:
         """For records: what of the machine and its use changes no result."""
         params, compute, model = self.job.params, self.compute, self.state.model
         tokens = self.job.plan.num_visible + (2 if params.model.class_conditional else 1)
-        is_plain = uses_plain_attention(params.compute.attention, compute.device.type, compute.dtype(), tokens)
+        is_plain = uses_plain_attention(params.compute.attention, compute.device.type, compute.dtype, tokens)
         facts = {
             "attention": "plain" if is_plain else "fused",
             "devices": self.ranks.num_ranks,
