@@ -64,6 +64,8 @@ class Company:
     _followers: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if os.environ.get(STARTED_HERE):
+            _end_with_the_first()  # before anything is waited for
         if _is_launched():
             self._check_world_size()
             if self.num_ranks > 1:
@@ -112,8 +114,6 @@ class Company:
             SystemExit: always: of code 0 if all went well or there is no work, `LOST` if the others are gone.
         """
         assert self._store is not None
-        if os.environ.get(STARTED_HERE):
-            _end_with_the_first()
         rank = int(os.environ["RANK"])
         for number in SIGNALS:  # while it waits, Python does not get to handling them
             signal.signal(number, signal.SIG_DFL)

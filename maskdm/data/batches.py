@@ -90,11 +90,9 @@ class Batches:
     def indices(self, step: int) -> np.ndarray:
         """Which images make up the batch of a step, of all ranks: (B,) int64; an epoch's end may lie inside."""
         first, count = step * self.batch_size, len(self.images)
-        start, epoch = first % count, first // count
-        parts = [self._epoch_order(epoch)[start : start + self.batch_size]]
-        while (missing := self.batch_size - sum(map(len, parts))) > 0:
-            epoch += 1
-            parts.append(self._epoch_order(epoch)[:missing])
+        position = np.arange(first, first + self.batch_size)
+        epochs = position // count
+        parts = [self._epoch_order(int(e))[position[epochs == e] % count] for e in np.unique(epochs)]
         return np.concatenate(parts)
 
     def _gather(self, step: int) -> tuple[Tensor, Tensor]:
