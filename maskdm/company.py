@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from maskdm.device import gpus_of_stage
 from maskdm.errors import UserError
 from maskdm.interrupts import SIGNALS
 from maskdm.parallel import ALONE, Ranks, SeveralRanks
@@ -168,8 +169,9 @@ class Company:
 
         self._store = store = TCPStore(HERE, 0, self.num_ranks, is_master=True, wait_for_workers=False)
         place = {"WORLD_SIZE": str(self.num_ranks), "MASTER_ADDR": HERE, "MASTER_PORT": str(store.port)}
+        places = gpus_of_stage(self.num_ranks) if self.device.type == "cuda" else range(self.num_ranks)
         for rank in range(1, self.num_ranks):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), STARTED_HERE: "1"}
+            own = {"RANK": str(rank), "LOCAL_RANK": str(places[rank]), STARTED_HERE: "1"}
             words = [sys.executable, "-m", "maskdm", *command]
             self._followers.append(
                 subprocess.Popen(

@@ -295,15 +295,19 @@ class EvaluationConfig(Section):
 
 
 class ComputeConfig(Section):
-    """The machine: results are byte-identical only for equal values here, on the same machine."""
+    """The machine: results are byte-identical only for equal values here, on the same machine.
+
+    On a GPU runs are equal to rounding only: the backward pass of its attention adds up in any order.
+    """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     attention: Literal["auto", "plain", "fused"] = Field(
         default="auto", description="plain: matrix products and a softmax; fused: PyTorch's kernel"
     )
-    compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] = Field(
-        default="auto", description="mode of torch.compile; auto: default on a GPU, off on a CPU"
+    compile: Literal["auto", "off", "default", "reduce-overhead"] = Field(
+        default="auto",
+        description="mode of torch.compile; auto: default on a GPU, off on a CPU; reduce-overhead: CUDA graphs",
     )
     activation_checkpointing: bool = Field(
         default=False, description="compute the blocks' activations twice instead of keeping them"
@@ -536,7 +540,8 @@ class Params(Section):
             tried: dict[str, str] = {}
             for trial in tuning.trials:
                 given = possible[arm, trial]
-                effective = fingerprint(given.pretrain_of(arm), given.finetune_of(arm), given.training)
+                training = given.training.model_dump(mode="json", exclude={"devices"})
+                effective = fingerprint(given.pretrain_of(arm), given.finetune_of(arm), training)
                 if (twin := tried.setdefault(effective, trial)) != trial:
                     raise ValueError(
                         f"tuning.trials: {twin} and {trial} are the same for arm {arm}; every arm must get the same "

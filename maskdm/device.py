@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -108,30 +109,56 @@ def resolve(config: ComputeConfig, num_devices: int = 1) -> Compute:
 
 
 def _gpu(num_devices: int) -> int:
-    """Which GPU: the launcher's choice, the first of several, or one that no other stage works on."""
-    if num_devices > 1 or "LOCAL_RANK" in os.environ:
-        return int(os.environ.get("LOCAL_RANK", 0))
-    return free_gpu(tuple(str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())))
+    """Which GPU: the launcher's choice, or the first of those that are this stage's.
+
+    Raises:
+        UserError: a launcher has not said which, or there is no such.
+    """
+    count, given = torch.cuda.device_count(), os.environ.get("LOCAL_RANK")
+    if given is None and "RANK" in os.environ:
+        raise UserError(
+            "the launcher has set RANK, but not LOCAL_RANK, which says on which GPU to work: set it as well"
+        )
+    if given is None:
+        return gpus_of_stage(num_devices)[0]
+    if int(given) >= count:
+        raise UserError(f"LOCAL_RANK is {given}, but this machine has {count} CUDA devices: start one process for each")
+    return int(given)
+
+
+def gpus_of_stage(num_devices: int) -> tuple[int, ...]:
+    """The indices of the GPUs that this stage works on, as many as it needs; fewer only where there are fewer."""
+    uuids = (str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count()))
+    return free_gpus(tuple(uuids), num_devices)
 
 
 @cache
-def free_gpu(uuids: Sequence[str]) -> int:
-    """The index of the first GPU that no other stage of this user has taken; 0 where all are. It is taken until we end.
+def free_gpus(uuids: Sequence[str], num_devices: int) -> tuple[int, ...]:
+    """The indices of GPUs that no other stage of this user has taken, as far as there are such; else of taken ones.
 
-    So that `snakemake --resources gpu=8` puts eight arms on eight GPUs.
+    They are taken until this process ends: so `snakemake --resources gpu=8` puts eight arms on eight GPUs.
 
     Args:
         uuids: of the GPUs that are visible.
+        num_devices: how many are wanted.
     """
+    own: list[int] = []
     for index, uuid in enumerate(uuids):
-        lock = os.open(Path(tempfile.gettempdir()) / f"maskdm-{os.getuid()}-{uuid}.lock", os.O_CREAT | os.O_RDWR, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
-        except BlockingIOError:
-            os.close(lock)
-        else:
-            return index
-    return 0
+        if len(own) < num_devices and _take(uuid):
+            own.append(index)
+    others = [index for index in range(len(uuids)) if index not in own]
+    return tuple(own + others[: num_devices - len(own)])
+
+
+def _take(uuid: str) -> bool:
+    """Lock a GPU as long as this process lives; False if another process has."""
+    lock = os.open(Path(tempfile.gettempdir()) / f"maskdm-{os.getuid()}-{uuid}.lock", os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return False
+    return True
 
 
 def _ask_for_determinism(use_cuda: bool, compile_mode: str | None) -> None:
@@ -148,9 +175,10 @@ def _ask_for_determinism(use_cuda: bool, compile_mode: str | None) -> None:
 
 
 def _compile_mode(config: ComputeConfig, use_cuda: bool) -> str | None:
-    """On a CPU compiling takes 15–65 s a shape and gains 5–45 %: it is not the rule there."""
+    """On a CPU compiling takes 15–65 s a shape and gains 5–45 %: it is not the rule there. On a GPU it needs Triton."""
     if config.compile == "auto":
-        return "default" if use_cuda else None
+        is_possible = use_cuda and find_spec("triton") is not None and torch.cuda.get_device_capability() >= (7, 0)
+        return "default" if is_possible else None
     return None if config.compile == "off" else config.compile
 
 

@@ -207,12 +207,12 @@ def is_sharded(model: nn.Module) -> bool:
 def averaging(network: nn.Module, wanted: bool) -> Iterator[None]:
     """Whether backward passes of the block average gradients over the ranks: only a batch's last one needs to.
 
+    A sharded network averages them at every one: else each rank would have to hold all of them.
+
     Args:
         network: from `Ranks.replicated`.
         wanted: now.
     """
-    if is_sharded(network):
-        network.set_requires_gradient_sync(wanted)  # type: ignore[operator]
     with nullcontext() if wanted or not hasattr(network, "no_sync") else network.no_sync():  # type: ignore[operator]
         yield
 

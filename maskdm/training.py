@@ -21,11 +21,12 @@ from maskdm.diffusion import Diffusion, Draws, draw_step, masked_dsm_loss
 from maskdm.errors import UserError
 from maskdm.masking import Masking
 from maskdm.optimization import Ema, clip_gradients, lr_at
-from maskdm.parallel import ALONE, Ranks, Sets, averaging, is_sharded, local, stored_like
+from maskdm.parallel import ALONE, Ranks, Sets, averaging, local, stored_like
 from maskdm.records import peak_memory_gib
 
 Loss = Callable[..., Tensor]  # as `masked_dsm_loss`
-USING_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile
+CUDA_GRAPHS = "reduce-overhead"  # the mode of torch.compile that uses them
+STEPS_TO_RECORD = 3  # before CUDA graphs are replayed
 PLAIN_VALUES = ("num_losses", "step", "curve", "timings", "device_seconds", "data_wait_seconds")
 REMEDY = "lower the learning rate, clip gradients (training.grad_clip), or use compute.precision: fp32"
 
@@ -229,8 +230,8 @@ class Clock:
 class Gradients:
     """The gradients of a step, as they are computed here: compiled or not, averaged over the ranks.
 
-    Alone, the loss of a micro-batch is compiled as a whole. With others, the network is, by itself or block by block,
-    for what averages the gradients is wrapped around it.
+    Alone, the loss of a micro-batch is compiled as a whole. With others the network is, block by block, so that
+    what averages the gradients can begin with those of the last block.
 
     Args:
         model: the network.
@@ -243,12 +244,8 @@ class Gradients:
         self._run, self._compute, self._ranks = run, compute, ranks
         self._parameters = list(model.parameters())
         self._generator = torch.Generator(compute.device)
-        self._uses_cuda_graphs = compute.compile_mode in USING_CUDA_GRAPHS
-        self._loss: Loss = masked_dsm_loss
-        if ranks.num_ranks == 1:
-            self._loss = compute.compiled(masked_dsm_loss)
-        elif compute.compile_mode is not None and not is_sharded(model):
-            model.compile(mode=compute.compile_mode, dynamic=False)
+        self._uses_cuda_graphs = compute.compile_mode == CUDA_GRAPHS and ranks.num_ranks == 1
+        self._loss: Loss = compute.compiled(masked_dsm_loss) if ranks.num_ranks == 1 else masked_dsm_loss
         self._network = ranks.replicated(model)
 
     def __call__(self, step: int, x_0: Tensor, labels: Tensor | None) -> Tensor:
@@ -296,8 +293,9 @@ class Gradients:
             return 0.0
         started = time.perf_counter()
         self.forget()
-        float(self(step, *batches(step)))
-        self.forget()
+        for _ in range(STEPS_TO_RECORD if self._uses_cuda_graphs else 1):
+            float(self(step, *batches(step)))
+            self.forget()
         return 0.0 if self._compute.compile_mode is None else time.perf_counter() - started
 
     def _marked_loss(self, *inputs: Any) -> Tensor:

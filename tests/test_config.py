@@ -571,6 +571,11 @@ def test_two_trials_that_are_one_are_refused(values: dict[str, Any]) -> None:
     )
 
 
+def test_trials_that_differ_in_devices_alone_are_one() -> None:
+    message = error_of(content_with("tuning/trials", {"one": {}, "two": {"training.devices": 2}}))
+    assert "one and two are the same" in message
+
+
 def test_trials_that_differ_in_pretraining_alone_are_one_for_an_arm_without_it() -> None:
     content = content_with("tuning/trials", {"given": {}, "other": {"pretrain.lr": 1e-3}})
     assert "given and other are the same for arm scratch" in error_of(content)

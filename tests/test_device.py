@@ -13,21 +13,21 @@ import pytest
 import torch
 
 from maskdm.config import ComputeConfig
-from maskdm.device import KEEP_FREED_MEMORY, Compute, free_gpu, resolve
+from maskdm.device import KEEP_FREED_MEMORY, Compute, free_gpus, resolve
 from maskdm.errors import UserError
 from tests.factories import CPU
 
 HOLD = """
 import sys
-from maskdm.device import free_gpu
-print(free_gpu(tuple(sys.argv[1:])), flush=True)
+from maskdm.device import free_gpus
+print(*free_gpus(tuple(sys.argv[2:]), int(sys.argv[1])), flush=True)
 sys.stdin.read()
 """
 
 
 @pytest.mark.parametrize(
     ("compile_mode", "expected"),
-    [("auto", None), ("off", None), ("default", "default"), ("max-autotune", "max-autotune")],
+    [("auto", None), ("off", None), ("default", "default"), ("reduce-overhead", "reduce-overhead")],
 )
 def test_a_cpu_compiles_only_when_asked(compile_mode: str, expected: str | None) -> None:
     compute = resolve(ComputeConfig(device="cpu", compile=compile_mode))  # type: ignore[arg-type]
@@ -71,20 +71,34 @@ def test_cuda_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> 
 def test_stages_at_work_at_a_time_take_different_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)  # so that it is looked up anew
-    uuids = tuple(f"test-{uuid.uuid4()}" for _ in range(2))
+    uuids = tuple(f"test-{uuid.uuid4()}" for _ in range(4))
     others = []
     try:
-        for expected in ("0", "1", "0"):  # all are taken: the third shares the first
-            other = subprocess.Popen(
-                [sys.executable, "-c", HOLD, *uuids], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
+        for num_devices, expected in (("1", "0"), ("2", "1 2"), ("2", "3 0")):  # the last finds but one free
+            words = [sys.executable, "-c", HOLD, num_devices, *uuids]
+            other = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             others.append(other)
             assert other.stdout is not None
             assert other.stdout.readline().strip() == expected
         others[1].communicate()
-        assert free_gpu(uuids) == 1, "that of a process that has ended"
-        assert free_gpu(uuids) == 1, "a process keeps the one it has"
+        assert free_gpus(uuids, 1) == (1,), "one of a process that has ended"
+        assert free_gpus(uuids, 1) == (1,), "a process keeps the one it has"
     finally:
         for other in others:
             if other.poll() is None:
                 other.communicate()
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [({"RANK": "1"}, "has set RANK, but not LOCAL_RANK"), ({"LOCAL_RANK": "2"}, "has 2 CUDA devices")],
+)
+def test_a_launcher_that_gives_no_gpu_is_an_error(
+    variables: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=says):
+        resolve(ComputeConfig(device="cuda"))

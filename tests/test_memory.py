@@ -63,6 +63,20 @@ def test_states_that_take_more_than_half_of_the_device_are_to_be_sharded(monkeyp
     assert fills_device(PARAMS, FP32)
 
 
+def test_shards_leave_room_and_what_is_taken_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = tiny_params(model={"dim": 256, "depth": 9})
+    device_of(monkeypatch, MemoryCounter(wide, FP32).training(64, 16, 16) / FILLED + 100)
+    whole = micro_batch_size(wide, FP32, automatic(64), 16)
+    assert whole == 16
+    assert micro_batch_size(wide, FP32, automatic(64), 16, num_shards=4) > whole
+    assert micro_batch_size(wide, FP32, automatic(64), 16, taken=1_000_000) < whole
+
+
+def test_ranks_on_a_cpu_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    device_of(monkeypatch, 2 * MemoryCounter(PARAMS, FP32).training(12, 6, 16) / FILLED + 100)
+    assert micro_batch_size(PARAMS, FP32, automatic(24), 16, num_ranks=2) == 6
+
+
 def test_a_cpu_gives_half_of_the_machine() -> None:
     import psutil
 

@@ -141,7 +141,12 @@ class Prefetch:
 
 def fits_on_device(images: Images, memory_bytes: int) -> bool:
     """Whether the images take at most a quarter of a device's memory."""
-    return len(images) * int(np.prod(images.shape)) <= memory_bytes // RESIDENT_SHARE
+    return num_bytes(images) <= memory_bytes // RESIDENT_SHARE
+
+
+def num_bytes(images: Images) -> int:
+    """Of all images."""
+    return len(images) * int(np.prod(images.shape))
 
 
 def is_resident(choice: Literal["auto"] | bool, images: Images, device: torch.device, memory_bytes: int) -> bool:

@@ -247,7 +247,17 @@ class _Measure:
         }[name]
         image = (p.dataset.image_size, p.dataset.channels)
         precision = self._compute.describe()
-        return fingerprint(machine(), precision, p.compute.attention, p.model, image, name, arguments, own)
+        return fingerprint(
+            machine(),
+            precision,
+            p.compute.attention,
+            p.compute.activation_checkpointing,
+            p.model,
+            image,
+            name,
+            arguments,
+            own,
+        )
 
 
 @cache

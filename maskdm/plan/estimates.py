@@ -239,7 +239,7 @@ class _Estimator:
         """Counted once, and remembered: counting takes half a second."""
         params, precision = self._params, self._compute.describe()
         image = (params.dataset.image_size, params.dataset.channels)
-        key = fingerprint("memory", machine(), precision, params.model, image, kind, arguments)
+        key = fingerprint("memory", machine(), precision, params.compute, params.model, image, kind, arguments)
         if (known := self._store.get(key)) is None:
             known = Measurement(getattr(self._counter, kind)(*arguments), 0.0, datetime.now(UTC).date().isoformat())
             self._store.put(key, known)

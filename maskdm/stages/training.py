@@ -15,7 +15,7 @@ from maskdm.checkpoint import DamagedError, architecture_of, load_tensors, save_
 from maskdm.compute import StagePlan, build_model
 from maskdm.config import Params, StageConfig
 from maskdm.data.arrays import ImageArrays
-from maskdm.data.batches import Batches, is_resident
+from maskdm.data.batches import Batches, is_resident, num_bytes
 from maskdm.diffusion import Diffusion
 from maskdm.errors import UserError
 from maskdm.formats import CURVE_COLUMNS
@@ -37,6 +37,11 @@ from maskdm.training import (
     state_info,
     state_tensors,
     train,
+)
+
+DOES_NOT_FIT = (
+    "or images kept on the device (data.device_resident), did not fit; try data.device_resident: false, or more "
+    "training.devices with compute.sharding: full"
 )
 
 
@@ -155,23 +160,19 @@ class Trainer:
         self.job, self.folder, self.ranks = job, folder, ranks
         self._taken: Sets = {}
         self.compute = device.resolve(params.compute, params.training.devices)
-        self.micro_batch_size = memory.micro_batch_size(
-            params, self.compute, job.config, job.plan.num_visible, ranks.num_ranks
-        )
         self.architecture = architecture_of(params, images.num_classes)
-        self.state = self._fresh_state(images.num_classes)
         self.store = StateStore(folder, params.saving.every_seconds, params.saving.every_steps)
-        self.batches = Batches(
-            images,
-            job.config.batch_size,
-            job.seed,
-            job.stage,
-            self.compute.device,
-            with_labels=params.model.class_conditional,
-            resident=is_resident(params.data.device_resident, images, self.compute.device, self.compute.memory_bytes),
-            rank=ranks.rank,
-            num_ranks=ranks.num_ranks,
+        num_shards = ranks.num_ranks if ranks.shared(self._is_to_be_sharded()) else 1
+        resident = is_resident(params.data.device_resident, images, self.compute.device, self.compute.memory_bytes)
+        taken = num_bytes(images) if resident else 0
+        self.micro_batch_size = ranks.shared(
+            memory.micro_batch_size(
+                params, self.compute, job.config, job.plan.num_visible, ranks.num_ranks, num_shards, taken
+            )
         )
+        with device.explain_out_of_memory(f"{job.title}: the network with its optimizer, {DOES_NOT_FIT}"):
+            self.state = self._fresh_state(images.num_classes, num_shards > 1)
+            self.batches = self._make_batches(images, resident)
 
     def run(self, tracked: StageRun, record: dict[str, Any], prefix: str = "") -> TrainState:
         """Train from the newest saved state, or from the start.
@@ -241,7 +242,7 @@ class Trainer:
 
     def _train(self, watcher: Watcher) -> None:
         """Train to the end, and save: whatever becomes of publishing."""
-        train(self.state, self._train_run(), self.batches, self.compute, watcher, self.ranks)
+        train(self.state, self.train_run(), self.batches, self.compute, watcher, self.ranks)
         self._taken = whole(state_tensors(self.state))
         if self.ranks.is_first:
             self._save()
@@ -303,7 +304,21 @@ class Trainer:
             save_tensors(building, {"raw": raw}, {"architecture": self.architecture})
         return f"The weights of before are in {file}"
 
-    def _fresh_state(self, num_classes: int) -> TrainState:
+    def _make_batches(self, images: ImageArrays, resident: bool) -> Batches:
+        job, ranks = self.job, self.ranks
+        return Batches(
+            images,
+            job.config.batch_size,
+            job.seed,
+            job.stage,
+            self.compute.device,
+            with_labels=job.params.model.class_conditional,
+            resident=resident,
+            rank=ranks.rank,
+            num_ranks=ranks.num_ranks,
+        )
+
+    def _fresh_state(self, num_classes: int, is_sharded: bool) -> TrainState:
         job, ranks, training = self.job, self.ranks, self.job.params.training
         model = build_model(job.params, num_classes)
         if job.init is None:
@@ -311,13 +326,14 @@ class Trainer:
         else:
             model.load_state_dict(job.init)
         ranks.share_weights(model)
-        if self._is_to_be_sharded():
-            blocks = [module for module in model.modules() if isinstance(module, Block)]
-            for block in blocks if self.compute.compile_mode else ():
-                block.compile(mode=self.compute.compile_mode, dynamic=False)
+        blocks = [module for module in model.modules() if isinstance(module, Block)]
+        if self.compute.compile_mode is not None and ranks.num_ranks > 1:
+            for block in blocks:
+                block.compile(dynamic=False)
+        if is_sharded:
             ranks.shard(model, blocks, self.compute.device)
         model.to(self.compute.device)
-        ema = Ema(model, training.ema_decay) if ranks.is_first or is_sharded(model) else None
+        ema = Ema(model, training.ema_decay) if ranks.is_first or is_sharded else None
         return TrainState(model, ema, make_optimizer(model, training, job.config.lr))
 
     def _is_to_be_sharded(self) -> bool:
@@ -327,7 +343,8 @@ class Trainer:
             return False
         return choice == "full" or (on_gpu and memory.fills_device(self.job.params, self.compute))
 
-    def _train_run(self) -> TrainRun:
+    def train_run(self) -> TrainRun:
+        """What `training.train` is to do."""
         job, diffusion = self.job, self.job.params.diffusion
         return TrainRun(
             name=job.title,

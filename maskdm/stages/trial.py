@@ -44,7 +44,10 @@ class Trial:
     def __init__(self, params: Params, arm: str, name: str) -> None:
         self._params, self._arm, self._name = params, arm, name
         self._seed = params.seeds[0]
-        self._compute, self._images = device.resolve(params.compute), open_data(params, verify=not is_follower())
+        self._compute, self._images = (
+            device.resolve(params.compute, params.training.devices),
+            open_data(params, verify=not is_follower()),
+        )
         self._scorer = Scorer(params, self._compute, self._images.sha256)
         self.inputs = {
             "pretrain": pretrain.pretraining_job(params, arm, self._seed).inputs(self._images.sha256),
