@@ -67,9 +67,11 @@ def words(
     return [
         f"An arm's row is one seed, its stages below; the seeds are {', '.join(map(str, params.seeds))}. Arms are "
         f"matched by {params.budget.match}. Steps of sample are evaluations of the network on a batch, for all "
-        "milestones." + (f" Windows of crop in patches: {windows}." if windows else ""),
+        "milestones. A batch that enters the network in parts says how large they are (by N)."
+        + (f" Windows of crop in patches: {windows}." if windows else ""),
         _words_on_time(outlook.calibration, missing),
         _words_on_gpus(outlook),
+        *([_words_on_devices(params.training.devices)] if params.training.devices > 1 else []),
         _words_on_memory(compute),
         _words_on_disk(estimates),
         *([_words_on_tuning(params)] if estimates.tuning else []),
@@ -143,6 +145,13 @@ def _words_on_gpus(outlook: Outlook) -> str:
     return (
         f"GPUs: FLOPs / (datasheet rate × {outlook.utilisation:g}); dense {kind} rates in TFLOP/s: {rates}{note}. "
         "The utilisation is an assumption (--utilisation); small networks reach less."
+    )
+
+
+def _words_on_devices(num_devices: int) -> str:
+    return (
+        f"training.devices is {num_devices}: memory is that of each, with its share of a batch; times are those of one "
+        "alone, which several divide between them where they do not share cores."
     )
 
 

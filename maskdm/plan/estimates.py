@@ -104,7 +104,8 @@ def work_of(params: Params, compute: Compute) -> Work:
         plan, configs = plan_arm(params, arm), (params.pretrain_of(arm), params.finetune_of(arm))
         for stage, config in zip((plan.pretrain, plan.finetune), configs, strict=True):
             if stage.num_steps:
-                steps.add((micro_batch_size(params, compute, config, stage.num_visible), stage.num_visible))
+                micro = micro_batch_size(params, compute, config, stage.num_visible, params.training.devices)
+                steps.add((micro, stage.num_visible))
                 batches.add(stage.batch_size)
     num_patches, sampled = params.grid.num_patches, min(params.sampling.batch_size, params.sampling.num_samples)
     return Work(frozenset(steps), frozenset(batches), sampled, num_patches, partial(image_flops, params))
@@ -200,7 +201,8 @@ class _Estimator:
         self, name: Literal["pretrain", "finetune"], plan: StagePlan, config: StageConfig, num_checkpoints: int
     ) -> StageEstimate:
         calibration = self._calibration
-        micro = micro_batch_size(self._params, self._compute, config, plan.num_visible)
+        devices = self._params.training.devices
+        micro = micro_batch_size(self._params, self._compute, config, plan.num_visible, devices)
         held = self.weights if name == "finetune" else 0  # what it starts from
         return StageEstimate(
             stage=name,
@@ -210,7 +212,7 @@ class _Estimator:
             batch_size=plan.batch_size,
             micro_batch_size=micro,
             flops_per_step=plan.flops_per_step,
-            memory=held + self._memory("training", plan.batch_size, micro, plan.num_visible),
+            memory=held + self._memory("training", plan.batch_size // devices, micro, plan.num_visible),
             disk=num_checkpoints * SETS_KEPT * self.weights,
             seconds=plan.num_steps * calibration.step_seconds(plan, micro) if calibration else None,
         )

@@ -98,7 +98,9 @@ def time_ratio(
 ) -> tuple[float, float]:
     """A masked training step of an arm against its unmasked one, per image: in measured time, and in FLOPs."""
     masked, unmasked = (
-        calibration.compute_seconds(stage, micro_batch_size(params, compute, config, stage.num_visible))
+        calibration.compute_seconds(
+            stage, micro_batch_size(params, compute, config, stage.num_visible, params.training.devices)
+        )
         / stage.batch_size
         for stage, config in ((plan.pretrain, params.pretrain_of(arm)), (plan.finetune, params.finetune_of(arm)))
     )
@@ -126,7 +128,7 @@ def _data_bound(params: Params, compute: Compute, arm: str, plan: ArmPlan, calib
         if not stage.num_steps:
             continue
         gather = calibration.gather_seconds(stage.batch_size)
-        micro = micro_batch_size(params, compute, config, stage.num_visible)
+        micro = micro_batch_size(params, compute, config, stage.num_visible, params.training.devices)
         share = gather / calibration.step_seconds(stage, micro)
         if share > DATA_BOUND:
             yield (
