@@ -18,7 +18,7 @@ from benchmarks.settings import Settings
 from benchmarks.timing import Task, interleave, looped
 from maskdm.backbone import plain_attention, uses_plain_attention
 
-TOKENS, QUICK_TOKENS = (17, 65, 129, 257, 513, 1025), (17, 65)
+TOKENS, QUICK_TOKENS = (17, 65, 101, 129, 257, 401, 513, 1025), (17, 65)
 NUM_HEADS, HEAD_DIM = 8, 64
 TOKENS_OF_A_BATCH = 2048
 

@@ -1,4 +1,8 @@
-"""`ema_optimizer`: the share of a step that clipping, AdamW and the averaged weights take."""
+"""`ema_optimizer`: the share of a step that clipping, AdamW and the averaged weights take.
+
+They cost the same at every mask rate while the rest of a step shrinks: their share grows with the rate. The promise is
+about a step at rate 0; the table has all rates.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +12,16 @@ from benchmarks.shapes import RATES, Shape
 from benchmarks.steps import StepMaker
 from benchmarks.timing import Task, interleave, looped
 
-# What is promised of the share at mask rate 0, by shape.
-MOST_SHARE = {"tiny": 0.10, "celeba": 0.03}
+TARGETS = {
+    name: Target(f"{name}: their share of a step at mask rate 0", None, bound)
+    for name, bound in (("tiny", 0.10), ("celeba", 0.03))
+}
 GRAD_CLIP = 1.0
 
 
 def run(settings: Settings) -> Outcome:
     """Measure every shape that something is promised of; `small` lies between."""
-    outcomes = [_measure(shape, settings) for shape in settings.shapes if shape.name in MOST_SHARE]
+    outcomes = [_measure(shape, settings) for shape in settings.shapes if shape.name in TARGETS]
     return Outcome([table for table, _ in outcomes], [target for _, target in outcomes])
 
 
@@ -36,7 +42,6 @@ def _measure(shape: Shape, settings: Settings) -> tuple[Table, Target]:
         }
         for rate in RATES
     ]
-    share = rounds.ratio("update", "rate 0.0").median
+    target = TARGETS[shape.name].measured(rounds.ratio("update", "rate 0.0").median)
     title = f"{shape.name}: clipping, AdamW and averaged weights, batch {shape.batch_size}"
-    target = Target(f"{shape.name}: their share of a step at mask rate 0", share, MOST_SHARE[shape.name])
     return Table(title, rows, f"with grad_clip: {GRAD_CLIP}, which the default does not use"), target

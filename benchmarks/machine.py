@@ -6,15 +6,20 @@ import datetime
 import os
 import platform
 import re
+import subprocess
+from collections.abc import Mapping
+from functools import cache
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
 from benchmarks.timing import Rounds, Spread, Task, looped
-from maskdm.records import cpu_name, git_state
+from maskdm.records import cpu_name
 
+ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "timm", "numpy", "pillow", "dvc", "snakemake", "mlflow")
 MATMUL_SIDE = {"cpu": 1024, "cuda": 8192}
 COPY_BYTES = {"cpu": 2**27, "cuda": 2**31}
@@ -27,17 +32,21 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def describe() -> dict[str, Any]:
-    """Processor, memory, GPU, versions, commit and date."""
+def describe(threads: int) -> dict[str, Any]:
+    """Processor, memory, GPU, versions, commit and date.
+
+    Args:
+        threads: that steps are measured with.
+    """
     commit, dirty = git_state()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "cpu": cpu_name(),
         "cores": num_cores(),
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpu": gpu,
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "versions": {"python": platform.python_version(), **_versions()},
         "git_commit": commit,
         "git_dirty": dirty,
@@ -45,7 +54,16 @@ def describe() -> dict[str, Any]:
     }
 
 
-def slug(machine: dict[str, Any]) -> str:
+@cache
+def git_state() -> tuple[str | None, bool | None]:
+    """The checkout's commit and whether it has changes, as they were when first asked for; (None, None) without git."""
+    commit = _git("rev-parse", "HEAD")
+    if commit is None:
+        return None, None
+    return commit, bool(_git("status", "--porcelain", "--untracked-files=no"))
+
+
+def slug(machine: Mapping[str, Any]) -> str:
     """A machine's name for a file: processor and cores, or the GPU."""
     name = machine["gpu"] or f"{machine['cpu']} {machine['cores']} cores"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
@@ -75,9 +93,14 @@ def matmul_flops(device: torch.device) -> int:
 
 
 def ceiling_row(rounds: Rounds, device: torch.device, precisions: tuple[str, ...]) -> dict[str, Spread | None]:
-    """What `ceilings` has given, as cells: matrix products in GFLOP/s, copies in GB/s read and written."""
+    """What `ceilings` has given, as cells: matrix products in GFLOP/s, copies in GB/s read and written.
+
+    On a GPU matrix products of fp32 are made in TF32, here as in steps.
+    """
     matmul = {
-        f"matmul {precision} GFLOP/s": rounds.rate(f"matmul {precision}", matmul_flops(device) / 1e9)
+        f"matmul {'TF32' if (device.type, precision) == ('cuda', 'fp32') else precision} GFLOP/s": rounds.rate(
+            f"matmul {precision}", matmul_flops(device) / 1e9
+        )
         for precision in precisions
     }
     return {**matmul, "copy GB/s": rounds.rate("copy", 2 * COPY_BYTES[device.type] / 1e9)}
@@ -101,6 +124,14 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> Any:
 def _copy(source: torch.Tensor) -> Any:
     target = torch.zeros_like(source)
     return lambda: target.copy_(source)
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
+    except OSError:  # no git
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _versions() -> dict[str, str | None]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tabulate import tabulate
@@ -19,14 +19,14 @@ class Target:
 
     Attributes:
         what: the number in words.
-        value: what was measured.
-        bound: what was promised.
+        value: what was measured; None before.
+        bound: what was promised; None where that is measured too, and was not yet.
         sense: whether the value must be at most or at least the bound.
     """
 
     what: str
-    value: float
-    bound: float
+    value: float | None
+    bound: float | None
     sense: str = "at most"
 
     def __post_init__(self) -> None:
@@ -35,8 +35,19 @@ class Target:
 
     @property
     def is_met(self) -> bool:
-        """Whether the promise holds; a number that is none never does."""
+        """Whether the promise holds; without a number it never does."""
+        if self.value is None or self.bound is None:
+            return False
         return self.value <= self.bound if self.sense == "at most" else self.value >= self.bound
+
+    def measured(self, value: float, bound: float | None = None) -> Target:
+        """The same promise with a number.
+
+        Args:
+            value: what was measured.
+            bound: where it was measured too.
+        """
+        return replace(self, value=value, bound=self.bound if bound is None else bound)
 
     def as_dict(self) -> dict[str, Any]:
         """For records."""
@@ -92,17 +103,18 @@ class Outcome:
         }
 
 
-def render(outcome: Mapping[str, Any], style: str) -> str:
+def render(outcome: Mapping[str, Any], style: str, has_verdicts: bool = True) -> str:
     """An outcome of a record as text.
 
     Args:
         outcome: `Outcome.as_dict`.
         style: of `tabulate`: `simple` for a terminal, `github` for Markdown.
+        has_verdicts: whether to say which targets hold.
     """
     bold = "**" if style == "github" else ""
     parts = [text for table in outcome["tables"] for text in _render_table(table, style, bold)]
     if outcome["targets"]:
-        parts.append(_render_targets(outcome["targets"], style))
+        parts.append(render_targets(outcome["targets"], style, has_verdicts))
     return "\n\n".join([*parts, *outcome["notes"]])
 
 
@@ -112,17 +124,30 @@ def _render_table(table: Mapping[str, Any], style: str, bold: str) -> list[str]:
     return [f"{bold}{table['title']}{bold}", shown, *([table["note"]] if table["note"] else [])]
 
 
-def _render_targets(targets: list[Mapping[str, Any]], style: str) -> str:
-    rows = [
-        {
-            "target": target["what"],
-            "measured": show(target["value"]),
-            "promised": f"{target['sense']} {show(target['bound'])}",
-            "holds": "yes" if target["is_met"] else "NO",
-        }
-        for target in targets
-    ]
+def render_targets(
+    targets: Sequence[Mapping[str, Any]],
+    style: str,
+    has_verdicts: bool = True,
+    not_measured: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """Targets as a table.
+
+    Args:
+        targets: `Target.as_dict` of each.
+        style: see `render`.
+        has_verdicts: whether to say which of them hold.
+        not_measured: further ones, that nothing is known of.
+    """
+    rows = [_target_row(target, show(target["value"]), "yes" if target["is_met"] else "NO") for target in targets]
+    rows += [_target_row(target, "not measured", show(None)) for target in not_measured]
+    if not has_verdicts:
+        rows = [{column: cell for column, cell in row.items() if column != "holds"} for row in rows]
     return tabulate(rows, headers="keys", tablefmt=style, disable_numparse=True)
+
+
+def _target_row(target: Mapping[str, Any], measured: str, holds: str) -> dict[str, str]:
+    promised = f"{target['sense']} {show(target['bound'])}"
+    return {"target": target["what"], "measured": measured, "promised": promised, "holds": holds}
 
 
 def show(cell: Any) -> str:
@@ -130,7 +155,7 @@ def show(cell: Any) -> str:
     if cell is None:
         return "–"
     if isinstance(cell, Mapping):
-        middle, low, high = (_number(cell[key]) for key in ("median", "low", "high"))
+        middle, low, high = (show(cell[key]) for key in ("median", "low", "high"))
         return middle if low == high else f"{middle} [{low}, {high}]"
     return _number(cell) if isinstance(cell, float) else str(cell)
 

@@ -3,29 +3,55 @@
 from __future__ import annotations
 
 import json
+import math
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
-
 from benchmarks.machine import slug
-from benchmarks.outcome import show
+from benchmarks.outcome import render, render_targets
 from maskdm.errors import UserError
 
 FORMAT = "maskdm-benchmarks/1"
 FOLDER = Path(__file__).parent / "records"
 
 
-def default_path(record: dict[str, Any]) -> Path:
-    """Where a record is kept: by its day and machine."""
-    about = record["machine"]
-    return FOLDER / f"{about['date'][:10]}-{slug(about)}.json"
+def path_for(about: Mapping[str, Any], is_full: bool) -> Path:
+    """Where a run's record goes if nobody says where.
+
+    Args:
+        about: the machine.
+        is_full: whether everything is measured: only such records are kept, by day, machine and commit.
+    """
+    if not is_full:
+        return Path(tempfile.mkdtemp(prefix="maskdm-bench-record-")) / "record.json"
+    return FOLDER / f"{about['date'][:10]}-{slug(about)}-{(about['git_commit'] or 'no-git')[:7]}.json"
 
 
-def write_record(record: dict[str, Any], path: Path) -> None:
-    """Write a record."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+def create_record(record: Mapping[str, Any], path: Path) -> None:
+    """Write a record where there is none, before anything is measured for it.
+
+    Raises:
+        UserError: there is one, or nothing can be written there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("x", encoding="utf-8") as file:
+            file.write(_text(record))
+    except OSError as error:
+        if path.exists():
+            raise UserError(
+                f"{path} is there; records are never overwritten: remove it, or name another by --out"
+            ) from None
+        raise UserError(f"cannot write the record {path}: {error.strerror}; name another place by --out") from None
+
+
+def replace_record(record: Mapping[str, Any], path: Path) -> None:
+    """Write what is known by now in the place of what was known before, whole or not at all."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(_text(record), encoding="utf-8")
+    new.replace(path)
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -43,15 +69,54 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def summary(record: dict[str, Any]) -> str:
-    """Which targets hold."""
+def header(record: Mapping[str, Any]) -> str:
+    """What tables and targets have to be read with: machine, threads, rounds, commit, and what is amiss."""
+    about = record["machine"]
+    names = [about["cpu"], *([about["gpu"]] if about["gpu"] else [])]
+    counts = [f"{about['cores']} cores", f"{about['threads']} threads", f"{record['rounds']} rounds"]
+    commit = f"commit {(about['git_commit'] or 'unknown')[:7]}{' DIRTY' if about['git_dirty'] else ''}"
+    lines = [", ".join([*names, *counts, commit, about["date"]])]
+    if record["is_quick"]:
+        lines.append("QUICK: proves nothing")
+    if not record["is_complete"]:
+        lines.append("INCOMPLETE: the run was cut off")
+    return "\n".join(lines)
+
+
+def section(record: Mapping[str, Any], name: str, style: str) -> str:
+    """What a benchmark has given; whether targets hold is not said of a quick run.
+
+    Args:
+        record: with it.
+        name: of the benchmark.
+        style: see `render`.
+    """
+    return render(record["benchmarks"][name], style, not record["is_quick"])
+
+
+def summary(record: Mapping[str, Any], style: str = "simple") -> str:
+    """All targets: which hold, and which were not measured.
+
+    Args:
+        record: of a run.
+        style: see `render`.
+    """
     targets = [target for outcome in record["benchmarks"].values() for target in outcome["targets"]]
-    if not targets:
-        return "no target was measured"
-    rows = [
-        [t["what"], show(t["value"]), f"{t['sense']} {show(t['bound'])}", "yes" if t["is_met"] else "NO"]
-        for t in targets
-    ]
+    missing = record["not_measured"]
+    table = render_targets(targets, style, not record["is_quick"], missing)
     held = sum(target["is_met"] for target in targets)
-    table = tabulate(rows, headers=["target", "measured", "promised", "holds"], disable_numparse=True)
-    return f"{table}\n\n{held} of {len(targets)} targets hold"
+    verdict = "QUICK: proves nothing" if record["is_quick"] else f"{held} of {len(targets)} targets hold"
+    return f"{table}\n\n{verdict}; {len(missing)} not measured"
+
+
+def _text(record: Mapping[str, Any]) -> str:
+    return json.dumps(_without_nan(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _without_nan(value: Any) -> Any:
+    """The same with null for what is no number: JSON has no word for it."""
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,7 +1,10 @@
-"""An outside reference: the same task with the blocks of timm's ViT, in the loop that a competent user would write.
+"""An outside reference: the same network of the blocks of timm's ViT, in the loop that a competent user would write.
 
-What differs from ours: no long skips (so fewer FLOPs), every patch enters, nothing is masked, drawn or averaged by our
-code. What is the same: width, depth, heads, hidden width, patches, time token, ε-prediction, AdamW, averaged weights.
+What is the same: width, depth, heads, hidden width, long skips, patches, time token, ε-prediction, AdamW, averaged
+weights; so are the FLOPs. What differs: every patch enters, and nothing is masked, drawn or averaged by our code.
+
+"Tuned" is what a user would get who knows the machine: PyTorch's fused AdamW, and attention by the kernel that our rule
+takes (`maskdm.backbone.uses_plain_attention`).
 """
 
 from __future__ import annotations
@@ -20,14 +23,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.shapes import Shape
-from maskdm.backbone import timestep_embedding
+from maskdm.backbone import timestep_embedding, uses_plain_attention
 from maskdm.diffusion import Diffusion
 from maskdm.patches import patchify
 from maskdm.torchvision_compat import declare_missing_operators
 
 
-class TimmViT(nn.Module):
-    """timm's blocks on the patches of an image and a time token.
+class TimmUViT(nn.Module):
+    """timm's blocks, with long skips, on the patches of an image and a time token.
 
     Args:
         shape: gives width, depth, heads and patches.
@@ -42,16 +45,27 @@ class TimmViT(nn.Module):
         self.patch_embed = nn.Linear(patch_dim, dim)
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + shape.num_patches, dim))
         depth, heads, mlp_ratio = model["depth"], model["num_heads"], model["mlp_ratio"]
-        self.blocks = nn.Sequential(*(block(dim, heads, mlp_ratio=mlp_ratio, qkv_bias=False) for _ in range(depth)))
+        self.blocks = nn.ModuleList(block(dim, heads, mlp_ratio=mlp_ratio, qkv_bias=False) for _ in range(depth))
+        self.skips = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(depth // 2))
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, patch_dim)
+
+    def use_plain_attention(self, is_plain: bool) -> None:
+        """Attention by matrix products and a softmax, or by PyTorch's kernel."""
+        for block in self.blocks:
+            block.attn.fused_attn = not is_plain  # type: ignore[union-attr]
 
     def forward(self, patches: Tensor, t: Tensor) -> Tensor:
         """(B, N, P), (B,) → (B, N, P)."""
         time_token = timestep_embedding(t, self.dim)[:, None]
         x = torch.cat([time_token, self.patch_embed(patches)], dim=1) + self.pos_embed
-        x = self.norm(self.blocks(x))[:, 1:]
-        prediction: Tensor = self.head(x)
+        half, kept = len(self.skips), list[Tensor]()
+        for block in self.blocks[:half]:
+            kept.append(x := block(x))
+        x = self.blocks[half](x)
+        for block, skip in zip(self.blocks[half + 1 :], self.skips, strict=True):
+            x = block(skip(torch.cat([x, kept.pop()], dim=-1)))
+        prediction: Tensor = self.head(self.norm(x)[:, 1:])
         return prediction
 
 
@@ -63,13 +77,19 @@ class TimmSteps:
         images: uint8 (N, H, W, C).
         precision: `fp32`, or `bf16` by autocast.
         device: where.
+        is_tuned: whether with the fused AdamW and our rule's attention; else all is as it comes.
     """
 
-    def __init__(self, shape: Shape, images: Tensor, precision: str, device: torch.device) -> None:
+    def __init__(
+        self, shape: Shape, images: Tensor, precision: str, device: torch.device, is_tuned: bool = False
+    ) -> None:
         self._images, self._batch_size, self._precision = images.to(device), shape.batch_size, precision
         self._device = device
-        self.model = TimmViT(shape).to(device)
-        self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        self.model = TimmUViT(shape).to(device)
+        if is_tuned:
+            dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+            self.model.use_plain_attention(uses_plain_attention("auto", device.type, dtype, shape.num_patches + 1))
+        self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=is_tuned or None)
         self._ema = _timm("utils").ModelEmaV3(self.model, decay=0.999)
         self._diffusion = Diffusion(1000, "linear", "epsilon", device)
 
@@ -102,7 +122,7 @@ def count_flops(shape: Shape) -> int:
     """FLOPs of forward and backward of one image of the reference, counted as ours are."""
     _timm("models.vision_transformer")  # imported where tensors are real
     with torch.device("meta"):
-        model = TimmViT(shape)
+        model = TimmUViT(shape)
         patches = torch.empty(1, shape.num_patches, shape.model["patch_size"] ** 2 * shape.channels)
         t = torch.empty(1, dtype=torch.int64)
         with FlopCounterMode(display=False) as counter, sdpa_kernel([SDPBackend.MATH]):

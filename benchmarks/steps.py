@@ -40,7 +40,7 @@ class Steps:
         job = _job(params)
         self.flops, self.num_visible = job.plan.flops_per_step, job.plan.num_visible
         self.trainer = Trainer(job, images, folder)
-        self._run = self.trainer._train_run()
+        self._run = self.trainer.train_run()
 
     def run(self, num_steps: int) -> float:
         """Make steps; the seconds that the training loop's own clock has counted."""

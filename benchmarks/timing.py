@@ -128,13 +128,15 @@ class Rounds:
         return Spread(tuple(times * value / of for value, of in pairs))
 
 
-def interleave(tasks: Mapping[str, Task], num_rounds: int, title: str) -> Rounds:
+def interleave(tasks: Mapping[str, Task], num_rounds: int, title: str, alternates: bool = False) -> Rounds:
     """Warm every task up, then let them take turns.
 
     Args:
         tasks: by name, in the order of a round.
         num_rounds: measurements of each.
         title: for the progress display.
+        alternates: whether every second round goes backwards: few long tasks, each of which finds the machine as the
+            one before left it.
     """
     bar = Progress((num_rounds + 1) * len(tasks), title, "measurements")
     for name, task in tasks.items():
@@ -142,7 +144,8 @@ def interleave(tasks: Mapping[str, Task], num_rounds: int, title: str) -> Rounds
         bar.update(note=f"warming up: {name}")
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for number in range(1, num_rounds + 1):
-        for name, task in tasks.items():
+        turns = list(tasks.items())
+        for name, task in reversed(turns) if alternates and number % 2 == 0 else turns:
             seconds[name].append(task.measure())
             bar.update(note=f"round {number} of {num_rounds}: {name}")
     bar.close()
