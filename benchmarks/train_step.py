@@ -34,8 +34,8 @@ TIMM_TARGETS = {
 TARGETS: Mapping[Any, Target] = {**RATE_TARGETS, **TIMM_TARGETS}
 RATES_NOTE = "time ÷ FLOPs: the ratio of times to rate 0 over the ratio of FLOPs; 1 is ideal"
 TIMM_NOTE = (
-    "timm: the same network of its ViT blocks, AdamW and averaged weights of timm and PyTorch as they come. Tuned: with "
-    "PyTorch's fused AdamW and the attention kernel that our rule takes, as ours has them."
+    "timm: the same network of its ViT blocks, AdamW and averaged weights of timm and PyTorch as they come. Tuned: "
+    "with PyTorch's fused AdamW and the attention kernel that our rule takes, as ours has them."
 )
 
 

@@ -269,7 +269,7 @@ def test_the_reference_attends_as_it_is_told(is_plain: bool, monkeypatch: pytest
     monkeypatch.setattr(
         torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: calls.append(a) or kernel(*a, **k)
     )
-    model = reference.TimmViT(NANO)
+    model = reference.TimmUViT(NANO)
     model.use_plain_attention(is_plain)
     model(torch.randn(2, NANO.num_patches, 4), torch.zeros(2))
     assert len(calls) == (0 if is_plain else NANO.model["depth"])
