@@ -38,7 +38,7 @@ class Settings:
     @property
     def step_seconds(self) -> float:
         """Of training steps, at least, behind one measurement: what is done once per call of `train` must not show."""
-        return 0.02 if self.is_quick else 0.4
+        return 0.02 if self.is_quick else 0.6
 
     @property
     def precisions(self) -> tuple[str, ...]:

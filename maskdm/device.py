@@ -210,6 +210,24 @@ def explain_out_of_memory(advice: str) -> Iterator[None]:
         raise UserError(f"out of memory: {advice} ({_first_line(error)})") from None
 
 
+@contextmanager
+def explain_compiler() -> Iterator[None]:
+    """Say that it was PyTorch's compiler that failed in the block, and how to do without it.
+
+    Raises:
+        UserError: it did; most often there is no C++ compiler or no Triton.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            raise
+        raise UserError(
+            f"torch.compile failed ({_first_line(error)}); it needs a C++ compiler on a CPU and Triton on a GPU; "
+            "compute.compile: off does without"
+        ) from None
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 

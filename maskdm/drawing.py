@@ -84,7 +84,7 @@ def draw_images(
 
     missing = ranks.shared([ids for ids in ids_of_batches if ids not in parts])
     advice = f"{title}: batches of {config.batch_size} images did not fit; lower sampling.batch_size"
-    with device.explain_out_of_memory(advice):
+    with device.explain_out_of_memory(advice), device.explain_compiler():
         for ids, images in _drawn(missing, draw, _image_shape(params), ranks):
             parts[ids] = images
             if kept is not None:

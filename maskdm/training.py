@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from maskdm import rng
 from maskdm.config import StageConfig, TrainingConfig
 from maskdm.data.batches import Batches
-from maskdm.device import Compute
+from maskdm.device import Compute, explain_compiler
 from maskdm.diffusion import Diffusion, Draws, draw_step, masked_dsm_loss
 from maskdm.errors import UserError
 from maskdm.masking import Masking
@@ -293,9 +293,10 @@ class Gradients:
             return 0.0
         started = time.perf_counter()
         self.forget()
-        for _ in range(STEPS_TO_RECORD if self._uses_cuda_graphs else 1):
-            float(self(step, *batches(step)))
-            self.forget()
+        with explain_compiler():
+            for _ in range(STEPS_TO_RECORD if self._uses_cuda_graphs else 1):
+                float(self(step, *batches(step)))
+                self.forget()
         return 0.0 if self._compute.compile_mode is None else time.perf_counter() - started
 
     def _marked_loss(self, *inputs: Any) -> Tensor:
@@ -386,7 +387,8 @@ def check_weights_are_finite(state: TrainState, run: TrainRun, ranks: Ranks = AL
     Raises:
         NonFiniteLossError: naming step, run and learning rate.
     """
-    finite = torch.stack([torch.isfinite(local(p)).all() for p in state.model.parameters()]).all()
+    weights = [local(p.detach()) for p in state.model.parameters()]
+    finite = torch.stack(torch._foreach_norm(weights)).isfinite().all()  # a hundredth of the time of looking at each
     if not bool(ranks.all(finite)):
         lr = lr_at(state.step - 1, run.num_steps, run.stage)
         reason = f"the weights are not finite after step {state.step - 1} (learning rate {lr:g})"
