@@ -28,12 +28,22 @@ PARAMS = Path("params.yaml")
 SNAKEMAKE = Path(".snakemake")
 LEDGER = SNAKEMAKE / "maskdm-told.json"
 ANSWERS = SNAKEMAKE / "maskdm-answers.json"
+NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")  # a folder for each, on Linux
 NESTED = "MASKDM_ENGINES_NESTED"  # set for the engines that are started here: they tell nobody anything
 NOT_KNOWN = "not what DVC made, or made from other inputs"
 
 
 class TellingError(Exception):
     """An engine could not be asked or told; the message is its own last line."""
+
+
+def stages_use_a_gpu(device: str) -> bool:
+    """Whether stages will compute on a GPU, told without PyTorch.
+
+    Args:
+        device: `compute.device`.
+    """
+    return device == "cuda" or (device == "auto" and any(NVIDIA_GPUS.glob("*")))
 
 
 def before_snakemake(snakefile: str, options: Sequence[str] = ()) -> None:

@@ -391,3 +391,16 @@ def test_after_a_kill_the_same_command_again_is_all_it_takes(
         assert f"pretrain patch-m50 seed {seed}: going on from step" in again.everything_said()
     if what == "Ctrl-C":
         assert "stopped by SIGINT: saved pretrain" in again.said.read_text()
+
+
+@pytest.mark.parametrize(
+    ("device", "num_gpus", "expected"),
+    [("cpu", 1, False), ("auto", 0, False), ("auto", 1, True), ("cuda", 0, True)],
+)
+def test_stages_reserve_a_gpu_where_they_will_use_one(
+    device: str, num_gpus: int, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(num_gpus):
+        (tmp_path / f"0000:{number:02}:00.0").mkdir()
+    monkeypatch.setattr(engines, "NVIDIA_GPUS", tmp_path)
+    assert engines.stages_use_a_gpu(device) == expected

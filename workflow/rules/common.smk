@@ -1,6 +1,4 @@
 # What the rules share: the validated parameters, and which of them each stage depends on.
-from pathlib import Path
-
 import yaml
 from snakemake.exceptions import WorkflowError
 
@@ -16,13 +14,7 @@ except ParamsError as error:
 # What a stage that computes takes: with `--resources gpu=N` (1 by default, see profiles/) no more of them run at a time
 # than there are GPUs.
 CORES = PARAMS.compute.threads
-GPU = int(
-    PARAMS.compute.device == "cuda"
-    or (
-        PARAMS.compute.device == "auto"
-        and any(Path("/proc/driver/nvidia/gpus").glob("*"))
-    )
-)
+GPU = int(engines.stages_use_a_gpu(PARAMS.compute.device))
 
 ARMS = list(PARAMS.arms)
 SEEDS = list(PARAMS.seeds)
