@@ -235,6 +235,8 @@ class ImageArrays:
         """
         if indices.size and (indices.min() < 0 or indices.max() >= len(self)):
             raise IndexError(f"expected indices in [0, {len(self)}), got {indices.min()} to {indices.max()}")
+        if len(self._shards) == 1:
+            return self._shards[0][indices]
         out = np.empty((len(indices), *self.shape), dtype=np.uint8)
         shard_of = np.searchsorted(self._ends, indices, side="right")
         for number in np.unique(shard_of):

@@ -90,6 +90,9 @@ class Batches:
     def indices(self, step: int) -> np.ndarray:
         """Which images make up the batch of a step, of all ranks: (B,) int64; an epoch's end may lie inside."""
         first, count = step * self.batch_size, len(self.images)
+        epoch, start = divmod(first, count)
+        if start + self.batch_size <= count:
+            return self._epoch_order(epoch)[start : start + self.batch_size]
         position = np.arange(first, first + self.batch_size)
         epochs = position // count
         parts = [self._epoch_order(int(e))[position[epochs == e] % count] for e in np.unique(epochs)]
