@@ -210,6 +210,7 @@ def test_a_trial_on_two_devices_scores_as_on_one(prepared: Experiment, tmp_path:
 @pytest.mark.workflow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler looks at it
 @pytest.mark.parametrize("num_devices", [1, 2])
 def test_compiled_training_follows_eager_training(on_one: Experiment, tmp_path: Path, num_devices: int) -> None:
     compiled = with_devices(on_one.copy_to(tmp_path), num_devices, compile="default")

@@ -269,7 +269,7 @@ def test_records_say_what_made_them(scored_once: Experiment) -> None:
         assert record["git_commit"] is None, "the folder is in no repository"
         assert (record["device"], record["threads"]) == ("cpu", 1)
         if stage != "evaluate":
-            assert record["precision"] in (("fp32",) if stage == "sample" else ("fp32", "bf16"))
+            assert record["precision"] == record_of(scored_once, "pretrain", arm)["precision"]
 
 
 @pytest.mark.parametrize("arm", ARMS)

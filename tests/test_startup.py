@@ -33,7 +33,7 @@ NOT_IMPORTED = {
     "prepare": NEVER | {"torch", "matplotlib"},  # scikit-learn, which has the digits, imports pandas and SciPy
     "features": TRAINING,
     "scale": TRAINING - FIDELITY,
-    "tune": TRAINING,
+    "tune": TRAINING - FIDELITY,
     "choose": TRAINING | {"torch"},
     "pretrain": TRAINING,
     "finetune": TRAINING,

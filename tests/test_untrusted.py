@@ -20,7 +20,7 @@ import tarfile
 import time
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -583,6 +583,16 @@ PARAMS: dict[str, tuple[str | bytes, str]] = {
 FILL_MEMORY = {"laughs", "laughs-by-merging", "long-laughs", "loop", "deep-list", "number"}
 
 
+@pytest.fixture
+def python_as_it_starts() -> Iterator[None]:
+    """Its recursion limit: PyTorch's compiler, in another test of this process, raises it."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(1000)
+    yield
+    sys.setrecursionlimit(before)
+
+
+@pytest.mark.usefixtures("python_as_it_starts")
 @pytest.mark.parametrize("case", PARAMS)
 def test_params_that_are_made_to_do_harm_are_refused(tmp_path: Path, case: str) -> None:
     content, says = PARAMS[case]
