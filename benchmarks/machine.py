@@ -6,9 +6,7 @@ import datetime
 import os
 import platform
 import re
-import subprocess
 from collections.abc import Mapping
-from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import psutil
 import torch
 
 from benchmarks.timing import Rounds, Spread, Task, looped
-from maskdm.records import cpu_name
+from maskdm.records import cpu_name, git_state
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "timm", "numpy", "pillow", "dvc", "snakemake", "mlflow")
@@ -38,7 +36,7 @@ def describe(threads: int) -> dict[str, Any]:
     Args:
         threads: that steps are measured with.
     """
-    commit, dirty = git_state()
+    commit, dirty = git_state(ROOT)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "cpu": cpu_name(),
@@ -52,15 +50,6 @@ def describe(threads: int) -> dict[str, Any]:
         "git_dirty": dirty,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-
-
-@cache
-def git_state() -> tuple[str | None, bool | None]:
-    """The checkout's commit and whether it has changes, as they were when first asked for; (None, None) without git."""
-    commit = _git("rev-parse", "HEAD")
-    if commit is None:
-        return None, None
-    return commit, bool(_git("status", "--porcelain", "--untracked-files=no"))
 
 
 def slug(machine: Mapping[str, Any]) -> str:
@@ -124,14 +113,6 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> Any:
 def _copy(source: torch.Tensor) -> Any:
     target = torch.zeros_like(source)
     return lambda: target.copy_(source)
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
-    except OSError:  # no git
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _versions() -> dict[str, str | None]:

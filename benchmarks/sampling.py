@@ -22,6 +22,7 @@ from maskdm.backbone import UViT
 from maskdm.compute import build_model
 from maskdm.config import Params, load_params
 from maskdm.drawing import draw_images, load_model
+from maskdm.records import git_state
 from maskdm.stages.finetune import milestone_file
 from maskdm.stages.inputs import open_data
 from maskdm.stages.scoring import Scorer
@@ -151,7 +152,7 @@ def quality_folder(settings: Settings) -> Path:
     Args:
         settings: with the folder of this run.
     """
-    commit, has_changes = machine.git_state()
+    commit, has_changes = git_state(machine.ROOT)
     return settings.folder / "quality" if commit is None or has_changes else WORK / f"quality-{commit[:7]}"
 
 

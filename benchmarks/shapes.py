@@ -57,6 +57,7 @@ class Shape:
                 "name": self.name,
                 "seeds": [0],
                 "dataset": {"source": "digits", "image_size": self.image_size, "channels": self.channels},
+                "datasets": {},
                 "model": self.model,
                 "diffusion": {},
                 "budget": {"unmasked_steps": 10**9},

@@ -52,17 +52,20 @@ def provenance(params: Params) -> dict[str, Any]:
         "git_dirty": dirty,
         "params_fingerprint": fingerprint(params),
         "versions": {"python": platform.python_version(), **_versions()},
-        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.platform()},
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"},
     }
 
 
 @cache
-def git_state() -> tuple[str | None, bool | None]:
-    """The commit of the working tree and whether it has changes; (None, None) outside a git repository."""
-    commit = _git("rev-parse", "HEAD")
+def git_state(folder: Path = Path()) -> tuple[str | None, bool | None]:
+    """The commit of the working tree that a folder lies in, and whether it has changes, when first asked for.
+
+    (None, None) outside a git repository.
+    """
+    commit = _git(folder, "rev-parse", "HEAD")
     if commit is None:
         return None, None
-    return commit, bool(_git("status", "--porcelain", "--untracked-files=no"))
+    return commit, bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))
 
 
 def peak_memory_gib() -> float:
@@ -71,9 +74,9 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def _git(*arguments: str) -> str | None:
+def _git(folder: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=False)
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

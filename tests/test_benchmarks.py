@@ -384,7 +384,7 @@ def test_every_seed_s_quality_is_kept() -> None:
 def test_a_model_is_used_again_only_for_the_same_commit(
     state: tuple[str | None, bool | None], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "git_state", lambda: state)
+    monkeypatch.setattr(sampling, "git_state", lambda folder: state)
     assert sampling.quality_folder(Settings(Path("run"))) == place
 
 

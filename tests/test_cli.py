@@ -18,6 +18,7 @@ from maskdm import __version__
 from maskdm.cli import ARM_STAGES, STAGES, TRIAL_STAGES
 from maskdm.config import load_params
 from maskdm.stages.versions import STAGE_VERSIONS
+from tests.imported import modules_after, run_python
 
 if TYPE_CHECKING:
     from tests.conftest import Experiment, Outcome
@@ -30,27 +31,6 @@ HEAVY = {"torch", "mlflow", "pandas", "matplotlib", "numpy", "scipy", "sklearn",
 
 def words_of(stage: str) -> list[str]:
     return [stage, *(OF_ARM if stage in ARM_STAGES else OF_TRIAL if stage in TRIAL_STAGES else [])]
-
-
-def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
-
-
-def modules_after(words: list[str], folder: Path) -> set[str]:
-    """The modules that are imported when a command has ended well, in a process of its own."""
-    code = f"""
-import sys
-from maskdm.cli import main
-try:
-    code = main({words!r})
-except SystemExit as leaving:
-    code = leaving.code
-assert not code, code
-print("MODULES", *sys.modules)
-"""
-    done = python(code, folder)
-    assert done.returncode == 0, done.stderr
-    return set(done.stdout.splitlines()[-1].split()[1:])
 
 
 def assert_message(outcome: Outcome, code: int, *says: str) -> None:
@@ -267,12 +247,12 @@ def test_command_and_module_are_the_same(tiny: Experiment, words: list[str], cod
 
 def test_package_imports_only_itself(tmp_path: Path) -> None:
     code = "import sys; before = set(sys.modules); import maskdm; print(*sorted(set(sys.modules) - before))"
-    assert python(code, tmp_path).stdout.split() == ["maskdm"]
+    assert run_python(code, tmp_path) == ["maskdm"]
 
 
 @pytest.mark.parametrize("words", [["--help"], ["pretrain", "--help"], ["validate"], ["--version"]], ids=" ".join)
 def test_commands_that_compute_nothing_import_nothing_heavy(tiny: Experiment, words: list[str]) -> None:
-    modules = modules_after(words, tiny.folder)
+    modules = modules_after(tiny.folder, *words)
     assert not modules & HEAVY
     assert len(modules) < 400
 
@@ -292,7 +272,7 @@ NOT_IMPORTED = {
 
 @pytest.mark.parametrize("stage", list(NOT_IMPORTED))
 def test_stage_imports_no_more_than_it_uses(scored: Experiment, stage: str) -> None:
-    assert not modules_after(words_of(stage), scored.folder) & NOT_IMPORTED[stage]
+    assert not modules_after(scored.folder, *words_of(stage)) & NOT_IMPORTED[stage]
 
 
 @pytest.mark.parametrize(("stage", "number"), [("pretrain", signal.SIGTERM), ("finetune", signal.SIGINT)])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 
 from maskdm.cli import ARM_STAGES, TRIAL_STAGES
 from maskdm.eager import EagerAdam, EagerAdamW
+from tests.imported import after, modules_after, run_python
 
 if TYPE_CHECKING:
     from tests.conftest import Experiment
@@ -30,7 +29,7 @@ NEVER = COMPILER | SCORING | ENGINES  # the classifier scores, and MLflow is the
 TRAINING = NEVER | PLOTTING | {"sklearn", "scipy", "PIL"}
 
 NOT_IMPORTED = {
-    "prepare": NEVER | {"torch", "matplotlib"},  # scikit-learn, which has the digits, imports pandas and SciPy
+    "prepare": TRAINING - {"PIL"} | {"torch"},  # not even scikit-learn, which has the digits
     "features": TRAINING,
     "scale": TRAINING - FIDELITY,
     "tune": TRAINING - FIDELITY,
@@ -42,37 +41,6 @@ NOT_IMPORTED = {
     "report": NEVER | {"sklearn"},  # SciPy has Student's t, torch draws the example masks
 }
 
-MODULES_AFTER = """
-import sys
-from maskdm.cli import main
-try:
-    code = main({words!r})
-except SystemExit as leaving:
-    code = leaving.code
-assert not code, code
-print("MODULES", *sys.modules)
-{more}
-"""
-
-
-def run_python(code: str, experiment: Experiment) -> list[str]:
-    """The lines that a process of its own prints in the experiment's folder."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], cwd=experiment.folder, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
-
-
-def after(experiment: Experiment, *words: str, more: str = "") -> list[str]:
-    """What `more` prints in a process in which a command has ended well; before it, a line with its modules."""
-    lines = run_python(MODULES_AFTER.format(words=list(words), more=more), experiment)
-    return lines[next(i for i, line in enumerate(lines) if line.startswith("MODULES ")) :]
-
-
-def modules_after(experiment: Experiment, *words: str) -> set[str]:
-    return set(after(experiment, *words)[0].split()[1:])
-
 
 def words_of(stage: str) -> list[str]:
     return [stage, *(OF_ARM if stage in ARM_STAGES else OF_TRIAL if stage in TRIAL_STAGES else [])]
@@ -80,23 +48,23 @@ def words_of(stage: str) -> list[str]:
 
 @pytest.mark.parametrize("words", [["--help"], ["plan", "--help"], ["validate"]], ids=" ".join)
 def test_commands_that_compute_nothing_import_neither_tensors_nor_engines(tiny: Experiment, words: list[str]) -> None:
-    assert not modules_after(tiny, *words) & (TENSORS | TRAINING)
+    assert not modules_after(tiny.folder, *words) & (TENSORS | TRAINING)
 
 
 @pytest.mark.parametrize("stage", list(NOT_IMPORTED))
 def test_a_stage_that_does_its_work_imports_only_what_it_uses(scored: Experiment, stage: str) -> None:
     shutil.rmtree(scored.path(".work"))  # else the stage would find its work done
-    unused = modules_after(scored, *words_of(stage)) & NOT_IMPORTED[stage]
+    unused = modules_after(scored.folder, *words_of(stage)) & NOT_IMPORTED[stage]
     assert not unused, unused
 
 
 def test_without_tuning_a_trial_needs_no_torch(prepared: Experiment) -> None:
-    assert not modules_after(prepared, *words_of("tune")) & (TRAINING | {"torch"})
+    assert not modules_after(prepared.folder, *words_of("tune")) & (TRAINING | {"torch"})
 
 
 def test_kernels_are_deterministic_although_the_compiler_is_not_told(prepared: Experiment) -> None:
     asked = "import torch; print(torch.are_deterministic_algorithms_enabled())"
-    assert after(prepared, *words_of("pretrain"), more=asked)[1:] == ["True"]
+    assert after(prepared.folder, *words_of("pretrain"), more=asked)[1:] == ["True"]
 
 
 def test_imported_modules_are_kept_out_of_garbage_collection_and_nothing_else_is(prepared: Experiment) -> None:
@@ -104,7 +72,7 @@ def test_imported_modules_are_kept_out_of_garbage_collection_and_nothing_else_is
 import gc
 print(gc.isenabled(), gc.get_freeze_count() > 10_000, len(gc.get_objects()) < gc.get_freeze_count())
 """
-    assert after(prepared, "choose", more=asked)[1:] == ["True True True"]
+    assert after(prepared.folder, "choose", more=asked)[1:] == ["True True True"]
 
 
 # --- optimizers without the compiler
@@ -160,4 +128,4 @@ optimizer.step()
 optimizer.zero_grad()
 print("torch._dynamo" in sys.modules)
 """
-    assert run_python(code, tiny) == [str(imports)]
+    assert run_python(code, tiny.folder) == [str(imports)]
