@@ -209,11 +209,15 @@ def _tell_dvc(ledger: dict[str, Any], snakefile: str, options: Sequence[str]) ->
 
 
 def _all_done(summary: str) -> bool:
-    """Whether Snakemake's summary says of every output that it is there, known and up to date."""
+    """Whether Snakemake's summary says of every result that it is there, known and up to date.
+
+    The marks of shards that were made ahead are no results: they need not be there once `prepare` has run.
+    """
     lines = [line.split("\t") for line in summary.splitlines() if "\t" in line]
     rows = [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
-    return bool(rows) and all(
-        r["plan"] == "no update" and r["status"] == "ok" and r["log-file(s)"] != "-" for r in rows
+    results = [row for row in rows if Path(row["output_file"]).is_relative_to(paths.RESULTS)]
+    return bool(results) and all(
+        r["plan"] == "no update" and r["status"] == "ok" and r["log-file(s)"] != "-" for r in results
     )
 
 

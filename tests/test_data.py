@@ -28,6 +28,7 @@ def make_params(threads: int = 1, **dataset: Any) -> Params:
             "name": "test",
             "seeds": [0],
             "dataset": {"source": "digits", "image_size": 8, "channels": 3, **dataset},
+            "datasets": {},
             "model": {"patch_size": 1, "dim": 8, "depth": 3, "num_heads": 2},
             "diffusion": {},
             "budget": {"unmasked_steps": 10},
@@ -202,7 +203,11 @@ def test_digits(tmp_path: Path) -> None:
     assert arrays.labels[:12].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
     assert arrays.class_names == tuple("0123456789")
     assert [shard["count"] for shard in manifest["shards"]] == [1000, 797]
-    assert manifest["source"] == {"kind": "digits", "root": None, "limit": None}
+    assert manifest["source"] == {
+        **{"kind": "digits", "root": None, "part": "train", "split": None, "classes": None, "limit": None},
+        **{"fraction": None, "held_out": 0.0, "seed": 0},
+        "counts": {"available": 1797, "of_classes": 1797, "used": 1797, "held_out": 0},
+    }
     assert manifest["skipped"] == []
     arrays.verify()
 

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image
 
 from maskdm.config import DatasetConfig, parse_params
-from maskdm.data import image_folder, sources
+from maskdm.data import bulk_decoding, sources
 from maskdm.data.arrays import ImageArrays
 from maskdm.data.decoding import BadImageError, decode
 from maskdm.data.image_folder import labels_from_folders
@@ -40,6 +41,7 @@ def run(root: str | Path, threads: int = 1, output: str = "out", **dataset: Any)
         "name": "test",
         "seeds": [0],
         "dataset": {"source": "image_folder", "root": str(root), "image_size": SIZE, "channels": 3, **dataset},
+        "datasets": {},
         "model": {"patch_size": 1, "dim": 8, "depth": 3, "num_heads": 2},
         "diffusion": {},
         "budget": {"unmasked_steps": 10},
@@ -260,7 +262,8 @@ def test_labels_of_class_folders() -> None:
     assert arrays.labels is not None
     assert arrays.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert manifest["protocol"] == {
-        "crop": "center", "crop_box": None, "resize_filter": "lanczos", "channels": 3, "image_size": SIZE
+        "crop": "center", "crop_box": None, "resize_filter": "lanczos", "channels": 3, "image_size": SIZE,
+        "pillow": PIL.__version__,
     }  # fmt: skip
 
 
@@ -279,9 +282,10 @@ def test_labels_of_class_folders() -> None:
     ],
 )
 def test_label_rules(names: list[str], classes: tuple[str, ...] | None, labels: list[int]) -> None:
-    class_names, label_of = labels_from_folders(names)
+    class_names, found = labels_from_folders(names)
     assert class_names == classes
-    assert [label_of[name] for name in names if label_of] == labels
+    assert (found is None) == (classes is None)
+    assert ([] if found is None else found.tolist()) == labels
 
 
 def test_limit_keeps_the_classes() -> None:
@@ -386,9 +390,9 @@ def test_only_a_compressed_tar_is_read_in_its_own_order(monkeypatch: pytest.Monk
 def test_threads_read_only_a_little_ahead() -> None:
     read: list[int] = []
     items = (read.append(i) or i for i in range(1000))  # type: ignore[func-returns-value]
-    results = image_folder._map_in_order(lambda i: -i, items, 2)
+    results = bulk_decoding.map_in_order(lambda i: -i, items, 2)
     assert [next(results) for _ in range(3)] == [0, -1, -2]
-    assert len(read) <= 3 + 2 * image_folder.WAITING_PER_THREAD
+    assert len(read) <= 3 + 2 * bulk_decoding.WAITING_PER_THREAD
     assert list(results) == [-i for i in range(3, 1000)]
 
 
@@ -477,7 +481,7 @@ def test_max_pixels_alone_decides(monkeypatch: pytest.MonkeyPatch, limit: int, f
 
 
 def test_a_file_too_large_for_its_pixels_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_folder, "METADATA_BYTES", 0)
+    monkeypatch.setattr(bulk_decoding, "METADATA_BYTES", 0)
     make_zip("photos.zip", {"1.png": picture() + bytes(10_000)})
     monkeypatch.setattr(zipfile.ZipFile, "open", None)
     with pytest.raises(UserError, match=r"bad image 1\.png in photos\.zip: \d+ bytes are more than"):

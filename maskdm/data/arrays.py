@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, Self
 
@@ -77,17 +77,72 @@ class _Manifest(_Entry):
 
 @dataclass
 class LabelledImages:
-    """What a source gives to be written.
+    """What an embedded source gives.
 
     Attributes:
         images: pairs of an image (H, W, C) and the index of its class (None without classes), read once.
         class_names: the names of the classes, or None.
-        skipped: the bad images left out so far, as {"file", "reason"}: complete when `images` is exhausted.
     """
 
     images: Iterator[tuple[Images, int | None]]
     class_names: tuple[str, ...] | None
-    skipped: list[dict[str, str]] = field(default_factory=list)
+
+
+class ShardFile:
+    """One shard while it is written, image by image.
+
+    Args:
+        path: the .npy file.
+        shape: (H, W, C) of every image.
+
+    Raises:
+        OSError: it can't be written.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
+        self.count, self._shape = 0, shape
+        self._file: BinaryIO = path.open("wb")
+        self._write_header()
+
+    def add(self, image: Images) -> None:
+        """Append an image.
+
+        Raises:
+            ValueError: the image's shape or dtype is not the dataset's.
+        """
+        check_image(image, self._shape)
+        self._file.write(image.tobytes())
+        self.count += 1
+
+    def finish(self) -> None:
+        """Write down how many images there are."""
+        self._file.seek(0)
+        self._write_header()
+        self._file.close()
+
+    def close(self) -> None:
+        """Let go of the file, finished or not."""
+        self._file.close()
+
+    def _write_header(self) -> None:
+        """A shard's .npy header; numpy pads it to the same length for every count: it can be written again."""
+        header = {"descr": "|u1", "fortran_order": False, "shape": (self.count, *self._shape)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+
+def check_image(image: Images, shape: tuple[int, int, int]) -> None:
+    """Refuse an image of another shape or dtype.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if image.shape != shape or image.dtype != np.uint8:
+        raise ValueError(f"expected uint8 of shape {shape}, got {image.dtype} of {image.shape}")
+
+
+def shard_name(number: int) -> str:
+    """The file of a dataset's shard."""
+    return f"images-{number:05d}.npy"
 
 
 class ShardWriter:
@@ -103,8 +158,7 @@ class ShardWriter:
         self._folder, self._shape, self._shard_images = folder, shape, shard_images
         self._labels = array("q")
         self._shards: list[dict[str, Any]] = []
-        self._file: BinaryIO | None = None
-        self._held = 0  # images in the shard that is open
+        self._open: ShardFile | None = None
 
     def add(self, image: Images, label: int | None = None) -> None:
         """Append an image, and its label where the dataset has classes.
@@ -112,16 +166,13 @@ class ShardWriter:
         Raises:
             ValueError: the image's shape or dtype is not the dataset's.
         """
-        if image.shape != self._shape or image.dtype != np.uint8:
-            raise ValueError(f"expected uint8 of shape {self._shape}, got {image.dtype} of {image.shape}")
-        if self._file is None:
-            self._file = self._shard_path().open("wb")
-            _write_header(self._file, 0, self._shape)
-        self._file.write(image.tobytes())
-        self._held += 1
+        check_image(image, self._shape)
+        if self._open is None:
+            self._open = ShardFile(self._path(), self._shape)
+        self._open.add(image)
         if label is not None:
             self._labels.append(label)
-        if self._held == self._shard_images:
+        if self._open.count == self._shard_images:
             self._close_shard()
 
     def finish(
@@ -133,48 +184,77 @@ class ShardWriter:
     ) -> dict[str, Any]:
         """Write the last shard, the labels and the manifest; return the manifest."""
         self._close_shard()
-        count = sum(shard["count"] for shard in self._shards)
-        assert count > 0, "a source without images is an error of the source"
-        content: dict[str, Any] = {
-            "format": FORMAT,
-            "count": count,
-            "shape": list(self._shape),
-            "dtype": "uint8",
-            "shards": self._shards,
-            "labels": self._write_labels(count, class_names),
-            "source": dict(source),
-            "protocol": dict(protocol),
-            "skipped": skipped,
-        }
-        content["sha256"] = _dataset_digest(content)
-        publish_description(self._folder / MANIFEST, content)
-        return content
+        labels = None if class_names is None else np.array(self._labels, dtype=np.int64)
+        entries = Entries(self._shards, labels, class_names, skipped)
+        return write_manifest(self._folder, self._shape, entries, source, protocol)
 
     def close(self) -> None:
         """Let go of a half-written shard."""
-        if self._file is not None:
-            self._file.close()
+        if self._open is not None:
+            self._open.close()
 
-    def _shard_path(self) -> Path:
-        return self._folder / f"images-{len(self._shards):05d}.npy"
+    def _path(self) -> Path:
+        return self._folder / shard_name(len(self._shards))
 
     def _close_shard(self) -> None:
-        if self._file is None:
+        if self._open is None:
             return
-        self._file.seek(0)
-        _write_header(self._file, self._held, self._shape)
-        self._file.close()
-        path = self._shard_path()
-        self._shards.append({"file": path.name, "count": self._held, "sha256": file_sha256(path)})
-        self._file, self._held = None, 0
+        self._open.finish()
+        path = self._path()
+        self._shards.append({"file": path.name, "count": self._open.count, "sha256": file_sha256(path)})
+        self._open = None
 
-    def _write_labels(self, count: int, class_names: tuple[str, ...] | None) -> dict[str, Any] | None:
-        if class_names is None:
-            return None
-        assert len(self._labels) == count, "every image of a dataset with classes has a label"
-        path = self._folder / LABELS
-        np.save(path, np.array(self._labels, dtype=np.int64))
-        return {"file": path.name, "sha256": file_sha256(path), "class_names": list(class_names)}
+
+@dataclass(frozen=True)
+class Entries:
+    """What a dataset holds, for its manifest.
+
+    Attributes:
+        shards: {"file", "count", "sha256"} of every shard, in order.
+        labels: (N,) of all their images, or None.
+        class_names: of the labels, or None.
+        skipped: the bad images left out, as {"file", "reason"}.
+    """
+
+    shards: list[dict[str, Any]]
+    labels: Labels | None
+    class_names: tuple[str, ...] | None
+    skipped: list[dict[str, str]]
+
+
+def write_manifest(
+    folder: Path,
+    shape: tuple[int, int, int],
+    entries: Entries,
+    source: Mapping[str, Any],
+    protocol: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write labels and manifest beside shards that are there; return the manifest."""
+    count = sum(shard["count"] for shard in entries.shards)
+    assert count > 0, "a source without images is an error of the source"
+    content: dict[str, Any] = {
+        "format": FORMAT,
+        "count": count,
+        "shape": list(shape),
+        "dtype": "uint8",
+        "shards": entries.shards,
+        "labels": _write_labels(folder, count, entries),
+        "source": dict(source),
+        "protocol": dict(protocol),
+        "skipped": entries.skipped,
+    }
+    content["sha256"] = _dataset_digest(content)
+    publish_description(folder / MANIFEST, content)
+    return content
+
+
+def _write_labels(folder: Path, count: int, entries: Entries) -> dict[str, Any] | None:
+    if entries.class_names is None:
+        return None
+    assert entries.labels is not None and len(entries.labels) == count, "every image of a dataset with classes has one"
+    path = folder / LABELS
+    np.save(path, entries.labels)
+    return {"file": path.name, "sha256": file_sha256(path), "class_names": list(entries.class_names)}
 
 
 class ImageArrays:
@@ -269,12 +349,6 @@ class ImageArrays:
         if memory is not None:
             with replace_file(memory) as file:
                 file.write_text(json.dumps(seen), encoding="utf-8")
-
-
-def _write_header(file: BinaryIO, count: int, shape: tuple[int, int, int]) -> None:
-    """A shard's .npy header; numpy pads it to the same length for every count: it can be written again."""
-    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
-    np.lib.format.write_array_header_1_0(file, header)
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:

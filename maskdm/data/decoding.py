@@ -25,7 +25,7 @@ class BadImageError(Exception):
 
 
 def decode(content: bytes, dataset: DatasetConfig) -> Images:
-    """An image file as (image_size, image_size, channels) uint8.
+    """An image file as (height, width, channels) uint8.
 
     The first frame is taken, turned upright by its EXIF orientation; an embedded colour profile is ignored.
     Transparent images are laid over white: it is what they are mostly drawn for and shown on, while dropping
@@ -53,31 +53,32 @@ def decode(content: bytes, dataset: DatasetConfig) -> Images:
 
 
 def fit(image: Image.Image, dataset: DatasetConfig) -> Images:
-    """An opaque 8-bit image as (image_size, image_size, channels) uint8: converted, cropped, resized.
+    """An opaque 8-bit image as (height, width, channels) uint8: converted, cropped, resized.
 
     Grey is the luma 0.299 R + 0.587 G + 0.114 B; RGB of a grey image repeats it.
     """
     image = image.convert("L" if dataset.channels == 1 else "RGB")
     if dataset.crop != "none":
-        left, top, side = _square(image, dataset)
-        image = image.crop((left, top, left + side, top + side))
-    target = (dataset.image_size, dataset.image_size)
-    if image.size != target:
-        image = image.resize(target, FILTERS[dataset.resize_filter])
-    return np.array(image, dtype=np.uint8).reshape(*target, dataset.channels)
+        left, top, width, height = _kept_box(image, dataset)
+        image = image.crop((left, top, left + width, top + height))
+    size = (dataset.width, dataset.height)
+    if image.size != size:
+        image = image.resize(size, FILTERS[dataset.resize_filter])
+    return np.array(image, dtype=np.uint8).reshape(dataset.shape)
 
 
-def _square(image: Image.Image, dataset: DatasetConfig) -> tuple[int, int, int]:
-    """Left, top and side of the square that is kept."""
+def _kept_box(image: Image.Image, dataset: DatasetConfig) -> tuple[int, int, int, int]:
+    """Left, top, width and height of what is kept: the box, or the largest centred one of the dataset's aspect."""
     if dataset.crop_box is None:
-        side = min(image.size)
-        return (image.width - side) // 2, (image.height - side) // 2, side
+        width = min(image.width, max(1, image.height * dataset.width // dataset.height))
+        height = min(image.height, max(1, image.width * dataset.height // dataset.width))
+        return (image.width - width) // 2, (image.height - height) // 2, width, height
     top, left, side = dataset.crop_box
     if left + side > image.width or top + side > image.height:
         raise BadImageError(
             f"{image.width}×{image.height} pixels do not hold dataset.crop_box (top {top}, left {left}, side {side})"
         )
-    return left, top, side
+    return left, top, side, side
 
 
 def _check_content(content: bytes, max_pixels: int) -> None:

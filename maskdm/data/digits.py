@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib.util
+from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from maskdm.config import DatasetConfig
-from maskdm.data.arrays import Images, LabelledImages
-from maskdm.data.decoding import fit
+from maskdm.data.arrays import LabelledImages
+from maskdm.errors import UserError
 
+TABLE = Path("datasets") / "data" / "digits.csv.gz"  # in scikit-learn: 64 pixels, then the digit
 MAX_VALUE = 16  # the digits count the dark pixels of 4×4 blocks
 
 
-def load_digits(dataset: DatasetConfig) -> LabelledImages:
-    """The digits in the dataset's size and channels, with their labels.
+def load_digits() -> LabelledImages:
+    """The digits (8, 8, 1) with their labels; values 0..16 become round(v·255/16).
 
-    Values 0..16 become round(v·255/16); another size than 8 is resized with the dataset's antialiased filter.
+    scikit-learn is not imported: that takes seconds, and no other command needs it.
+
+    Raises:
+        UserError: scikit-learn has no such file.
     """
-    from sklearn import datasets  # takes a second, and no other command needs it
-
-    bunch = datasets.load_digits()
-    pixels = np.rint(bunch.images * 255 / MAX_VALUE).astype(np.uint8)[: dataset.limit]
-    names = tuple(str(name) for name in bunch.target_names)
-    return LabelledImages(_images(pixels, bunch.target, dataset), names)
-
-
-def _images(pixels: Images, labels: np.ndarray, dataset: DatasetConfig) -> Iterator[tuple[Images, int]]:
-    for digit, label in zip(pixels, labels, strict=False):
-        yield fit(Image.fromarray(digit), dataset), int(label)
+    sklearn = importlib.util.find_spec("sklearn")
+    folders = sklearn.submodule_search_locations if sklearn is not None else None
+    table = Path(folders[0]) / TABLE if folders else TABLE
+    if not table.is_file():
+        raise UserError(f"dataset.source: digits needs scikit-learn with its file {TABLE}: pip install scikit-learn")
+    values = np.loadtxt(table, delimiter=",")
+    pixels = np.rint(values[:, :-1] * 255 / MAX_VALUE).astype(np.uint8).reshape(-1, 8, 8, 1)
+    labels = values[:, -1].astype(int)
+    names = tuple(str(name) for name in range(labels.max() + 1))
+    return LabelledImages(zip(pixels, labels.tolist(), strict=True), names)

@@ -2,43 +2,96 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 
 from maskdm import paths
 from maskdm.config import DatasetConfig, Params
-from maskdm.data.arrays import ImageArrays, LabelledImages, ShardWriter
-from maskdm.data.digits import load_digits
+from maskdm.data.arrays import Entries, ImageArrays, write_manifest
+from maskdm.data.collection import Collection, as_array
 from maskdm.data.grids import save_grid
-from maskdm.data.image_folder import open_images
+from maskdm.data.opening import open_collection
+from maskdm.data.selection import Selection, facts, select
+from maskdm.data.shards import Made, Maker, Shard, split_into_shards
 from maskdm.errors import UserError
-from maskdm.publishing import publish_folder
+from maskdm.publishing import link_or_copy, publish_folder
 
 PREVIEW = "preview.png"
 PREVIEW_IMAGES = 64
+HELD_OUT = Path("held_out")
+PRETRAIN = Path("pretrain")
+PROTOCOL = {"crop", "crop_box", "resize_filter", "channels", "image_size"}
 
 
-def prepare(params: Params, output: Path = paths.DATA) -> dict[str, Any]:
-    """Turn the dataset of params.yaml into shards, labels, a manifest and a preview, whole or not at all.
+@dataclass(frozen=True)
+class _Source:
+    """An open source, and what is to be made of it: the shards of each of its datasets, by what part of it they are."""
+
+    collection: Collection
+    dataset: DatasetConfig
+    selection: Selection
+    maker: Maker
+    datasets: dict[str, list[Shard]]
+
+    @property
+    def shards(self) -> list[Shard]:
+        return [shard for shards in self.datasets.values() for shard in shards]
+
+
+def prepare(params: Params, output: Path = paths.DATA, kept: Path | None = None) -> dict[str, Any]:
+    """Turn the datasets of params.yaml into shards, labels, manifests and previews, whole or not at all.
+
+    In `output` lies the training part of `dataset`, in `held_out` of it what is held out, in `pretrain/NAME` the
+    training part of each of `datasets`; each is opened by `ImageArrays`.
+
+    Args:
+        params: the experiment.
+        output: a folder.
+        kept: where finished shards are kept until all is done: what `prepare_part` has made there is taken.
 
     Returns:
-        the manifest.
+        the manifest of the training part of `dataset`.
 
     Raises:
-        UserError: the source is missing, unreadable, without images or with a bad one, or `output` can't
-            be written.
+        UserError: a source is missing, unreadable, without images or with a bad one, or `output` can't be written.
     """
-    _check_apart(params.dataset.root, output)
+    for dataset in (params.dataset, *params.datasets.values()):
+        _check_apart(dataset.root, output)
     with publish_folder(output) as folder:
-        with _open_source(params, folder) as source:
-            manifest = _write(source, params.dataset, folder)
-        arrays = ImageArrays.open(folder)
-        save_grid(arrays.gather(np.arange(min(PREVIEW_IMAGES, len(arrays)))), folder / PREVIEW)
-    return manifest
+        manifests = [_write(source, folder, kept) for source in _open_all(params)]
+    if kept is not None:
+        shutil.rmtree(kept, ignore_errors=True)
+    return manifests[0]
+
+
+def prepare_part(params: Params, part: int, kept: Path) -> int:
+    """Make every `data.prepare_jobs`-th shard ahead; `prepare` takes it.
+
+    Args:
+        params: the experiment.
+        part: which, from 0.
+        kept: the folder that `prepare` takes shards from.
+
+    Returns:
+        how many were made; others were there.
+
+    Raises:
+        UserError: a source is missing, unreadable, without images or with a bad one, or `kept` can't be written.
+    """
+    made, first = 0, 0
+    for source in _open_all(params):
+        mine = source.shards[(part - first) % params.data.prepare_jobs :: params.data.prepare_jobs]
+        missing = [shard for shard in mine if source.maker.find(shard, kept) is None]
+        made += sum(1 for _ in source.maker.make(missing, kept, is_kept=True))
+        first += len(source.shards)
+    return made
 
 
 def _check_apart(root: str | None, output: Path) -> None:
@@ -47,23 +100,71 @@ def _check_apart(root: str | None, output: Path) -> None:
         raise UserError(f"dataset.root: {root} holds {output} too: give your images a folder of their own")
 
 
+def _open_all(params: Params) -> Iterator[_Source]:
+    """Every source, open until the next."""
+    places = {Path(): params.dataset, **{PRETRAIN / name: dataset for name, dataset in params.datasets.items()}}
+    for place, dataset in places.items():
+        with _open(place, dataset, params.compute.threads) as source:
+            yield source
+
+
 @contextmanager
-def _open_source(params: Params, scratch: Path) -> Iterator[LabelledImages]:
-    if params.dataset.source == "digits":
-        yield load_digits(params.dataset)
-    else:
-        with open_images(params.dataset, params.compute.threads, scratch) as images:
-            yield images
+def _open(place: Path, dataset: DatasetConfig, threads: int) -> Iterator[_Source]:
+    with open_collection(dataset) as collection:
+        selection = select(collection, dataset)
+        datasets = {"train": split_into_shards(place, selection.train, dataset.shard_images)}
+        if dataset.held_out and place == Path():
+            datasets["held_out"] = split_into_shards(HELD_OUT, selection.held_out, dataset.shard_images)
+        maker = Maker(collection, selection.labels, dataset, threads)
+        yield _Source(collection, dataset, selection, maker, datasets)
 
 
-def _write(source: LabelledImages, dataset: DatasetConfig, folder: Path) -> dict[str, Any]:
-    shape = (dataset.image_size, dataset.image_size, dataset.channels)
-    with closing(ShardWriter(folder, shape, dataset.shard_images)) as writer:
-        for image, label in source.images:
-            writer.add(image, label)
-        return writer.finish(
-            source.class_names,
-            source={"kind": dataset.source, "root": dataset.root, "limit": dataset.limit},
-            protocol=dataset.model_dump(include={"crop", "crop_box", "resize_filter", "channels", "image_size"}),
-            skipped=source.skipped,
+def _write(source: _Source, folder: Path, kept: Path | None) -> dict[str, Any]:
+    """Write the datasets of a source; the manifest of its training part."""
+    made = _made(source, folder, kept)
+    manifests = {}
+    for part, shards in source.datasets.items():
+        manifests[part] = _describe(source, part, shards, folder, made)
+        arrays = ImageArrays.open(folder / shards[0].place)
+        preview = arrays.gather(np.arange(min(PREVIEW_IMAGES, len(arrays))))
+        save_grid(preview, folder / shards[0].place / PREVIEW)
+    return manifests["train"]
+
+
+def _made(source: _Source, folder: Path, kept: Path | None) -> dict[Path, Made]:
+    """Have every shard of a source in `folder`."""
+    if kept is None:
+        return {shard.file: made for shard, made in source.maker.make(source.shards, folder, is_kept=False)}
+    found = {shard.file: made for shard in source.shards if (made := source.maker.find(shard, kept)) is not None}
+    missing = [shard for shard in source.shards if shard.file not in found]
+    found |= {shard.file: made for shard, made in source.maker.make(missing, kept, is_kept=True)}
+    for shard in source.shards:
+        link_or_copy(kept / shard.file, folder / shard.file)
+    return found
+
+
+def _describe(source: _Source, part: str, shards: list[Shard], folder: Path, made: dict[Path, Made]) -> dict[str, Any]:
+    """Write the manifest of a dataset whose shards are there, without those of which no image is left."""
+    entries, labels, skipped = [], [], []
+    for shard in shards:
+        one = made[shard.file]
+        labels += one.labels
+        skipped += one.skipped
+        if one.count:
+            entries.append({"file": shard.file.name, "count": one.count, "sha256": one.sha256})
+        else:
+            (folder / shard.file).unlink()
+    if not entries:
+        raise UserError(
+            f"dataset.root: all {len(skipped)} images of {source.collection.origin} are bad; "
+            f"the first is {skipped[0]['file']}: {skipped[0]['reason']}"
         )
+    dataset = source.dataset
+    class_names = source.selection.class_names
+    return write_manifest(
+        folder / shards[0].place,
+        dataset.shape,
+        Entries(entries, None if class_names is None else as_array(labels), class_names, skipped),
+        {"kind": dataset.source, "root": source.collection.root, "part": part, **facts(source.selection, dataset)},
+        {**dataset.model_dump(mode="json", include=PROTOCOL), "pillow": PIL.__version__},
+    )

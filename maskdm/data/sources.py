@@ -10,11 +10,14 @@ import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from io import BufferedReader
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from maskdm.data.decoding import BadImageError
 from maskdm.errors import UserError
@@ -51,9 +54,13 @@ class Source(ABC):
     def load(self, name: str) -> bytes:
         """The content of a file."""
 
-    def reading_order(self, names: list[str]) -> list[str]:
-        """The order in which sorted files are best read."""
-        return names
+    @abstractmethod
+    def stamps(self, names: Sequence[str]) -> list[Any]:
+        """Plain values that change when one of the files does, known without reading them."""
+
+    def reading_order(self, names: Sequence[str]) -> NDArray[np.int64] | None:
+        """The positions in `names` in which these files are best read; None for as they stand."""
+        return None
 
     def where(self, name: str) -> str:
         """A file, for messages."""
@@ -90,11 +97,21 @@ class _Folder(Source):
     def load(self, name: str) -> bytes:
         return (Path(self.root) / name).read_bytes()
 
+    def stamps(self, names: Sequence[str]) -> list[Any]:
+        return [file_stamp(Path(self.root) / name) for name in names]
+
     def where(self, name: str) -> str:
         return printable(str(Path(self.root) / name))
 
 
-class _Zip(Source):
+class _Archive(Source):
+    """One file that holds the others."""
+
+    def stamps(self, names: Sequence[str]) -> list[Any]:
+        return [file_stamp(Path(self.root))]
+
+
+class _Zip(_Archive):
     """The regular members of a .zip; of equal names the last, as unpacking would have it."""
 
     def __init__(self, root: str, archive: zipfile.ZipFile) -> None:
@@ -132,7 +149,7 @@ class _TarHeader(tarfile.TarInfo):
         return header
 
 
-class _Tar(Source):
+class _Tar(_Archive):
     """The regular members of a .tar; of equal names the last, as unpacking would have it.
 
     The headers are read first. A plain tar's members are then read in sorted order, each where it lies. In a
@@ -159,8 +176,10 @@ class _Tar(Source):
         assert file is not None, "regular members have content"
         return file.read()
 
-    def reading_order(self, names: list[str]) -> list[str]:
-        return sorted(names, key=lambda name: self._members[name].offset_data) if self._compressed else names
+    def reading_order(self, names: Sequence[str]) -> NDArray[np.int64] | None:
+        if not self._compressed:
+            return None
+        return np.argsort([self._members[name].offset_data for name in names], kind="stable")
 
     def _check_end(self) -> None:
         """To tarfile a damaged or missing header is the end: what follows would silently be left out."""
@@ -248,6 +267,15 @@ def _open_tar(root: str) -> tarfile.TarFile | None:
         return tarfile.open(root, tarinfo=_TarHeader)  # closed by the caller
     except (tarfile.ReadError, *NONSENSE):
         return None
+
+
+def file_stamp(path: Path) -> tuple[int, int] | None:
+    """What changes when a file is written: its size and time; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
 
 
 def reading(where: str, read: Callable[[], T]) -> T:

@@ -1,23 +1,44 @@
-"""Stage `prepare`: the dataset as sharded uint8 arrays."""
+"""Stage `prepare`: the datasets as sharded uint8 arrays."""
 
 from __future__ import annotations
 
+import sys
+
 from maskdm import paths
 from maskdm.config import Params
-from maskdm.data.prepare import prepare
+from maskdm.data.prepare import prepare, prepare_part
+from maskdm.errors import ParamsError
 from maskdm.stages.session import stage_session
 
+KEPT = paths.WORK / "prepare"  # finished shards, until all of them are
 
-def run(params: Params) -> None:
-    """Prepare the dataset of params into results/data.
+
+def run(params: Params, part: int | None = None) -> None:
+    """Prepare the datasets of params into results/data; or make one part of their shards ahead.
+
+    Args:
+        params: the experiment.
+        part: of `data.prepare_jobs`, from 0; None for all that is not there yet, and the result.
 
     Raises:
         UserError: the images can't be read.
+        ParamsError: there is no such part.
     """
+    if part is not None:
+        _run_part(params, part)
+        return
     with stage_session(params, "prepare", output=paths.DATA) as session:
         if session.is_to_do:
-            manifest = prepare(params)
+            manifest = prepare(params, kept=KEPT if params.data.prepare_jobs > 1 else None)
             facts = {"num_images": manifest["count"], "shape": manifest["shape"]}
             session.record.update(facts)
             session.tracked.params(**facts)
             session.tracked.figure(paths.DATA / "preview.png")
+
+
+def _run_part(params: Params, part: int) -> None:
+    jobs = params.data.prepare_jobs
+    if not 0 <= part < jobs:
+        raise ParamsError(f"--part {part}: data.prepare_jobs {jobs} has the parts 0 to {jobs - 1}")
+    made = prepare_part(params, part, KEPT)
+    print(f"prepare: part {part} of {jobs}: made {made} shards, kept in {KEPT}", file=sys.stderr, flush=True)

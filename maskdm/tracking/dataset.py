@@ -59,7 +59,8 @@ def _describe(manifest: dict[str, Any]) -> DatasetEntry:
     count, labels = int(manifest["count"]), manifest["labels"]
     classes = len(labels["class_names"]) if labels else 0
     kind, root = manifest["source"]["kind"], manifest["source"]["root"]
-    source = {"uri": root} if root else {"tags": {"mlflow.source.name": f"scikit-learn {kind}"}}
+    name = f"scikit-learn {kind}" if kind == "digits" else str(kind)
+    source = {"uri": root} if root else {"tags": {"mlflow.source.name": name}}
     tensor = {"dtype": manifest["dtype"], "shape": [-1, *manifest["shape"]]}
     features = json.dumps([{"type": "tensor", "tensor-spec": tensor}])
     return {

@@ -61,3 +61,4 @@ wildcard_constraints:
     arm="[a-z0-9-]+",
     trial="[a-z0-9-]+",
     seed=r"\d+",
+    part=r"\d+",

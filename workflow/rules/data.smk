@@ -1,5 +1,29 @@
 # The dataset as arrays, the real images' features, and the scale of the metrics.
+# Shards are independent: with data.prepare_jobs: N, N jobs make them ahead, on any machines, and `prepare` gathers them.
+PARTS = (
+    expand(".work/prepare-parts/{part}", part=range(PARAMS.data.prepare_jobs))
+    if PARAMS.data.prepare_jobs > 1
+    else []
+)
+
+
+rule prepare_part:
+    output:
+        touch(".work/prepare-parts/{part}"),
+    log:
+        "logs/prepare-part-{part}.log",
+    conda:
+        "../envs/maskdm.yaml"
+    threads: PARAMS.compute.threads
+    params:
+        depends_on=depends_on("prepare"),
+    shell:
+        "maskdm prepare --part {wildcards.part} --stage-version 3 > {log} 2>&1"
+
+
 rule prepare:
+    input:
+        PARTS,
     output:
         directory("results/data"),
         "results/records/prepare.json",
@@ -11,7 +35,7 @@ rule prepare:
     params:
         depends_on=depends_on("prepare"),
     shell:
-        "maskdm prepare --stage-version 2 > {log} 2>&1"
+        "maskdm prepare --stage-version 3 > {log} 2>&1"
 
 
 rule features:
@@ -30,7 +54,7 @@ rule features:
     params:
         depends_on=depends_on("features"),
     shell:
-        "maskdm features --stage-version 3 > {log} 2>&1"
+        "maskdm features --stage-version 4 > {log} 2>&1"
 
 
 rule scale:
@@ -50,4 +74,4 @@ rule scale:
     params:
         depends_on=depends_on("scale"),
     shell:
-        "maskdm scale --stage-version 3 > {log} 2>&1"
+        "maskdm scale --stage-version 4 > {log} 2>&1"

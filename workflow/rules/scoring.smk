@@ -2,6 +2,7 @@
 rule sample:
     input:
         "results/data",
+        "results/pretrain/{arm}/seed-{seed}",  # for sampling.primer
         "results/finetune/{arm}/seed-{seed}",
     output:
         directory("results/samples/{arm}/seed-{seed}"),
@@ -16,7 +17,7 @@ rule sample:
     params:
         depends_on=depends_on("sample"),
     shell:
-        "maskdm sample --arm {wildcards.arm} --seed {wildcards.seed} --stage-version 3 > {log} 2>&1"
+        "maskdm sample --arm {wildcards.arm} --seed {wildcards.seed} --stage-version 4 > {log} 2>&1"
 
 
 rule evaluate:
@@ -39,7 +40,7 @@ rule evaluate:
     params:
         depends_on=depends_on("evaluate"),
     shell:
-        "maskdm evaluate --arm {wildcards.arm} --seed {wildcards.seed} --stage-version 2 > {log} 2>&1"
+        "maskdm evaluate --arm {wildcards.arm} --seed {wildcards.seed} --stage-version 3 > {log} 2>&1"
 
 
 rule report:
@@ -80,4 +81,4 @@ rule report:
     params:
         depends_on=depends_on("report"),
     shell:
-        "maskdm report --stage-version 2 > {log} 2>&1"
+        "maskdm report --stage-version 3 > {log} 2>&1"

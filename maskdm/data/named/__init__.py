@@ -1,0 +1,1 @@
+"""Datasets by name: read from their original files, as their authors distribute them."""

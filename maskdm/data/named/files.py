@@ -1,0 +1,112 @@
+"""Finding a dataset's original files below its root, or downloading them there."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from maskdm import paths
+from maskdm.config import DatasetConfig
+from maskdm.errors import UserError
+from maskdm.printable import printable
+from maskdm.publishing import cannot_write, replace_file
+
+DATA = Path("data")  # beside params.yaml
+CONNECTION_SECONDS = 30.0  # without an answer
+
+# By source: torchvision's class, which knows where the files are and their checksums, and what it downloads.
+_MNIST = tuple(f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
+DOWNLOADS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "mnist": ("MNIST", "MNIST/raw", _MNIST),
+    "fashion_mnist": ("FashionMNIST", "FashionMNIST/raw", _MNIST),
+    "cifar10": ("CIFAR10", ".", ("cifar-10-python.tar.gz",)),
+    "celeba": ("CelebA", "celeba", ("img_align_celeba.zip", "list_eval_partition.txt")),
+}
+
+T = TypeVar("T")
+
+
+def root_of(dataset: DatasetConfig) -> Path:
+    """Where the files are looked for and downloaded to, from the folder of params.yaml."""
+    return DATA / dataset.source if dataset.root is None else Path(dataset.root)
+
+
+def split_of(dataset: DatasetConfig, known: Sequence[str]) -> str:
+    """The split that is asked for; train where none is.
+
+    Raises:
+        UserError: the dataset has no such.
+    """
+    split = dataset.split or "train"
+    if split not in known:
+        raise UserError(f"dataset.split: {dataset.source} has no {printable(split)!r}; expected {', '.join(known)}")
+    return split
+
+
+def find_or_download(dataset: DatasetConfig, find: Callable[[Path], T | None], needed: str) -> T:
+    """What `find` finds below the dataset's root, if need be after a download.
+
+    Args:
+        dataset: whose files.
+        find: given the root, None where files are missing.
+        needed: which files belong where, for a message that begins with "put".
+
+    Raises:
+        UserError: they are not there and can't be downloaded.
+    """
+    root = root_of(dataset)
+    if (found := find(root)) is not None:
+        return found
+    reason = _download(dataset.source, root)
+    if reason is None and (found := find(root)) is not None:
+        return found
+    raise UserError(
+        f"dataset.root: the files of {dataset.source} are not in {root} (looked in {root.absolute()}), and could not "
+        f"be downloaded ({reason or 'the download lacks them'}): put {needed} into {root}"
+    )
+
+
+def _download(source: str, root: Path) -> str | None:
+    """Download a dataset's files into a root, each whole; why not, where that fails."""
+    name, below, files = DOWNLOADS[source]
+    try:
+        paths.WORK.mkdir(parents=True, exist_ok=True)
+        fresh = tempfile.TemporaryDirectory(prefix="download-", dir=paths.WORK)
+    except OSError as error:
+        raise cannot_write(paths.WORK, error) from error
+    with fresh as folder:
+        try:
+            with _patience():
+                _torchvision_class(name)(folder, download=True)
+        except Exception as error:  # of the network, of torchvision, of the package that it asks for
+            return printable(" ".join(str(error).split())) or type(error).__name__
+        for file in files:
+            with replace_file(root / file) as building:
+                shutil.move(Path(folder) / below / file, building)
+    return None
+
+
+def _torchvision_class(name: str) -> Callable[..., object]:
+    from maskdm.torchvision_compat import declare_missing_operators  # imports torch: only to download
+
+    declare_missing_operators()
+    from torchvision import datasets
+
+    found: Callable[..., object] = getattr(datasets, name)
+    return found
+
+
+@contextmanager
+def _patience() -> Iterator[None]:
+    """A server that does not answer is waited for no longer than that."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(CONNECTION_SECONDS)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

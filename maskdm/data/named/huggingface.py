@@ -1,0 +1,117 @@
+"""Any image dataset of Hugging Face's hub, or a copy of one in `dataset.root`, through the package `datasets`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from maskdm.checksums import values_sha256
+from maskdm.config import DatasetConfig
+from maskdm.data.arrays import Labels
+from maskdm.data.collection import Collection, Numbers, check_size
+from maskdm.data.decoding import BadImageError
+from maskdm.data.sources import reading
+from maskdm.errors import UserError
+from maskdm.printable import printable
+
+PREFIX = "huggingface:"
+SAVED = ("state.json", "dataset_dict.json")  # of what `save_to_disk` has written
+
+
+class _Rows(Collection):
+    """The images of a column."""
+
+    def __init__(self, table: Any, column: str, origin: str, root: str | None, classes: Any, labels: Labels | None):
+        super().__init__(origin, root, classes, labels)
+        self._table, self._column = table, column
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def name(self, number: int) -> str:
+        return f"row {number}"
+
+    def load(self, number: int, most_bytes: int) -> bytes:
+        cell = self._table[number][self._column] or {}
+        content, path = cell.get("bytes"), cell.get("path")
+        if content is not None:
+            check_size(len(content), most_bytes)
+            return bytes(content)
+        if path is None:
+            raise BadImageError("the row has no image")
+        file = Path(path)
+        check_size(reading(str(path), file.stat).st_size, most_bytes)
+        return reading(str(path), file.read_bytes)
+
+    def stamp(self, numbers: Numbers) -> str:
+        return values_sha256([self._table._fingerprint, numbers.tolist()])
+
+
+@contextmanager
+def open_huggingface(dataset: DatasetConfig) -> Iterator[Collection]:
+    """The images of a split, train if none is named, in their order, with labels where a column has classes.
+
+    Raises:
+        UserError: the package, the dataset or the split is missing, or it has no images.
+    """
+    package = _package()
+    table = _load(package, dataset)
+    columns = [name for name, feature in table.features.items() if isinstance(feature, package.Image)]
+    if not columns:
+        raise UserError(
+            f"dataset.source: {dataset.source} has no column of images; it has {', '.join(map(str, table.features))}"
+        )
+    table = table.cast_column(columns[0], package.Image(decode=False))
+    classes, labels = _labels(package, table)
+    yield _Rows(table, columns[0], dataset.source, dataset.root, classes, labels)
+
+
+def _package() -> ModuleType:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            "dataset.source huggingface:NAME needs the package datasets: pip install 'maskdm[datasets]'"
+        ) from None
+    datasets.disable_progress_bars()
+    return datasets
+
+
+def _load(package: ModuleType, dataset: DatasetConfig) -> Any:
+    """The rows of the split."""
+    name, split = dataset.source.removeprefix(PREFIX), dataset.split or "train"
+    if dataset.root is not None and not Path(dataset.root).exists():
+        raise UserError(f"dataset.root: there is no {dataset.root} (looked for {Path(dataset.root).absolute()})")
+    try:
+        if dataset.root is not None and any((Path(dataset.root) / file).is_file() for file in SAVED):
+            saved = package.load_from_disk(dataset.root)
+            return saved[split] if isinstance(saved, package.DatasetDict) else saved
+        return package.load_dataset(dataset.root or name, split=split)
+    except Exception as error:  # of the network, of the hub, of the files
+        reason = printable(" ".join(str(error).split())) or type(error).__name__
+        raise UserError(
+            f"dataset.source: {dataset.source}, split {split}, can't be loaded: {reason}. {_advice(dataset)}"
+        ) from error
+
+
+def _advice(dataset: DatasetConfig) -> str:
+    if dataset.root is not None:
+        return f"{dataset.root} should hold what save_to_disk has written, or the dataset's parquet or image files"
+    return "Without a network, copy the dataset's files into a folder, and name it in dataset.root"
+
+
+def _labels(package: ModuleType, table: Any) -> tuple[tuple[str, ...] | None, Labels | None]:
+    """The classes of the column `label`, or of the only one that has classes; none if a row is of no class."""
+    columns = [name for name, feature in table.features.items() if isinstance(feature, package.ClassLabel)]
+    column = "label" if "label" in columns else columns[0] if len(columns) == 1 else None
+    if column is None:
+        return None, None
+    values = table.data.column(column).to_pylist() if table._indices is None else list(table[column])
+    if any(value is None or value < 0 for value in values):
+        return None, None
+    return tuple(map(printable, table.features[column].names)), np.array(values, dtype=np.int64)

@@ -1,0 +1,113 @@
+"""Which images of a source are used: of which classes, how many, and which of them are held out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import numpy as np
+
+from maskdm.config import DatasetConfig
+from maskdm.data.arrays import Labels
+from maskdm.data.collection import Collection, Numbers
+from maskdm.errors import UserError
+
+USED, HELD_OUT = 0, 1  # streams of a dataset's seed
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The images that are used, by number in their source, in its order.
+
+    Attributes:
+        train: (N,) to train on.
+        held_out: (M,) never to train on.
+        class_names: of the classes used, in the source's order, or None.
+        labels: of every image of the source in [0, number of those classes), −1 for one of another class; or None.
+        counts: of images: in the source, of the classes used, used, held out.
+    """
+
+    train: Numbers
+    held_out: Numbers
+    class_names: tuple[str, ...] | None
+    labels: Labels | None
+    counts: dict[str, int]
+
+
+def select(collection: Collection, dataset: DatasetConfig) -> Selection:
+    """Apply `classes`, then `limit` or `fraction`, then `held_out`.
+
+    What is drawn depends on `dataset.seed` and on how many images there are to draw from, and on nothing else; a
+    smaller draw is a part of a larger one.
+
+    Raises:
+        UserError: there are no images, no such classes, or too few images to hold a part of them out.
+    """
+    if not len(collection):
+        raise UserError(f"dataset: {collection.origin} holds no images")
+    class_names, labels = _of_classes(collection, dataset.classes)
+    everything = (
+        np.arange(len(collection)) if dataset.classes is None or labels is None else np.flatnonzero(labels >= 0)
+    )
+    if not len(everything):
+        raise UserError(f"dataset.classes: there is no image of {', '.join(dataset.classes or ())}")
+    used = everything[_drawn(len(everything), _number_used(dataset, len(everything)), dataset.seed, USED)]
+    held_out = _drawn(len(used), _number_held_out(dataset, len(used)), dataset.seed, HELD_OUT)
+    is_held_out = np.zeros(len(used), dtype=bool)
+    is_held_out[held_out] = True
+    counts = {"available": len(collection), "of_classes": len(everything), "used": len(used)}
+    return Selection(used[~is_held_out], used[is_held_out], class_names, labels, counts)
+
+
+def facts(selection: Selection, dataset: DatasetConfig) -> dict[str, Any]:
+    """How the images were selected, for a manifest."""
+    knobs = dataset.model_dump(mode="json", include={"split", "classes", "limit", "fraction", "held_out", "seed"})
+    return {**knobs, "counts": {**selection.counts, "held_out": len(selection.held_out)}}
+
+
+def _of_classes(collection: Collection, wanted: list[str] | None) -> tuple[tuple[str, ...] | None, Labels | None]:
+    """Names and labels of the classes that are wanted."""
+    names, labels = collection.class_names, collection.labels
+    if wanted is None:
+        return names, labels
+    if names is None or labels is None:
+        raise UserError(f"dataset.classes: {collection.origin} has no classes: remove dataset.classes")
+    for name in wanted:
+        if name not in names:
+            close = get_close_matches(name, names, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are {_listed(names)}"
+            raise UserError(f"dataset.classes: {collection.origin} has no class {name!r}; {hint}")
+    kept = [number for number, name in enumerate(names) if name in wanted]
+    new = np.full(len(names), -1, dtype=np.int64)
+    new[kept] = np.arange(len(kept))
+    return tuple(names[number] for number in kept), new[labels]
+
+
+def _number_used(dataset: DatasetConfig, available: int) -> int:
+    if dataset.fraction is not None:
+        return max(1, round(dataset.fraction * available))
+    return available if dataset.limit is None else min(dataset.limit, available)
+
+
+def _number_held_out(dataset: DatasetConfig, used: int) -> int:
+    number = round(dataset.held_out * used)
+    if dataset.held_out and not 0 < number < used:
+        raise UserError(
+            f"dataset.held_out {dataset.held_out:g} of {used} images is {number}: expected at least one to hold out "
+            "and one to train on; change it, or use more images"
+        )
+    return number
+
+
+def _drawn(available: int, number: int, seed: int, stream: int) -> Numbers:
+    """So many of `available`, in order: those with the smallest random keys.
+
+    The keys are a bit generator's own output, which NumPy keeps the same in all versions.
+    """
+    keys = np.random.PCG64([seed, stream]).random_raw(available)
+    return np.sort(np.argsort(keys, kind="stable")[:number])
+
+
+def _listed(names: tuple[str, ...], most: int = 20) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,800 @@
+"""Datasets by name, from files in the formats of their authors; which images are used; what users are told."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gzip
+import hashlib
+import http.server
+import io
+import os
+import pickle
+import re
+import struct
+import tarfile
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maskdm.config import Params, parse_params
+from maskdm.data.arrays import ImageArrays
+from maskdm.data.prepare import prepare
+from maskdm.errors import ParamsError, UserError
+
+OUT = Path("out")
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def params(datasets: dict[str, Any] | None = None, threads: int = 1, **dataset: Any) -> Params:
+    stage = {"lr": 1e-3, "batch_size": 8}
+    return parse_params(
+        {
+            "name": "test",
+            "seeds": [0],
+            "dataset": {"channels": 3, **dataset},
+            "datasets": datasets or {},
+            "model": {"patch_size": 1, "dim": 8, "depth": 3, "num_heads": 2},
+            "diffusion": {},
+            "budget": {"unmasked_steps": 10},
+            "training": {},
+            "pretrain": stage,
+            "finetune": stage,
+            "sampling": {},
+            "evaluation": {},
+            "compute": {"threads": threads},
+            "tuning": {"enabled": False, "seed": 1, "budget_fraction": 0.5, "trials": {"given": {}}},
+            "arms": {"scratch": {"strategy": "none"}},
+        }
+    )
+
+
+def prepared(**given: Any) -> ImageArrays:
+    """What `prepare` makes of a dataset; nothing is left where nothing is made."""
+    before = set(Path().rglob("*"))
+    try:
+        prepare(params(**given), OUT)
+    except UserError as error:
+        assert not OUT.exists()
+        left = {path for path in set(Path().rglob("*")) - before if path not in (Path(".work"), Path("results"))}
+        assert not left, f"left behind: {left}"
+        assert "\n" not in str(error)
+        raise
+    arrays = ImageArrays.open(OUT)
+    arrays.verify()
+    return arrays
+
+
+def labels_of(arrays: ImageArrays) -> list[int]:
+    assert arrays.labels is not None
+    return list(map(int, arrays.labels))
+
+
+def pixels(number: int, seed: int = 0, shape: tuple[int, ...] = (28, 28)) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (number, *shape), dtype=np.uint8)
+
+
+def encode(image: np.ndarray, kind: str = "JPEG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, format=kind, **options)
+    return file.getvalue()
+
+
+def decoded(content: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+
+
+def put(path: str | Path, content: bytes) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_bytes(content)
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every look-up of a name fails, as it does without a network."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("no network here")
+
+    monkeypatch.setattr("socket.getaddrinfo", fail)
+
+
+# --- MNIST and Fashion-MNIST: idx files
+
+
+def idx(values: np.ndarray) -> bytes:
+    """An idx file of bytes: magic number, sizes, values."""
+    return struct.pack(f">{1 + values.ndim}I", 0x0800 + values.ndim, *values.shape) + values.tobytes()
+
+
+def make_mnist(folder: str = "data/mnist", suffix: str = ".gz") -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Both parts as they are distributed; their images and labels."""
+    parts = {
+        "train": (pixels(7), np.array([3, 1, 4, 1, 5, 9, 2], np.uint8)),
+        "t10k": (pixels(3, 1), np.arange(3, dtype=np.uint8)),
+    }
+    for part, (images, labels) in parts.items():
+        for name, values in ((f"{part}-images-idx3-ubyte", images), (f"{part}-labels-idx1-ubyte", labels)):
+            put(f"{folder}/{name}{suffix}", gzip.compress(idx(values)) if suffix else idx(values))
+    return parts
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("below", ["", "MNIST/raw/"])
+def test_mnist_is_its_files_bit_by_bit(suffix: str, below: str) -> None:
+    parts = make_mnist(f"files/{below}", suffix)
+    arrays = prepared(source="mnist", root="files", image_size=28, channels=1)
+    np.testing.assert_array_equal(arrays.all()[..., 0], parts["train"][0])
+    assert labels_of(arrays) == [3, 1, 4, 1, 5, 9, 2]
+    assert arrays.class_names == tuple("0123456789")
+
+
+def test_splits_of_mnist() -> None:
+    parts = make_mnist()
+    test = prepared(source="mnist", split="test", image_size=28, channels=1).all()[..., 0]
+    np.testing.assert_array_equal(test, parts["t10k"][0])
+    everything = prepared(source="mnist", split="all", image_size=28, channels=1).all()[..., 0]
+    np.testing.assert_array_equal(everything, np.concatenate([parts["train"][0], parts["t10k"][0]]))
+    with pytest.raises(UserError, match=r"dataset\.split: mnist has no 'tset'; expected train, test, all"):
+        prepare(params(source="mnist", split="tset", image_size=28, channels=1), Path("other"))
+
+
+def test_fashion_mnist_has_the_names_of_its_classes_and_another_size() -> None:
+    parts = make_mnist("data/fashion_mnist")
+    arrays = prepared(source="fashion_mnist", image_size=32, channels=3)
+    assert arrays.class_names[9] == "Ankle boot"
+    resized = Image.fromarray(parts["train"][0][2]).convert("RGB").resize((32, 32), Image.Resampling.LANCZOS)
+    np.testing.assert_array_equal(arrays.all()[2], np.asarray(resized))
+    assert arrays.manifest["source"]["root"] == "data/fashion_mnist"
+
+
+IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (LABELS, idx(np.zeros(6, np.uint8)), r"train-labels-idx1-ubyte holds 6 labels, but .* 7 images"),
+        (LABELS, idx(np.full(7, 10, np.uint8)), r"holds the label 10; expected 0 to 9"),
+        (LABELS, idx(np.zeros(7, np.uint8))[:-1], r"labels \(it holds 6 of the 7 bytes"),
+        (LABELS, b"", r"is damaged, or no idx file of labels"),
+        (IMAGES, idx(pixels(7)) + b"x", r"it holds more than the 5488 bytes"),
+        (IMAGES, idx(pixels(7, shape=(27, 28))), r"no idx file of images of 28×28 pixels"),
+        (IMAGES, struct.pack(">4I", 0x0803, 2**32 - 1, 28, 28), r"no idx file of images"),
+        (IMAGES, b"<html>not found</html>", r"no idx file of images"),
+        (None, b"", r"data/mnist holds no images"),
+    ],
+)
+def test_a_damaged_file_of_mnist_is_named(name: str | None, content: bytes, message: str) -> None:
+    make_mnist(suffix="")
+    if name is None:
+        put(f"data/mnist/{IMAGES}", idx(pixels(0)))
+        put(f"data/mnist/{LABELS}", idx(np.zeros(0, np.uint8)))
+    else:
+        put(f"data/mnist/{name}", content)
+    with pytest.raises(UserError, match=message) as caught:
+        prepared(source="mnist", image_size=28, channels=1)
+    assert f"data/mnist{f'/{name}' if name else ''}" in str(caught.value)
+
+
+def test_a_cut_off_gz_of_mnist_is_named() -> None:
+    make_mnist()
+    file = Path("data/mnist/train-images-idx3-ubyte.gz")
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"train-images-idx3-ubyte\.gz is damaged"):
+        prepared(source="mnist", image_size=28, channels=1)
+
+
+@pytest.mark.parametrize(
+    ("source", "files"),
+    [
+        ("mnist", ["train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"]),
+        ("fashion_mnist", ["train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"]),
+        ("cifar10", ["cifar-10-python.tar.gz", "cifar-10-batches-py"]),
+        ("celeba", ["img_align_celeba.zip", "list_eval_partition.txt"]),
+    ],
+)
+@pytest.mark.parametrize("root", [None, "there"])
+@pytest.mark.usefixtures("no_network")
+def test_missing_files_are_named_with_their_folder(source: str, files: list[str], root: str | None) -> None:
+    with pytest.raises(UserError, match=r"could not be downloaded \(.+\): put ") as caught:
+        prepared(source=source, root=root, image_size=8)
+    instruction = str(caught.value).split("): put ")[1]
+    assert all(file in instruction for file in files)
+    assert instruction.endswith(f"into {root or f'data/{source}'}")
+
+
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The address of a server of a folder's files."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    handler.log_message = lambda *_: None  # type: ignore[attr-defined]
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_mnist_is_downloaded_whole_or_not_at_all(is_whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from maskdm.torchvision_compat import declare_missing_operators
+
+    declare_missing_operators()
+    from torchvision import datasets
+
+    parts = make_mnist("elsewhere")
+    files = sorted(Path("elsewhere").iterdir())
+    md5s = [(file.name, hashlib.md5(file.read_bytes()).hexdigest()) for file in files]
+    if not is_whole:
+        files[-1].write_bytes(b"cut")
+    with served(Path("elsewhere")) as address:
+        monkeypatch.setattr(datasets.MNIST, "mirrors", [address])
+        monkeypatch.setattr(datasets.MNIST, "resources", md5s)
+        if not is_whole:
+            with pytest.raises(UserError, match=r"could not be downloaded"):
+                prepared(source="mnist", image_size=28, channels=1)
+            return
+        arrays = prepared(source="mnist", image_size=28, channels=1)
+    np.testing.assert_array_equal(arrays.all()[..., 0], parts["train"][0])
+    assert sorted(path.name for path in Path("data/mnist").iterdir()) == [name for name, _ in md5s]
+    again = prepared(source="mnist", image_size=28, channels=1)  # from what was downloaded: the server is gone
+    assert again.manifest == arrays.manifest
+
+
+# --- CIFAR-10: pickles of Python 2
+
+
+def string(text: bytes) -> bytes:
+    return b"U" + bytes([len(text)]) + text if len(text) < 256 else b"T" + struct.pack("<I", len(text)) + text
+
+
+def number(value: int) -> bytes:
+    return b"K" + bytes([value]) if value < 256 else b"M" + struct.pack("<H", value)
+
+
+def python2_array(values: np.ndarray) -> bytes:
+    """A uint8 array (N, M) as NumPy pickled it in Python 2, protocol 2."""
+    rows, columns = values.shape
+    made = b"cnumpy.core.multiarray\n_reconstruct\nq\x07cnumpy\nndarray\nq\x08K\x00\x85U\x01b\x87Rq\t"
+    dtype = b"cnumpy\ndtype\nq\nU\x02u1K\x00K\x01\x87Rq\x0b(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    return (
+        made + b"(K\x01" + number(rows) + number(columns) + b"\x86" + dtype + b"\x89" + string(values.tobytes()) + b"tb"
+    )
+
+
+def batch(values: np.ndarray, labels: list[int], name: str = "training batch 1 of 5") -> bytes:
+    """A batch as CIFAR-10's authors wrote it: a dict of strings, a list and an array."""
+    files = b"".join(string(f"image_s_{i:06d}.png".encode()) for i in range(len(labels)))
+    entries = [
+        string(b"batch_label") + b"q\x01" + string(name.encode()) + b"q\x02",
+        string(b"labels") + b"q\x03]q\x04(" + b"".join(map(number, labels)) + b"e",
+        string(b"data") + b"q\x06" + python2_array(values.transpose(0, 3, 1, 2).reshape(len(values), -1)),
+        string(b"filenames") + b"q\x0c]q\r(" + files + b"e",
+    ]
+    return b"\x80\x02}q\x00(" + b"".join(entries) + b"u."
+
+
+BATCHES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+
+
+def make_cifar(folder: str = "data/cifar10/cifar-10-batches-py") -> dict[str, tuple[np.ndarray, list[int]]]:
+    made = {}
+    for seed, name in enumerate(BATCHES):
+        values, labels = pixels(4, seed, (32, 32, 3)), [seed, 9, 0, (seed + 3) % 10]
+        put(f"{folder}/{name}", batch(values, labels, name))
+        made[name] = values, labels
+    put(f"{folder}/batches.meta", b"\x80\x02}q\x00.")
+    put(f"{folder}/readme.html", b"<html></html>")
+    return made
+
+
+def test_the_batches_made_here_are_what_numpy_reads() -> None:
+    """The test's own writer, against Python's unpickler."""
+    values, labels = pixels(300, 0, (32, 32, 3)), [i % 10 for i in range(300)]
+    content = pickle.loads(batch(values, labels), encoding="bytes")
+    np.testing.assert_array_equal(content[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), values)
+    assert content[b"labels"] == labels
+
+
+@pytest.mark.parametrize("kind", ["folder", "root", "archive", "root archive"])
+def test_cifar10_is_its_batches_bit_by_bit(kind: str) -> None:
+    made = make_cifar("files" if kind == "root" else "files/cifar-10-batches-py")
+    root = "files"
+    if "archive" in kind:
+        with tarfile.open("cifar-10-python.tar.gz", "w:gz") as archive:
+            for name in ("data_batch_4", "test_batch", "data_batch_3", "data_batch_2", "data_batch_5", "data_batch_1"):
+                archive.add(f"files/cifar-10-batches-py/{name}", f"cifar-10-batches-py/{name}")
+        root = "cifar-10-python.tar.gz"
+        if kind == "archive":
+            Path("here").mkdir()
+            root = str(Path(root).rename("here/cifar-10-python.tar.gz").parent)
+    arrays = prepared(source="cifar10", root=root, image_size=32)
+    np.testing.assert_array_equal(arrays.all(), np.concatenate([made[name][0] for name in BATCHES[:5]]))
+    assert labels_of(arrays) == [label for name in BATCHES[:5] for label in made[name][1]]
+    assert arrays.class_names[:2] == ("airplane", "automobile")
+    test = prepared(source="cifar10", root=root, image_size=32, split="test")
+    np.testing.assert_array_equal(test.all(), made["test_batch"][0])
+
+
+class Evil:
+    """Writes a file where it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch run",)
+
+
+def nested(depth: int) -> bytes:
+    return b"\x80\x02" + b"]" * depth + b"a" * (depth - 1) + b"."
+
+
+GOOD = pixels(4, 0, (32, 32, 3))
+HOSTILE: dict[str, tuple[bytes, str]] = {
+    "code": (pickle.dumps(Evil(), protocol=2), "REDUCE|posix.system|more than"),
+    "code by name": (b"\x80\x02cposix\nsystem\n" + string(b"touch run") + b"\x85R.", r"asks for posix\.system"),
+    "builtins": (b"\x80\x02c__builtin__\neval\n" + string(b"open('run','w')") + b"\x85R.", "asks for"),
+    "instance": (b"\x80\x02(" + string(b"touch run") + b"iposix\nsystem\n.", "INST"),
+    "old": (b"\x80\x04\x95\x05\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x8c\x06system\x93.", "UNICODE"),
+    "deep": (nested(100_000), "EMPTY_LIST"),
+    "deep tuples": (b"\x80\x02K\x00" + b"\x85" * 100_000 + b".", "TUPLE1"),
+    "memo": (b"\x80\x02]r\xff\xff\xff\x7f.", "a memo of 2147483647 objects"),
+    "state of a class": (b"\x80\x02cnumpy\ndtype\n}" + string(b"name") + b"K\x01sb.", "no batch|it holds no data"),
+    "labels too few": (batch(GOOD, [0, 1, 2]), "it holds 3 labels for 4 images"),
+    "labels too large": (batch(GOOD, [0, 1, 2, 10]), "expected labels from 0 to 9"),
+    "another shape": (batch(GOOD[:, :, :16], [0, 1, 2, 3]), "no array of uint8 with 3072 columns"),
+    "another dtype": (batch(GOOD, [0, 1, 2, 3]).replace(b"U\x02u1", b"U\x02O8"), "no array of uint8"),
+    "cut off": (batch(GOOD, [0, 1, 2, 3])[:5000], ""),
+    "empty": (b"", ""),
+    "text": (b"<html>not found</html>", ""),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_or_damaged_batch_is_refused_and_runs_nothing(kind: str) -> None:
+    content, reason = HOSTILE[kind]
+    make_cifar()
+    put("data/cifar10/cifar-10-batches-py/data_batch_2", content)
+    with pytest.raises(UserError, match="data_batch_2 is no batch of CIFAR-10, or is damaged") as caught:
+        prepared(source="cifar10", image_size=32)
+    assert not Path("run").exists()
+    assert re.search(reason, str(caught.value))
+    assert "get it anew" in str(caught.value)
+
+
+def test_a_missing_batch_is_named() -> None:
+    make_cifar()
+    Path("data/cifar10/cifar-10-batches-py/data_batch_3").unlink()
+    with pytest.raises(UserError, match="cifar-10-batches-py has no data_batch_3: get"):
+        prepared(source="cifar10", image_size=32)
+
+
+# --- CelebA: aligned images and the partition
+
+
+def make_celeba(kind: str = "folder", folder: str = "data/celeba") -> list[bytes]:
+    files = {f"{i + 1:06d}.jpg": encode(pixels(1, i, (218, 178, 3))[0], quality=95) for i in range(6)}
+    if kind == "zip":
+        Path(folder).mkdir(parents=True)
+        with zipfile.ZipFile(f"{folder}/img_align_celeba.zip", "w") as archive:
+            for name, content in files.items():
+                archive.writestr(f"img_align_celeba/{name}", content)
+    else:
+        for name, content in files.items():
+            put(f"{folder}/img_align_celeba/{name}", content)
+    lines = [f"{name} {split}" for name, split in zip(files, (0, 0, 0, 1, 2, 2), strict=True)]
+    put(f"{folder}/list_eval_partition.txt", ("\n".join(lines) + "\n").encode())
+    return list(files.values())
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+@pytest.mark.parametrize(
+    ("split", "expected"), [("train", [0, 1, 2]), ("valid", [3]), ("test", [4, 5]), ("all", range(6))]
+)
+def test_celeba_is_the_usual_crop_of_a_split(kind: str, split: str, expected: Any) -> None:
+    files = make_celeba(kind)
+    arrays = prepared(source="celeba", split=split, image_size=128)
+    crops = [decoded(files[i])[57 : 57 + 128, 25 : 25 + 128] for i in expected]  # its centre: row 121, column 89
+    np.testing.assert_array_equal(arrays.all(), np.stack(crops))
+    assert arrays.manifest["protocol"]["crop_box"] == [57, 25, 128]
+    assert arrays.labels is None
+
+
+def test_celeba_64_is_the_crop_resized() -> None:
+    files = make_celeba(folder="files/celeba")
+    arrays = prepared(source="celeba", root="files", image_size=64)
+    crop = Image.fromarray(decoded(files[1])).crop((25, 57, 25 + 128, 57 + 128))
+    np.testing.assert_array_equal(arrays.all()[1], np.asarray(crop.resize((64, 64), Image.Resampling.LANCZOS)))
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["000001.jpg 0"], r"names 1 images, but .*img_align_celeba holds 6; .*partition\.txt lacks 000002\.jpg"),
+        ([f"{i:06d}.jpg 0" for i in range(1, 8)], r"names 7 images, .* holds 6; .*img_align_celeba lacks 000007\.jpg"),
+        (["000001.jpg"], r"line 1: expected a file name and 0, 1 or 2, got '000001\.jpg'"),
+        (["000001.jpg 0", "000002.jpg 3"], r"line 2: expected"),
+        ([f"{i:06d}.jpg 2" for i in range(1, 7)], r"has no image of train"),
+    ],
+)
+def test_a_partition_that_does_not_fit_is_refused(lines: list[str], message: str) -> None:
+    make_celeba()
+    put("data/celeba/list_eval_partition.txt", "\n".join(lines).encode())
+    with pytest.raises(UserError, match=message):
+        prepared(source="celeba", image_size=64)
+
+
+def test_a_zip_of_celeba_with_a_bad_member_is_named() -> None:
+    make_celeba("zip")
+    file = Path("data/celeba/img_align_celeba.zip")
+    content = bytearray(file.read_bytes())
+    content[200] ^= 255  # within the first member's data
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"bad image img_align_celeba/000001\.jpg in data/celeba/img_align_celeba\.zip"):
+        prepared(source="celeba", image_size=64)
+
+
+# --- LSUN: an LMDB database of webp or jpeg files by hash
+
+CHURCH = "data/lsun/church_outdoor_train_lmdb"
+
+
+def make_lsun(number: int = 40, folder: str = CHURCH, kind: str = "WEBP", **environment: Any) -> list[bytes]:
+    """A database as LSUN's authors export it, by the lmdb package; its values in the order of their keys."""
+    lmdb = pytest.importorskip("lmdb")
+    entries = {}
+    for i in range(number):
+        side = 16 if i % 3 else 64  # small values lie in the tree's own pages, large ones in pages apart
+        content = encode(pixels(1, i, (side, side, 3))[0], kind, quality=90)
+        entries[hashlib.sha1(content).hexdigest().encode()] = content
+    Path(folder).mkdir(parents=True)
+    with lmdb.open(folder, map_size=2**26, **environment) as database:
+        for begin in range(0, number, 16):  # several transactions: the descriptions at the file's start take turns
+            with database.begin(write=True) as transaction:
+                for key in list(entries)[begin : begin + 16]:
+                    transaction.put(key, entries[key])
+    return [entries[key] for key in sorted(entries)]
+
+
+@pytest.mark.parametrize("kind", ["WEBP", "JPEG"])
+def test_lsun_is_the_files_of_its_database_bit_by_bit(kind: str) -> None:
+    values = make_lsun(kind=kind)
+    arrays = prepared(source="lsun", split="church_outdoor", image_size=16, crop="center", resize_filter="bicubic")
+    small = [(i, decoded(content)) for i, content in enumerate(values) if decoded(content).shape[0] == 16]
+    assert 20 < len(small) < 40 == len(arrays)
+    for i, image in small:
+        np.testing.assert_array_equal(arrays.all()[i], image)
+    assert arrays.manifest["source"]["root"] == CHURCH
+    assert arrays.labels is None
+
+
+@pytest.mark.parametrize("number", [1, 500])
+def test_a_tree_of_any_depth_is_read_whole(number: int) -> None:
+    from maskdm.data.named.lmdb import open_lmdb
+
+    values = make_lsun(number)
+    with open_lmdb(Path(CHURCH) / "data.mdb") as database:
+        assert [database.value(i) for i in range(len(database))] == values
+        keys = [database.key(i) for i in range(len(database))]
+    assert keys == [hashlib.sha1(content).hexdigest().encode() for content in values]
+
+
+def test_entries_removed_from_a_database_are_not_read() -> None:
+    from maskdm.data.named.lmdb import open_lmdb
+
+    values = make_lsun(60)
+    lmdb = pytest.importorskip("lmdb")
+    with lmdb.open(CHURCH, map_size=2**26) as database, database.begin(write=True) as transaction:
+        for content in values[::2]:
+            transaction.delete(hashlib.sha1(content).hexdigest().encode())
+    with open_lmdb(Path(CHURCH) / "data.mdb") as read:
+        assert [read.value(i) for i in range(len(read))] == values[1::2]
+
+
+@pytest.mark.parametrize(
+    ("split", "folder"), [("church_outdoor_val", "church_outdoor_val_lmdb"), ("cat", "cat"), ("test", "test_lmdb")]
+)
+def test_other_databases_by_the_names_of_their_folders(split: str, folder: str) -> None:
+    make_lsun(3, f"files/{folder}")
+    assert len(prepared(source="lsun", root="files", split=split, image_size=8)) == 3
+
+
+def test_a_missing_category_names_the_folder_and_what_is_there() -> None:
+    make_lsun(3)
+    with pytest.raises(
+        UserError, match=r"there is no bedroom_train_lmdb/data\.mdb in data/lsun .*found church_outdoor_train"
+    ):
+        prepared(source="lsun", split="bedroom", image_size=8)
+    with pytest.raises(UserError, match=r"expected a category such as church_outdoor, got '\.\./x'"):
+        prepared(source="lsun", split="../x", image_size=8)
+
+
+def cut(part: float) -> Callable[[bytes], bytes]:
+    return lambda content: content[: int(len(content) * part)]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut(0.9), r"is damaged \(it is cut off: \d+ bytes of \d+\)"),
+        (cut(0.5), "it is cut off"),
+        (cut(0.01), "it is cut off"),
+        (lambda _: b"", "it is cut off"),
+        (lambda content: bytes(len(content)), "it does not begin as an LMDB file"),
+        (lambda content: content.replace(b"\xde\xc0\xef\xbe\x01", b"\xde\xc0\xef\xbe\x02"), "does not begin as"),
+    ],
+)
+def test_a_damaged_database_is_refused(damage: Callable[[bytes], bytes], message: str) -> None:
+    make_lsun()
+    file = Path(CHURCH) / "data.mdb"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(UserError, match=message) as caught:
+        prepared(source="lsun", split="church_outdoor", image_size=8)
+    assert str(file) in str(caught.value)
+
+
+def test_any_damage_to_a_database_is_told_or_harmless() -> None:
+    """Bytes changed at random, many times: an error of ours, or other bytes; never anything else."""
+    from maskdm.data.named.lmdb import DamagedDatabaseError, open_lmdb
+
+    make_lsun(200)
+    file = Path(CHURCH) / "data.mdb"
+    whole, draws, refused = file.read_bytes(), np.random.default_rng(0), 0
+    for _ in range(150):
+        content = bytearray(whole)
+        for place in draws.integers(0, len(whole) // 4096, 20) * 4096:  # headers and the starts of lists, mostly
+            content[place + draws.integers(0, 64)] = draws.integers(0, 256)
+        file.write_bytes(content)
+        try:
+            with open_lmdb(file) as database:
+                sizes = [len(database.value(i)) + len(database.key(i)) for i in range(len(database))]
+                assert sum(sizes) < 100 * len(whole)
+        except DamagedDatabaseError:
+            refused += 1
+    assert refused > 50
+
+
+def test_a_bad_image_of_a_database_is_named_by_its_key() -> None:
+    lmdb = pytest.importorskip("lmdb")
+    make_lsun(5)
+    with lmdb.open(CHURCH, map_size=2**26) as database, database.begin(write=True) as transaction:
+        transaction.put(b"0" * 40, b"no image")
+    with pytest.raises(UserError, match=rf"bad image {'0' * 40} in {CHURCH}/data\.mdb: not an image"):
+        prepared(source="lsun", split="church_outdoor", image_size=8)
+    arrays = prepared(source="lsun", split="church_outdoor", image_size=8, on_bad_image="skip")
+    assert (len(arrays), arrays.manifest["skipped"][0]["file"]) == (5, "0" * 40)
+
+
+# --- Hugging Face
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The package `datasets`, with its cache in the test's folder and without a network."""
+    package = pytest.importorskip("datasets")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / ".work" / "cache")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    return package
+
+
+def rows() -> tuple[list[bytes], list[int]]:
+    return [encode(pixels(1, i, (8, 8, 3))[0], "PNG") for i in range(6)], [1, 0, 2, 1, 1, 0]
+
+
+def table(hub: Any) -> Any:
+    files, labels = rows()
+    features = hub.Features({"image": hub.Image(), "label": hub.ClassLabel(names=["ant", "bee", "cow"])})
+    cells = [{"bytes": content, "path": None} for content in files]
+    return hub.Dataset.from_dict({"image": cells, "label": labels}, features=features)
+
+
+@pytest.mark.parametrize("kind", ["saved", "saved splits", "parquet", "images"])
+def test_a_dataset_of_hugging_face_is_its_files_bit_by_bit(hub: Any, kind: str) -> None:
+    files, labels = rows()
+    if kind == "saved":
+        table(hub).save_to_disk("files")
+    elif kind == "saved splits":
+        hub.DatasetDict(train=table(hub), test=table(hub).select([0])).save_to_disk("files")
+    elif kind == "parquet":
+        Path("files").mkdir()
+        table(hub).to_parquet("files/train-00000-of-00001.parquet")
+    else:
+        for i, content in enumerate(files):
+            put(f"files/train/{('ant', 'bee', 'cow')[labels[i]]}/{i}.png", content)
+    arrays = prepared(source="huggingface:someone/insects", root="files", image_size=8)
+    expected = np.stack([decoded(content) for content in files])
+    order = np.argsort([f"{label}/{i}" for i, label in enumerate(labels)]) if kind == "images" else range(6)
+    np.testing.assert_array_equal(arrays.all(), expected[order])
+    assert labels_of(arrays) == [labels[i] for i in order]
+    assert arrays.class_names == ("ant", "bee", "cow")
+
+
+def test_what_hugging_face_does_not_have_is_told(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    table(hub).save_to_disk("files")
+    table(hub).remove_columns("image").save_to_disk("other")
+    with pytest.raises(UserError, match=r"has no column of images; it has label"):
+        prepared(source="huggingface:x", root="other", image_size=8)
+    with pytest.raises(UserError, match=r"dataset\.root: there is no nowhere"):
+        prepared(source="huggingface:x", root="nowhere", image_size=8)
+    with pytest.raises(UserError, match=r"someone/insects, split train, can't be loaded: .* name it in dataset\.root"):
+        prepared(source="huggingface:someone/insects", image_size=8)
+
+
+def test_a_script_in_a_dataset_of_hugging_face_is_not_run(hub: Any) -> None:
+    put("files/files.py", b"open('run', 'w')\n")
+    with pytest.raises(UserError, match="can't be loaded"):
+        prepared(source="huggingface:someone/insects", root="files", image_size=8)
+    assert not Path("run").exists()
+
+
+def test_without_the_package_the_user_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(UserError, match=r"pip install 'maskdm\[datasets\]'"):
+        prepared(source="huggingface:x", image_size=8)
+
+
+# --- which images are used
+
+
+def digits(**dataset: Any) -> dict[str, Any]:
+    return {"source": "digits", "image_size": 8, "channels": 1, **dataset}
+
+
+def positions(part: np.ndarray, whole: np.ndarray) -> list[int]:
+    """Where the images of a part are in the whole, the next always after the last."""
+    found, start = [], 0
+    for image in part:
+        start = next(i for i in range(start, len(whole)) if np.array_equal(whole[i], image)) + 1
+        found.append(start - 1)
+    return found
+
+
+def test_limit_draws_by_seed_and_keeps_the_order() -> None:
+    whole = prepared(**digits())
+    drawn = prepared(**digits(limit=200))
+    where = positions(drawn.all(), whole.all())
+    assert len(drawn) == 200
+    assert where[-1] > 1500, "drawn from all images, not the first"
+    assert whole.labels is not None
+    assert labels_of(drawn) == [int(whole.labels[i]) for i in where]
+    assert drawn.sha256 == prepared(**digits(limit=200)).sha256 != prepared(**digits(limit=200, seed=1)).sha256
+    more = prepared(**digits(limit=400)).all()
+    assert len(positions(drawn.all(), more)) == 200, "a smaller draw is a part of a larger one"
+
+
+def test_a_limit_of_more_than_there_are_is_all() -> None:
+    assert prepared(**digits(limit=5000)).manifest["source"]["counts"]["used"] == 1797
+    assert prepared(**digits(limit=5000)).sha256 == prepared(**digits()).sha256
+
+
+def test_a_draw_is_the_same_in_all_versions() -> None:
+    """Fixed values: another NumPy, or another implementation, must not change what experiments train on."""
+    from maskdm.data.selection import _drawn
+
+    assert _drawn(1000, 8, 0, 0).tolist() == DRAWN
+
+
+DRAWN = [11, 196, 269, 403, 600, 850, 855, 921]
+
+
+def test_fraction_is_that_part() -> None:
+    assert len(prepared(**digits(fraction=0.1))) == 180
+    assert len(prepared(**digits(fraction=1.0))) == 1797
+    assert prepared(**digits(fraction=180 / 1797)).sha256 == prepared(**digits(limit=180)).sha256
+
+
+def test_classes_are_kept_by_name() -> None:
+    whole, kept = prepared(**digits()), prepared(**digits(classes=["7", "2"]))
+    assert whole.labels is not None
+    chosen = np.isin(whole.labels, [2, 7])
+    np.testing.assert_array_equal(kept.all(), whole.all()[chosen])
+    assert kept.class_names == ("2", "7")
+    assert labels_of(kept) == [int(label == 7) for label in whole.labels[chosen]]
+    counts = kept.manifest["source"]["counts"]
+    assert counts == {"available": 1797, "of_classes": int(chosen.sum()), "used": int(chosen.sum()), "held_out": 0}
+
+
+def test_held_out_images_are_the_rest_of_those_used() -> None:
+    used = prepared(**digits(limit=400)).all()
+    train = prepared(**digits(limit=400, held_out=0.25, shard_images=64))
+    held_out = ImageArrays.open(OUT / "held_out")
+    held_out.verify()
+    assert (len(train), len(held_out)) == (300, 100)
+    of_train, of_held_out = positions(train.all(), used), positions(held_out.all(), used)
+    assert sorted(of_train + of_held_out) == list(range(400))
+    assert of_held_out[-1] > 350, "drawn, not cut off at an end"
+    assert [m["source"]["part"] for m in (train.manifest, held_out.manifest)] == ["train", "held_out"]
+    assert (OUT / "held_out" / "preview.png").is_file()
+
+
+def test_other_datasets_lie_beside_it() -> None:
+    make_mnist()
+    others = {"numbers": {"source": "mnist", "image_size": 28, "channels": 1, "held_out": 0.3}}
+    given = {**digits(classes=["5"]), "datasets": others}
+    prepared(**given)
+    arrays = ImageArrays.open(OUT / "pretrain" / "numbers")
+    arrays.verify()
+    assert (arrays.shape, len(arrays)) == ((28, 28, 1), 5)
+    assert sorted(path.name for path in OUT.iterdir() if path.is_dir()) == ["pretrain"]
+    assert not (OUT / "pretrain" / "numbers" / "held_out").exists()
+    alone = prepared(**digits(classes=["5"])).sha256
+    prepared(**given)
+    assert ImageArrays.open(OUT).sha256 == alone
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"classes": ["sevn"]}, r"digits has no class 'sevn'; there are 0, 1, 2"),
+        ({"limit": 3, "held_out": 0.1}, r"held_out 0\.1 of 3 images is 0: expected at least one"),
+        ({"limit": 1, "held_out": 0.9}, r"held_out 0\.9 of 1 images is 1"),
+    ],
+)
+def test_impossible_selections_are_told(knobs: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        prepared(**digits(**knobs))
+
+
+def test_classes_of_images_without_classes() -> None:
+    make_celeba()
+    with pytest.raises(UserError, match=r"dataset\.classes: .*img_align_celeba has no classes: remove"):
+        prepared(source="celeba", image_size=8, classes=["smiling"])
+
+
+def test_the_same_images_are_drawn_from_every_kind_of_root() -> None:
+    files = {f"{name}/{i:02d}.png": encode(pixels(1, i, (8, 8, 3))[0], "PNG") for name in "ab" for i in range(20)}
+    for name, content in files.items():
+        put(f"photos/{name}", content)
+    for mode in ("w", "w:gz"):
+        with tarfile.open(f"photos{mode[2:]}.tar", mode) as archive:  # type: ignore[call-overload]
+            for name in sorted(files, key=lambda name: name[::-1]):
+                archive.add(f"photos/{name}", name)
+    knobs = {"image_size": 8, "limit": 30, "held_out": 0.2, "shard_images": 7}
+    found = set()
+    for root in ("photos", "photos.tar", "photosgz.tar"):
+        train = prepared(source="image_folder", root=root, **knobs)
+        found.add((train.sha256, ImageArrays.open(OUT / "held_out").sha256))
+    assert len(found) == 1
+
+
+def test_an_unknown_dataset_is_told() -> None:
+    with pytest.raises(ParamsError, match=r"unknown dataset 'minst'; did you mean 'mnist'"):
+        params(source="minst", image_size=8)
+
+
+# --- images that are not square
+
+
+@pytest.mark.parametrize(
+    ("size", "box"),
+    [((20, 60), (0, 15, 60, 35)), ((60, 30), (15, 0, 45, 60)), ((60, 60), (0, 0, 60, 60))],
+)
+def test_the_largest_centred_box_of_the_targets_aspect(size: tuple[int, int], box: tuple[int, int, int, int]) -> None:
+    height, width = size
+    image = pixels(1, 3, (60, 60, 3))[0]
+    put("photos/1.png", encode(image, "PNG"))
+    arrays = prepared(source="image_folder", root="photos", image_size=[height, width])
+    left, top, right, bottom = (0, 20, 60, 40) if size == (20, 60) else box
+    expected = Image.fromarray(image).crop((left, top, right, bottom))
+    assert arrays.shape == (height, width, 3)
+    if expected.size != (width, height):
+        expected = expected.resize((width, height), Image.Resampling.LANCZOS)
+    np.testing.assert_array_equal(arrays.all()[0], np.asarray(expected))
+
+
+def test_points_of_the_swiss_roll_are_images_of_two_pixels() -> None:
+    arrays = prepared(source="swissroll", image_size=[1, 2], channels=1, limit=500, held_out=0.2)
+    assert (arrays.shape, len(arrays)) == ((1, 2, 1), 400)
+    assert len(np.unique(arrays.all())) > 50
