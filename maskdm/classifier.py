@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +23,18 @@ from maskdm.progress import progress
 FEATURE_DIM = 64
 BATCH_SIZE = 64
 HELD_OUT = 0.2
+
+
+class Pixels(Protocol):
+    """Images that are had by their indices, as an array in memory or on disk: uint8 (N, H, W, C)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Any, /) -> Any: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, H, W, C)."""
 
 
 class Classifier(nn.Module):
@@ -77,11 +90,11 @@ class TrainedClassifier:
     accuracy: float
 
 
-def train_classifier(images: np.ndarray, labels: np.ndarray, num_classes: int, num_epochs: int) -> TrainedClassifier:
+def train_classifier(images: Pixels, labels: np.ndarray, num_classes: int, num_epochs: int) -> TrainedClassifier:
     """Train on four fifths of the images, measure on the rest; the same bytes every time.
 
     Args:
-        images: uint8 (N, H, W, C).
+        images: uint8 (N, H, W, C); read batch by batch.
         labels: int64 (N,).
         num_classes: of the labels.
         num_epochs: passes over the training part.
@@ -93,15 +106,20 @@ def train_classifier(images: np.ndarray, labels: np.ndarray, num_classes: int, n
     held_out, train = order[:num_held_out], order[num_held_out:]
     optimizer = EagerAdam(model.parameters(), lr=1e-3, fused=True)
     for epoch in progress(range(num_epochs), num_epochs, "classifier", "epoch"):
-        _train_epoch(model, optimizer, images[train], labels[train], epoch)
-    _normalise(model, images[train])
-    return TrainedClassifier(model.eval(), _accuracy(model, images[held_out], labels[held_out]))
+        _train_epoch(model, optimizer, images, labels, train, epoch)
+    _normalise(model, images, train)
+    return TrainedClassifier(model.eval(), _accuracy(model, images, labels, held_out))
 
 
 def _train_epoch(
-    model: Classifier, optimizer: torch.optim.Optimizer, images: np.ndarray, labels: np.ndarray, epoch: int
+    model: Classifier,
+    optimizer: torch.optim.Optimizer,
+    images: Pixels,
+    labels: np.ndarray,
+    train: np.ndarray,
+    epoch: int,
 ) -> None:
-    order = torch.randperm(len(images), generator=rng.generator(0, "classifier/order", epoch)).numpy()
+    order = train[torch.randperm(len(train), generator=rng.generator(0, "classifier/order", epoch)).numpy()]
     for start in range(0, len(order), BATCH_SIZE):
         chosen = order[start : start + BATCH_SIZE]
         logits = model(to_model_range(torch.from_numpy(images[chosen])))
@@ -112,20 +130,20 @@ def _train_epoch(
 
 
 @torch.inference_mode()
-def _normalise(model: Classifier, images: np.ndarray) -> None:
-    squares = [model.embed(batch).square().mean(1) for batch in _batches(images)]
+def _normalise(model: Classifier, images: Pixels, train: np.ndarray) -> None:
+    squares = [model.embed(batch).square().mean(1) for batch in _batches(images, train)]
     model.rms.copy_(torch.cat(squares).mean().sqrt())
 
 
 @torch.inference_mode()
-def _accuracy(model: Classifier, images: np.ndarray, labels: np.ndarray) -> float:
-    predicted = torch.cat([model(batch).argmax(1) for batch in _batches(images)])
-    return float((predicted == torch.from_numpy(labels)).float().mean())
+def _accuracy(model: Classifier, images: Pixels, labels: np.ndarray, held_out: np.ndarray) -> float:
+    predicted = torch.cat([model(batch).argmax(1) for batch in _batches(images, held_out)])
+    return float((predicted == torch.from_numpy(labels[held_out])).float().mean())
 
 
-def _batches(images: np.ndarray, batch_size: int = 1024) -> Iterator[Tensor]:
-    for start in range(0, len(images), batch_size):
-        yield to_model_range(torch.from_numpy(images[start : start + batch_size]))
+def _batches(images: Pixels, indices: np.ndarray, batch_size: int = 1024) -> Iterator[Tensor]:
+    for start in range(0, len(indices), batch_size):
+        yield to_model_range(torch.from_numpy(images[indices[start : start + batch_size]]))
 
 
 def _initialise(model: Classifier) -> None:

@@ -1,20 +1,27 @@
-"""Metrics between two sets of features, by torch-fidelity: FID, KID, precision, recall.
+"""Metrics between two sets of features: FID, KID, precision, recall, equal to torch-fidelity's.
+
+What depends on the real images alone is computed once (`Reference`), and in blocks: they need not fit into memory.
 
 Source: Heusel et al. 2017 (FID), Bińkowski et al. 2018 (KID), Kynkäänniemi et al. 2019 (precision, recall).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import Self
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from maskdm import rng
 from maskdm.config import EvaluationConfig
 from maskdm.errors import UserError
+from maskdm.torchvision_compat import declare_missing_operators
 
 PRC_BLOCK = 1000  # rows of the distance matrix held at a time: 8 MB per 1,000 real images
+STATISTICS_BLOCK = 2**14  # rows that are double precision at a time
 
 
 @dataclass(frozen=True)
@@ -42,51 +49,122 @@ class Metrics:
         return asdict(self)
 
 
-def compute_metrics(samples: np.ndarray, real: np.ndarray, config: EvaluationConfig) -> Metrics:
+@dataclass(frozen=True)
+class Reference:
+    """Features of the real images, and what scoring needs of them whatever the samples are.
+
+    Attributes:
+        features: (M, D); may be memory-mapped.
+        mean: (D,) float64.
+        covariance: (D, D) float64, unbiased.
+        radii: (M,) float64: the distance to the `neighborhood`-th nearest of the others.
+        neighborhood: of the radii.
+    """
+
+    features: np.ndarray
+    mean: np.ndarray
+    covariance: np.ndarray
+    radii: np.ndarray
+    neighborhood: int
+
+    @classmethod
+    def of(cls, features: np.ndarray, neighborhood: int) -> Self:
+        """Compute it; memory is bounded by blocks of rows, whatever M is.
+
+        Args:
+            features: (M, D).
+            neighborhood: of precision and recall.
+        """
+        return cls(features, *mean_and_covariance(features), _radii(features, neighborhood).numpy(), neighborhood)
+
+
+def mean_and_covariance(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (D,) and unbiased covariance (D, D) of features (M, D), in float64."""
+    count = len(features)
+    mean = sum(block.sum(axis=0) for block in _blocks(features, STATISTICS_BLOCK)) / count
+    centred = (block - mean for block in _blocks(features, STATISTICS_BLOCK))
+    return mean, np.asarray(sum(block.T @ block for block in centred)) * (1 / (count - 1))
+
+
+def compute_metrics(samples: np.ndarray, real: np.ndarray | Reference, config: EvaluationConfig) -> Metrics:
     """Score features of samples against features of real images.
 
     Args:
         samples: (N, D).
-        real: (M, D).
+        real: (M, D), or what was made of them before.
         config: KID's subsets, the manifold's neighbourhood.
 
     Raises:
         UserError: either set is smaller than a metric needs.
     """
-    check_counts(len(samples), len(real), config)
-    from maskdm.torchvision_compat import declare_missing_operators
-
-    declare_missing_operators()
-    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-    from torch_fidelity.metric_kid import kid_features_to_metric
-    from torch_fidelity.metric_prc import prc_features_to_metric
-
-    generated, reference = (torch.from_numpy(f.astype(np.float64)) for f in (samples, real))
-    statistics = (fid_features_to_statistics(generated), fid_features_to_statistics(reference))
-    fid = fid_statistics_to_metric(*statistics, verbose=False)
-    kid = kid_features_to_metric(
-        generated,
-        reference,
-        kid_subsets=config.kid_subsets,
-        kid_subset_size=config.kid_subset_size,
-        verbose=False,
-    )
-    prc = prc_features_to_metric(
-        generated,
-        reference,
-        prc_neighborhood=config.prc_neighborhood,
-        prc_batch_size=PRC_BLOCK,
-        save_cpu_ram=True,
-        verbose=False,
-    )
+    reference = real if isinstance(real, Reference) else None
+    check_counts(len(samples), len(real.features if isinstance(real, Reference) else real), config)
+    if reference is None:
+        assert isinstance(real, np.ndarray)
+        reference = Reference.of(real, config.prc_neighborhood)
+    assert reference.neighborhood == config.prc_neighborhood, "the radii are those of the neighbourhood asked for"
+    kid, kid_std = _kid(samples, reference.features, config)
     return Metrics(
-        fid=fid["frechet_inception_distance"],
-        kid=kid["kernel_inception_distance_mean"],
-        kid_std=kid["kernel_inception_distance_std"],
-        precision=prc["precision"],
-        recall=prc["recall"],
+        fid=_fid(samples, reference),
+        kid=kid,
+        kid_std=kid_std,
+        precision=_share_within_reach(samples, reference.features, torch.from_numpy(np.array(reference.radii))),
+        recall=_share_within_reach(reference.features, samples, _radii(samples, config.prc_neighborhood)),
         num_samples=len(samples),
     )
+
+
+def _fid(samples: np.ndarray, real: Reference) -> float:
+    declare_missing_operators()
+    from torch_fidelity.metric_fid import fid_statistics_to_metric
+
+    mean, covariance = mean_and_covariance(samples)
+    statistics = ({"mu": mean, "sigma": covariance}, {"mu": real.mean, "sigma": real.covariance})
+    return float(fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"])
+
+
+def _kid(samples: np.ndarray, real: np.ndarray, config: EvaluationConfig) -> tuple[float, float]:
+    """Mean and standard deviation over random subsets, drawn as torch-fidelity draws them by default.
+
+    Differs: only the rows of a subset are held in double precision.
+    """
+    declare_missing_operators()
+    from torch_fidelity.defaults import DEFAULTS
+    from torch_fidelity.metric_kid import kernel_mmd
+
+    numbers = np.random.RandomState(DEFAULTS["rng_seed"])
+    estimates = []
+    for _ in range(config.kid_subsets):
+        drawn = (
+            features[numbers.choice(len(features), config.kid_subset_size, replace=False)].astype(np.float64)
+            for features in (samples, real)
+        )
+        estimates.append(kernel_mmd(*drawn))
+    return float(np.mean(estimates)), float(np.std(estimates))
+
+
+def _radii(features: np.ndarray, neighborhood: int) -> Tensor:
+    """The distance of each row (M, D) to its `neighborhood`-th nearest other: (M,)."""
+    return torch.cat([_distances(block, features).kthvalue(neighborhood + 1).values for block in _rows(features)])
+
+
+def _share_within_reach(features: np.ndarray, centres: np.ndarray, radii: Tensor) -> float:
+    """The share of features (N, D) that are no farther from some centre (M, D) than its radius (M,)."""
+    reached = [(_distances(block, centres) <= radii).any(dim=1) for block in _rows(features)]
+    return float(torch.cat(reached).float().mean())
+
+
+def _distances(block: Tensor, features: np.ndarray) -> Tensor:
+    return torch.cat([torch.cdist(block, other) for other in _rows(features)], dim=1)
+
+
+def _rows(features: np.ndarray) -> Iterator[Tensor]:
+    return map(torch.from_numpy, _blocks(features, PRC_BLOCK))
+
+
+def _blocks(features: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """The rows in float64, so many at a time."""
+    return (features[start : start + size].astype(np.float64) for start in range(0, len(features), size))
 
 
 def floor_metrics(real: np.ndarray, num_samples: int, config: EvaluationConfig) -> Metrics:

@@ -1,13 +1,10 @@
-"""Feature extractors for scoring: the dataset's own classifier, or one of torch-fidelity's by name."""
+"""Feature extractors for scoring: the dataset's own classifier, pixel values, or one of torch-fidelity's by name."""
 
 from __future__ import annotations
 
 import hashlib
-import pickletools
-import re
-import zipfile
-from collections.abc import Callable
-from contextlib import ExitStack
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,18 +15,14 @@ from torch import Tensor, nn
 
 from maskdm.checkpoint import load_into, load_tensors, save_tensors
 from maskdm.checksums import file_sha256
-from maskdm.classifier import Classifier, TrainedClassifier
+from maskdm.classifier import Classifier, Pixels, TrainedClassifier
 from maskdm.config import EvaluationConfig
 from maskdm.data.batches import to_model_range
 from maskdm.device import explain_out_of_memory
 from maskdm.errors import UserError
-from maskdm.printable import printable
+from maskdm.plain_pickles import load_plain
 from maskdm.progress import Progress
-
-# What the pickles of weights call for, each by its name.
-PLAIN_NAMES = re.compile(
-    r"collections OrderedDict|torch \w+Storage|torch\._utils _rebuild_(tensor|tensor_v2|parameter)"
-)
+from maskdm.torchvision_compat import declare_missing_operators
 
 
 @dataclass(frozen=True)
@@ -37,30 +30,65 @@ class FeatureExtractor:
     """Turns images into features.
 
     Attributes:
-        name: as in `evaluation.features`.
+        name: as in `evaluation.features`, with its layer where it has several.
         sha256: of its weights: numbers are comparable only for equal hashes.
         embed: uint8 (B, H, W, C) on the device → float features (B, D).
         device: where it computes.
+        weights_sha256: of the user's file that its weights came from, if they did.
     """
 
     name: str
     sha256: str
     embed: Callable[[Tensor], Tensor]
     device: torch.device
+    weights_sha256: str | None = None
 
-    @torch.inference_mode()
-    def features(self, images: np.ndarray, batch_size: int, description: str = "features") -> np.ndarray:
+    def features(self, images: Pixels, batch_size: int, description: str = "features") -> np.ndarray:
         """Features of images, uint8 (N, H, W, C) → float32 (N, D)."""
-        parts, bar = [], Progress(len(images), description, "images")
+        return np.concatenate(list(self._batches(images, batch_size, description)))
+
+    def write_features(self, path: Path, images: Pixels, batch_size: int, description: str = "features") -> np.ndarray:
+        """Write features to a .npy file, batch by batch: they need not fit into memory.
+
+        Returns:
+            them, memory-mapped, float32 (N, D).
+        """
+        batches = self._batches(images, batch_size, description)
+        first = next(batches)
+        shape = (len(images), first.shape[1])
+        written: np.ndarray = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+        start = 0
+        for batch in itertools.chain([first], batches):
+            written[start : start + len(batch)] = batch
+            start += len(batch)
+        return written
+
+    def _batches(self, images: Pixels, batch_size: int, description: str) -> Iterator[np.ndarray]:
+        bar = Progress(len(images), description, "images")
         advice = f"{description}: batches of {batch_size} images did not fit; lower evaluation.batch_size"
-        with explain_out_of_memory(advice):
-            for start in range(0, len(images), batch_size):
+        for start in range(0, len(images), batch_size):
+            with explain_out_of_memory(advice), torch.inference_mode():
                 # a copy: memory maps are read-only
                 batch = torch.tensor(images[start : start + batch_size], device=self.device)
-                parts.append(self.embed(batch).float().cpu().numpy())
-                bar.update(len(batch))
+                features: np.ndarray = self.embed(batch).float().cpu().numpy()
+            yield features
+            bar.update(len(batch))
         bar.close()
-        return np.concatenate(parts)
+
+
+def open_fixed(config: EvaluationConfig, device: torch.device) -> FeatureExtractor:
+    """The extractor that the config names, if it is none that is trained on the dataset.
+
+    Raises:
+        UserError: its weights can't be had, or hold more than plain tensors.
+    """
+    return open_pixels(device) if config.features == "pixels" else open_pretrained(config, device)
+
+
+def open_pixels(device: torch.device) -> FeatureExtractor:
+    """Pixel values in [−1, 1] as features, in the order (row, column, channel): nothing is trained or loaded."""
+    digest = hashlib.sha256(b"pixels: uint8 / 127.5 - 1, flattened as (row, column, channel)").hexdigest()
+    return FeatureExtractor("pixels", digest, lambda x: to_model_range(x).permute(0, 2, 3, 1).flatten(1), device)
 
 
 def save_classifier(path: Path, trained: TrainedClassifier) -> None:
@@ -101,7 +129,7 @@ def open_pretrained(config: EvaluationConfig, device: torch.device) -> FeatureEx
     """
     weights = None if config.weights is None else Path(config.weights)
     if weights is not None:
-        _check_weights_are_plain(weights)
+        _check_weights(config.features, weights)
     model, layer = _create(config.features, weights)
     model.to(device)
 
@@ -109,12 +137,11 @@ def open_pretrained(config: EvaluationConfig, device: torch.device) -> FeatureEx
         rgb = images.permute(0, 3, 1, 2).expand(-1, 3, -1, -1)  # grey becomes RGB
         return model(rgb)[0].flatten(1)
 
-    return FeatureExtractor(f"{config.features}/{layer}", _state_sha256(model), embed, device)
+    file = None if weights is None else file_sha256(weights)
+    return FeatureExtractor(f"{config.features}/{layer}", _state_sha256(model), embed, device, file)
 
 
 def _create(name: str, weights: Path | None) -> tuple[nn.Module, str]:
-    from maskdm.torchvision_compat import declare_missing_operators
-
     declare_missing_operators()
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
@@ -125,47 +152,54 @@ def _create(name: str, weights: Path | None) -> tuple[nn.Module, str]:
         return extractor(name, [layer], feature_extractor_weights_path=path), layer
     except OSError as error:
         raise UserError(
-            f"the weights of {name} can't be downloaded ({error}); give a local file in evaluation.weights, "
+            f"the weights of {name} can't be downloaded ({error}); {_offline(name)}, "
             "or use evaluation.features: classifier"
         ) from None
     except (RuntimeError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{path} does not hold the weights of {name}: {' '.join(str(error).split())[:300]}") from None
 
 
-def _check_weights_are_plain(path: Path) -> None:
-    """Refuse a file that would execute code, or fill the memory, when torch-fidelity unpickles it."""
+def _offline(name: str) -> str:
+    """How to have an extractor where there is no network."""
+    if name.startswith("dinov2"):
+        return f"load it once where there is a network and copy its folder {torch.hub.get_dir()} here"
+    return "give a local file in evaluation.weights"
+
+
+def _check_weights(name: str, path: Path) -> None:
+    """Refuse a file that is not what the extractor reads, before it is unpickled."""
     if not path.is_file():
         raise UserError(f"evaluation.weights: there is no file {path}")
-    try:
-        _check_names(path)
-        torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a damaged pickle raises may be almost anything
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+    if name.startswith("dinov2"):
         raise UserError(
-            f"evaluation.weights: {path} is not a plain PyTorch weights file: {printable(reason)}"
-        ) from None
+            f"evaluation.weights: torch-fidelity reads {name} from torch.hub's folder alone, not from {path}: remove "
+            f"evaluation.weights, and {_offline(name)}"
+        )
+    if name.startswith("clip"):
+        _check_is_published(name, path)
+    else:
+        _check_is_plain(path)
 
 
-def _check_names(path: Path) -> None:
-    """Refuse a file whose pickles call for more than tensors: `weights_only` lets some through that only take memory.
+def _check_is_published(name: str, path: Path) -> None:
+    """CLIP comes as a program (TorchScript): only the very file that was published is opened."""
+    declare_missing_operators()
+    from torch_fidelity.feature_extractor_clip import MODEL_METADATA, MODEL_URLS
 
-    Raises:
-        ValueError: they do, or what is packed there is larger than the file.
-    """
-    names = set()
-    with ExitStack() as stack:
-        if zipfile.is_zipfile(path):
-            archive = stack.enter_context(zipfile.ZipFile(path))
-            members = archive.infolist()
-            if sum(member.file_size for member in members) > path.stat().st_size:  # PyTorch compresses nothing
-                raise ValueError("it is compressed")
-            pickles = [archive.open(member) for member in members if member.filename.lower().endswith(".pkl")]
-        else:  # before PyTorch 1.6: five pickles, then the tensors
-            pickles = [stack.enter_context(path.open("rb"))] * 5
-        for file in pickles:
-            names |= {str(name) for code, name, _ in pickletools.genops(file) if "GLOBAL" in code.name}
-    if foreign := sorted(name for name in names if not PLAIN_NAMES.fullmatch(name)):
-        raise ValueError(f"it calls for {foreign[0]}")
+    expected, found = MODEL_METADATA[name]["hash"], file_sha256(path)
+    if found != expected:
+        raise UserError(
+            f"evaluation.weights: {path} is not the published file of {name}, {Path(MODEL_URLS[name]).name}: its "
+            f"sha256 is {found}, expected {expected}"
+        )
+
+
+def _check_is_plain(path: Path) -> None:
+    """Refuse a file that would execute code, or fill the memory, when torch-fidelity unpickles it."""
+    try:
+        load_plain(path)
+    except ValueError as error:
+        raise UserError(f"evaluation.weights: {path} is not a plain PyTorch weights file: {error}") from None
 
 
 def _state_sha256(model: nn.Module) -> str:

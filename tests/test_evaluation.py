@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -19,10 +20,20 @@ from maskdm.classifier import FEATURE_DIM, TrainedClassifier, train_classifier
 from maskdm.config import EvaluationConfig
 from maskdm.data.batches import to_model_range
 from maskdm.errors import UserError
-from maskdm.evaluation import PRC_BLOCK, check_counts, compute_metrics, floor_metrics
-from maskdm.extractors import FeatureExtractor, open_classifier, open_pretrained, save_classifier
+from maskdm.evaluation import (
+    PRC_BLOCK,
+    Reference,
+    check_counts,
+    compute_metrics,
+    floor_metrics,
+    mean_and_covariance,
+)
+from maskdm.extractors import FeatureExtractor, open_classifier, open_fixed, open_pretrained, save_classifier
+from maskdm.fid.export import write_pngs
+from maskdm.fid.sets import Wanted, open_set
 from maskdm.torchvision_compat import declare_missing_operators
 from tests.factories import CPU, digits
+from tests.fidelity import fidelity, write_inception_weights
 
 NUM_CLASSES = 10
 
@@ -98,6 +109,39 @@ def test_precision_and_recall_are_their_definitions(count: int, neighbourhood: i
     metrics = compute_metrics(x, y, config(prc_neighborhood=neighbourhood))
     assert metrics.precision == pytest.approx(oracle_coverage(x, y, neighbourhood), abs=1e-6)
     assert metrics.recall == pytest.approx(oracle_coverage(y, x, neighbourhood), abs=1e-6)
+
+
+@pytest.mark.parametrize("count", [150, 2300])
+def test_scores_are_torch_fidelitys_to_the_last_digits(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    declare_missing_operators()
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    monkeypatch.setattr("maskdm.evaluation.STATISTICS_BLOCK", 1000)  # several of the larger set
+    x, y = gaussian(count, 32, 0.2, seed=1), gaussian(count + 37, 32, seed=2)
+    ours = compute_metrics(x, y, config())
+    both = [torch.from_numpy(features.astype(np.float64)) for features in (x, y)]
+    fid = fid_statistics_to_metric(*map(fid_features_to_statistics, both), verbose=False)
+    kid = kid_features_to_metric(*both, kid_subsets=10, kid_subset_size=100, verbose=False)
+    prc = prc_features_to_metric(*both, verbose=False)
+    assert ours.fid == pytest.approx(fid["frechet_inception_distance"], rel=1e-9)
+    assert (ours.kid, ours.kid_std) == (
+        kid["kernel_inception_distance_mean"],
+        kid["kernel_inception_distance_std"],
+    )
+    assert (ours.precision, ours.recall) == (prc["precision"], prc["recall"])
+
+
+def test_what_is_known_of_the_real_images_before_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = gaussian(150, seed=1), gaussian(200, seed=2)
+    reference = Reference.of(y, neighborhood=3)
+    expected, seen = compute_metrics(x, y, config()), []
+    monkeypatch.setattr(
+        "maskdm.evaluation.mean_and_covariance", lambda f: seen.append(len(f)) or mean_and_covariance(f)
+    )
+    assert compute_metrics(x, reference, config()) == expected
+    assert seen == [150]
 
 
 def test_precision_is_of_the_samples_and_recall_of_the_real_images() -> None:
@@ -274,23 +318,34 @@ def test_a_classifier_file_of_something_else_is_refused(tmp_path: Path) -> None:
         open_classifier(path, CPU)
 
 
+# --- pixel values
+
+
+def test_pixels_are_their_values_in_the_order_of_rows_columns_and_channels() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (5, 2, 3, 3), dtype=np.uint8)
+    extractor = open_fixed(EvaluationConfig(features="pixels"), CPU)
+    np.testing.assert_allclose(extractor.features(images, 2), images.reshape(5, 18) / 127.5 - 1, atol=1e-6)
+    assert (extractor.name, len(extractor.sha256), extractor.weights_sha256) == ("pixels", 64, None)
+
+
+def test_written_features_are_those_in_memory(tmp_path: Path) -> None:
+    images = digits().pixels[:50]
+    extractor = open_fixed(EvaluationConfig(features="pixels"), CPU)
+    written = extractor.write_features(tmp_path / "features.npy", images, batch_size=7)
+    expected = extractor.features(images, batch_size=7)
+    np.testing.assert_array_equal(written, expected)
+    np.save(tmp_path / "expected.npy", expected)
+    assert (tmp_path / "features.npy").read_bytes() == (tmp_path / "expected.npy").read_bytes()
+
+
 # --- torch-fidelity's extractors
 
 
 @pytest.fixture(scope="module")
 def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of random weights of torch-fidelity's Inception, as its own download would be."""
-    declare_missing_operators()
-    from torch_fidelity import feature_extractor_inceptionv3 as module
-
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
-    torch.manual_seed(0)
-    with (
-        patch.object(module, "load_state_dict_from_url", return_value={}),
-        patch.object(module.FeatureExtractorInceptionV3, "load_state_dict"),
-    ):
-        model = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
-    torch.save(model.state_dict(), path)
+    write_inception_weights(path)
     return path
 
 
@@ -309,6 +364,33 @@ def test_inception_gives_2048_features_of_grey_and_colour_images_alike(inception
     colour = np.repeat(grey, 3, axis=-1)
     np.testing.assert_allclose(extractor.features(colour, batch_size=3), features, rtol=1e-3, atol=1e-5)
     assert extractor.name == "inception-v3-compat/2048"
+
+
+@pytest.mark.workflow
+def test_scores_are_those_of_the_fidelity_command_on_the_exported_files(
+    inception_weights: Path, tmp_path: Path
+) -> None:
+    """Grey images against coloured ones: both kinds in one run of a command that takes most of a minute."""
+    numbers = np.random.default_rng(0)
+    grey = digits().pixels[:16]
+    colour = np.uint8(0.7 * digits().pixels[100:120] + numbers.integers(0, 70, (20, 1, 1, 3)))
+    for name, images in (("grey", grey), ("colour", colour)):
+        np.save(tmp_path / f"{name}.npy", images)
+        (tmp_path / name).mkdir()
+        write_pngs(open_set(tmp_path / f"{name}.npy", Wanted(), tmp_path), tmp_path / name)
+    extractor = open_inception(inception_weights)
+    features = [extractor.features(images, batch_size=8) for images in (grey, colour)]
+    ours = compute_metrics(features[0], features[1], config(kid_subset_size=14))
+    weights = ["--feature-extractor", "inception-v3-compat", "--feature-extractor-weights-path", str(inception_weights)]
+    folders = ["--input1", str(tmp_path / "grey"), "--input2", str(tmp_path / "colour")]
+    subsets = ["--kid-subset-size", "14", "--kid-subsets", "10"]
+    theirs = fidelity(*folders, *weights, *subsets, "--cpu", "--batch-size", "8", "--fid", "--kid", "--prc")
+    assert ours.fid > 1
+    assert ours.kid > 1e-2
+    assert ours.fid == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
+    assert ours.kid == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
+    assert ours.kid_std == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-4)
+    assert (ours.precision, ours.recall) == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-6)
 
 
 def test_the_hash_of_an_extractor_is_of_its_weights(inception_weights: Path, tmp_path: Path) -> None:
@@ -369,6 +451,32 @@ def test_a_file_without_the_weights_is_refused_by_name(tmp_path: Path, kind: str
     with pytest.raises(UserError, match=message) as caught:
         open_inception(path)
     assert str(path) in str(caught.value)
+
+
+def test_the_file_of_the_weights_is_known_by_its_hash(inception_weights: Path) -> None:
+    expected = hashlib.sha256(inception_weights.read_bytes()).hexdigest()
+    assert open_inception(inception_weights).weights_sha256 == expected
+
+
+def weights_of(features: str, path: Path) -> EvaluationConfig:
+    """A config with weights, whatever the schema says about them."""
+    return EvaluationConfig(features=features).model_copy(update={"weights": str(path)})
+
+
+def test_clip_takes_the_published_file_alone(tmp_path: Path) -> None:
+    path = tmp_path / "clip.pt"
+    path.write_bytes(b"another program")
+    with pytest.raises(UserError, match=r"is not the published file of clip-vit-b-32, ViT-B-32\.pt.*expected 40d36571"):
+        open_pretrained(weights_of("clip-vit-b-32", path), CPU)
+
+
+def test_dinov2_takes_no_file_and_says_what_else_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "dino.pth"
+    torch.save({}, path)
+    with pytest.raises(
+        UserError, match=r"remove evaluation\.weights, and load it once where there is a network and copy"
+    ):
+        open_pretrained(weights_of("dinov2-vit-s-14", path), CPU)
 
 
 def test_weights_that_cannot_be_downloaded_are_an_error_that_says_what_else_to_do() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from maskdm.config import Params
 from maskdm.report.comparison import Comparison, reference_of
 from maskdm.report.numbers import number_text, rate_text
+from maskdm.report.points import points_caution
 from maskdm.report.results import Missing, Results
 from maskdm.report.sensitivity import edge_caution
 from maskdm.report.statistics import CONFIDENCE, ENOUGH
@@ -25,12 +26,15 @@ MANY_SEEDS = 6  # from here on, Student's t is no longer much wider than the nor
 def cautions(params: Params, results: Results, compared: list[Comparison]) -> list[str]:
     """What keeps these numbers from meaning more than they do."""
     found = [
+        points_caution(params),
         _seed_caution(compared),
         _many_arms_caution(compared),
         _untuned_caution(params, results),
         edge_caution(params, results),
-        _extractor_caution(str(results.features_record["extractor"])),
+        extractor_caution(str(results.features_record["extractor"])),
+        few_samples_caution(params.sampling.num_samples, results.features_record.get("num_features", 0)),
         _compute_caution(params, compared),
+        _elsewhere_caution(params, compared),
         _rate_caution(params, compared),
     ]
     return [text for text in found if text]
@@ -83,13 +87,48 @@ def _untuned_caution(params: Params, results: Results) -> str:
     )
 
 
-def _extractor_caution(extractor: str) -> str:
+def extractor_caution(extractor: str) -> str:
+    """What FIDs on these features are not; empty for Inception's, which published numbers use.
+
+    Args:
+        extractor: its name and layer.
+    """
+    if extractor == "pixels":
+        return (
+            "The features are the pixel values themselves: these are not Inception FIDs. They compare means and "
+            "covariances of pixels, see no shapes, and are comparable only within this dataset."
+        )
     if "classifier" not in extractor:
-        return ""
+        return _pretrained_caution(extractor)
     return (
         "The features come from a small classifier trained on this dataset's own labels: these are not "
         "Inception FIDs. They are comparable only within this dataset and this extractor, never with "
         "published numbers."
+    )
+
+
+def _pretrained_caution(extractor: str) -> str:
+    name = extractor.split("/")[0]
+    if name.startswith("inception"):
+        return ""
+    return (
+        f"The features are those of {name}, not Inception's: the numbers are comparable only with others of the same "
+        "extractor and weights."
+    )
+
+
+def few_samples_caution(num_samples: int, num_features: int) -> str:
+    """What too few images do to FID; empty where there are enough for a covariance of full rank.
+
+    Args:
+        num_samples: of the smaller set.
+        num_features: D.
+    """
+    if num_samples > num_features:
+        return ""
+    return (
+        f"{num_samples:,} images are fewer than the {num_features:,} features: their covariance has not full rank, and "
+        "FID is far too high. Compare it with nothing but FIDs of as many images; KID has no such bias."
     )
 
 
@@ -104,10 +143,18 @@ def _compute_caution(params: Params, compared: list[Comparison]) -> str:
     )
 
 
+def _elsewhere_caution(params: Params, compared: list[Comparison]) -> str:
+    begun = {arm.arm: params.pretrain_of(arm.arm).checkpoint for arm in compared if arm.seeds}
+    if not (given := {arm: folder for arm, folder in begun.items() if folder is not None}):
+        return ""
+    named = "; ".join(f"{arm} from {folder}" for arm, folder in given.items())
+    return f"What the weights cost that an arm starts from is not in its compute: {named}."
+
+
 def _rate_caution(params: Params, compared: list[Comparison]) -> str:
     arms = []
     for key in (arm.arm for arm in compared if arm.seeds):
-        asked, realised = params.arm(key).mask_rate, params.visible_of(key).realised_mask_rate(params.grid)
+        asked, realised = params.arm(key).mask_rate, params.realised_mask_rate_of(key)
         if asked is not None and abs(asked - realised) > RATE_TOLERANCE:
             arms.append(f"{key} masked {rate_text(realised)} instead of {rate_text(asked)}")
     return f"The grid does not allow every mask rate: {'; '.join(arms)}." if arms else ""
@@ -128,6 +175,7 @@ def table_note(results: Results, compared: list[Comparison]) -> str:
             "Asked and realised are mask rates; tuned: from how many trials the hyperparameters were chosen.",
             "TFLOPs (10¹² operations), images seen and device seconds include pretraining.",
             "Device seconds are those in training steps; they compare only on one idle machine.",
+            *([] if results.protocol is None else [results.protocol.text]),
         ]
     )
 
@@ -156,14 +204,21 @@ def notes(params: Params, results: Results, compared: list[Comparison]) -> list[
     """What the metrics can and can't tell."""
     samples = params.sampling.num_samples
     return [
-        f"FID is biased: it falls as the number of samples grows ({samples:,} here), by an amount that depends on the "
-        "model. Compare it only between equal numbers of samples. KID is not biased, but noisier; where the two "
-        "disagree about the order of two arms, the verdict says so: believe neither.",
+        f"{bias_note(samples)} Where the two disagree about the order of two arms, the verdict says so: believe "
+        "neither.",
         *_scale_notes(results.scale, samples),
         "Precision is how many samples look real; recall is how much of the real data's variety they cover.",
         f"Every arm spends the same {MATCHED_BY[params.budget.match]}, pretraining and finetuning together.",
         *_method_notes(compared),
     ]
+
+
+def bias_note(num_samples: int) -> str:
+    """How FID depends on the number of samples."""
+    return (
+        f"FID is biased: it falls as the number of samples grows ({num_samples:,} here), by an amount that depends on "
+        "the model. Compare it only between equal numbers of samples. KID is not biased, but noisier."
+    )
 
 
 def _scale_notes(scale: dict[str, Any] | None, num_samples: int) -> list[str]:
@@ -210,8 +265,9 @@ def facts(params: Params, results: Results) -> list[tuple[str, str]]:
         ("arms", f"{len(params.arms)}: {', '.join(params.arms)}"),
         ("seeds", ", ".join(map(str, params.seeds))),
         *_method_facts(params),
-        ("samples scored", f"{params.sampling.num_samples:,} per arm and seed, against all real images"),
+        ("samples scored", f"{params.sampling.num_samples:,} per arm and seed, against {_reference_text(params)}"),
         ("feature extractor", _extractor_text(results.features_record)),
+        *([] if results.protocol is None else [("FID's protocol", " ".join(results.protocol.text.split("\n")))]),
         (
             "intervals",
             f"{100 * CONFIDENCE:.0f} %, Student's t over seeds, paired by seed with scratch; Holm's correction",
@@ -221,13 +277,13 @@ def facts(params: Params, results: Results) -> list[tuple[str, str]]:
 
 
 def _data_facts(params: Params, manifest: dict[str, Any]) -> list[tuple[str, str]]:
-    size, kind = params.dataset.image_size, "grey" if params.dataset.channels == 1 else "RGB"
+    size, kind = f"{params.dataset.height}×{params.dataset.width}", "grey" if params.dataset.channels == 1 else "RGB"
     done: dict[str, Any] = manifest.get("protocol") or {}
-    resize = f"to {size}×{size}, {done.get('resize_filter', 'unknown filter')}, antialiased"
+    resize = f"to {size}, {done.get('resize_filter', 'unknown filter')}, antialiased"
     box = f" {done['crop_box']}" if done.get("crop_box") else ""
     return [
         ("dataset", _plain(manifest.get("source", params.dataset.source))),
-        ("images", f"{manifest['count']:,} of {size}×{size} pixels, {kind}"),
+        ("images", f"{manifest['count']:,} of {size} pixels, {kind}"),
         ("data sha256", manifest["sha256"]),
         ("crop", f"{done.get('crop', 'unknown')}{box}"),
         ("resize", resize),
@@ -240,18 +296,39 @@ def _method_facts(params: Params) -> list[tuple[str, str]]:
     eta = f", eta {sampling.eta:g}" if sampling.sampler == "ddim" else ""
     process = f"{diffusion.num_timesteps} steps, {diffusion.schedule} schedule"
     return [
+        *_pretraining_facts(params),
         ("budget", f"equal {MATCHED_BY[budget.match]}: that of {budget.unmasked_steps:,} unmasked steps"),
         ("model", f"U-ViT, patch size {model.patch_size}, {size}"),
         ("diffusion", f"{process}, predicts {diffusion.prediction}"),
         ("sampler", f"{sampling.sampler}, {sampling.num_steps} steps{eta}"),
         ("weights sampled", f"EMA weights, decay {params.training.ema_decay:g}"),
+        ("flips in training", f"with probability {params.training.flip:g}"),
     ]
+
+
+def _pretraining_facts(params: Params) -> list[tuple[str, str]]:
+    """Which arms are pretrained on another dataset."""
+    arms: dict[str, list[str]] = {}
+    for arm in params.arms:
+        if (name := params.pretrain_of(arm).dataset) is not None:
+            arms.setdefault(name, []).append(arm)
+    return (
+        [("pretrained on other data", "; ".join(f"{', '.join(a)}: {name}" for name, a in arms.items()))] if arms else []
+    )
 
 
 def _extractor_text(features: dict[str, Any]) -> str:
     accuracy = features.get("classifier_accuracy")
     held_out = "" if accuracy is None else f"; held-out accuracy {accuracy:.1%}"
-    return f"{features['extractor']}, sha256 {features['extractor_sha256']}{held_out}"
+    file = f"; weights file sha256 {features['weights_sha256']}" if features.get("weights_sha256") else ""
+    return f"{features['extractor']}, sha256 {features['extractor_sha256']}{file}{held_out}"
+
+
+def _reference_text(params: Params) -> str:
+    if not params.dataset.held_out:
+        return "all real images"
+    which = {"train": "the real images trained on", "held_out": "the real images held out", "all": "all real images"}
+    return which[params.evaluation.reference]
 
 
 def _origin_facts(records: list[dict[str, Any]]) -> list[tuple[str, str]]:

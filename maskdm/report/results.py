@@ -13,6 +13,7 @@ from maskdm import paths
 from maskdm.config import Params
 from maskdm.errors import UserError
 from maskdm.formats import ARM_STAGES, ORIGIN_KEYS, TRAINING_STAGES
+from maskdm.protocol import Protocol, differences
 from maskdm.report.files import UnusableError, open_images, read_curve, read_json, require
 from maskdm.report.tuning import Choice, read_choice, read_trial
 
@@ -25,6 +26,7 @@ METRICS_KEYS = (*MASK_KEYS, *MADE_WITH_KEYS, "realised_mask_rate", *ORIGIN_KEYS,
 TIMED_KEYS = ("wall_seconds", "device_seconds", "data_wait_seconds", "timings")
 TIMING_COLUMNS = ("step", "device_seconds", "data_wait_seconds", "peak_memory_gib")
 MAX_SHOWN = 64  # images of a panel in samples.png, at most
+MAX_DIFFERENCES = 5  # of two protocols, told
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class Results:
         runs: in the order of params.yaml.
         choices: by arm, how it came by its hyperparameters.
         missing: what is asked for and not among these.
+        protocol: what every score is of; None where none was recorded.
     """
 
     manifest: dict[str, Any]
@@ -95,6 +98,7 @@ class Results:
     runs: list[Run]
     choices: dict[str, Choice]
     missing: list[Missing]
+    protocol: Protocol | None = None
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -122,7 +126,8 @@ def read_results(params: Params) -> Results:
     """Read the results of every arm and seed of params.yaml; those of removed arms are not looked at.
 
     Raises:
-        UserError: the data or the real images' features are unknown, or no arm can be shown.
+        UserError: the data or the real images' features are unknown, no arm can be shown, or scores are of different
+            protocols.
     """
     try:
         manifest = read_json(paths.DATA / "manifest.json", "maskdm prepare", ("count", "sha256", "shards"))
@@ -138,7 +143,8 @@ def read_results(params: Params) -> Results:
     runs = _read_runs(params, choices, origin, missed)
     if not runs:
         raise UserError(_nothing_left(missed.found))
-    return Results(manifest, prepare, features, real, scale, runs, choices, missed.found)
+    protocol = _one_protocol(scale, runs)
+    return Results(manifest, prepare, features, real, scale, runs, choices, missed.found, protocol)
 
 
 def milestone_key(fraction: float) -> str:
@@ -165,6 +171,7 @@ def _read_scale(origin: dict[str, Any], missed: _Missed) -> dict[str, Any] | Non
         for name in ("floor", "untrained"):
             require(scale[name], SCORES, f"{name} in {paths.SCALE}", "maskdm scale")
         _check_origin(scale, origin, paths.SCALE, "maskdm scale")
+        _check_protocol(scale, paths.SCALE, "maskdm scale")
     except UnusableError as error:
         missed.add(error)
         return None
@@ -252,6 +259,7 @@ def _read_metrics(
             reason = f"{file} is stale: it was made with {key} {metrics[key]}, params.yaml has {asked}"
             raise UnusableError(reason, command("pretrain", arm, seed))
     _check_origin(metrics, origin, file, made_by)
+    _check_protocol(metrics, file, made_by)
     if made_with is not None:
         _check_made_with(metrics, made_with, file, arm, seed)
     for fraction in params.budget.milestones:
@@ -304,6 +312,36 @@ def _check_origin(scores: dict[str, Any], origin: dict[str, Any], file: Path, ma
         if scores[key] != origin[key]:
             reason = f"{file} is not comparable with results/features and results/data now"
             raise UnusableError(f"{reason}: its {key} is {scores[key]}, theirs {origin[key]}", made_by)
+
+
+def _one_protocol(scale: dict[str, Any] | None, runs: list[Run]) -> Protocol | None:
+    """The protocol of all scores; None where none was recorded.
+
+    Raises:
+        UserError: they have different ones.
+    """
+    of_runs = {f"{run.arm}, seed {run.seed}": (run.metrics, command("evaluate", run.arm, run.seed)) for run in runs}
+    scores = {**of_runs, **({} if scale is None else {"the scale": (scale, "maskdm scale")})}
+    first, *others = scores
+    protocol = scores[first][0].get("protocol")
+    for name in others:
+        found, made_by = scores[name][0].get("protocol"), scores[name][1]
+        if differing := list(differences(protocol or {}, found or {})):
+            more = len(differing) - MAX_DIFFERENCES
+            said = [*differing[:MAX_DIFFERENCES], *([f"and {more} more"] if more > 0 else [])]
+            raise UserError(
+                f"numbers of different protocols are not put into one table: {first} and {name} differ in "
+                f"{'; '.join(said)}. Run again what was scored otherwise: `{scores[first][1]}` or `{made_by}`"
+            )
+    return Protocol.from_dict(protocol) if protocol else None
+
+
+def _check_protocol(scores: dict[str, Any], file: Path, made_by: str) -> None:
+    if scores.get("protocol"):
+        try:
+            Protocol.from_dict(scores["protocol"])
+        except ValueError as error:
+            raise UnusableError(f"the protocol in {file} can't be read ({error})", made_by) from None
 
 
 def _read_real(manifest: dict[str, Any]) -> np.ndarray:

@@ -113,7 +113,7 @@ def _verdict_row(params: Params, arm: Comparison, verdict: Verdict) -> dict[str,
     row: dict[str, Any] = {
         **{key: getattr(config, key) for key in ("strategy", "block_size", "mask_rate")},
         "arm": arm.arm,
-        "realised_mask_rate": params.visible_of(arm.arm).realised_mask_rate(params.grid),
+        "realised_mask_rate": params.realised_mask_rate_of(arm.arm),
         "num_seeds": arm.num_seeds,
         **{key: getattr(arm, key) for key in ("flops", "device_seconds")},
         "images_seen": None if math.isnan(arm.images_seen) else round(arm.images_seen),

@@ -1,4 +1,4 @@
-"""Stage `features`: the feature extractor and the real images' features."""
+"""Stage `features`: the feature extractor, and the real images' features with all that scoring needs of them."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from typing import Any
 
 import numpy as np
 
-from maskdm import device, paths
+from maskdm import device, paths, references
 from maskdm.checksums import file_sha256
 from maskdm.config import EvaluationConfig, Params
-from maskdm.data.arrays import ImageArrays
 from maskdm.errors import UserError
-from maskdm.evaluation import check_counts
-from maskdm.extractors import FeatureExtractor, open_classifier, open_pretrained, save_classifier
+from maskdm.evaluation import Reference, check_counts
+from maskdm.extractors import FeatureExtractor, open_classifier, open_fixed, save_classifier
+from maskdm.protocol import images_of
 from maskdm.publishing import publish_description, publish_folder
-from maskdm.stages.inputs import open_data
+from maskdm.stages.real_images import Dataset, open_dataset
 from maskdm.stages.session import stage_session
+from maskdm.stored_images import StoredImages
 
 CLASSIFIER_FILE = "classifier.safetensors"
-REFERENCE_FILE = "reference.npy"
+REFERENCE_FILE = references.FEATURES
 INFO_FILE = "features.json"
 
 
@@ -30,38 +31,63 @@ def run(params: Params) -> None:
         UserError: no labels for a classifier, no weights for a pretrained extractor, or too few images.
     """
     compute = device.resolve(params.compute)
-    images = open_data(params, verify=True)
-    check_counts(params.sampling.num_samples, len(images), params.evaluation)
+    dataset = open_dataset(params, verify=True)
+    check_counts(params.sampling.num_samples, len(dataset.reference(params.evaluation.reference)), params.evaluation)
     inputs = {
         "evaluation": params.evaluation,
         "compute": params.compute,
         "weights_sha256": _weights_sha256(params.evaluation),
-        "data_sha256": images.sha256,
+        **dataset.hashes,
     }
     with stage_session(params, "features", inputs=inputs, output=paths.FEATURES) as session:
         if session.is_to_do:
-            info = _compute(params, images, compute)
+            info = _compute(params, dataset, compute)
             session.record.update(info)
             session.tracked.tags(extractor=info["extractor"], extractor_sha256=info["extractor_sha256"])
             session.tracked.log(0, **{k: v for k, v in info.items() if isinstance(v, float)})
 
 
-def _compute(params: Params, images: ImageArrays, compute: device.Compute) -> dict[str, Any]:
-    """Publish extractor and features; what they are."""
+def _compute(params: Params, dataset: Dataset, compute: device.Compute) -> dict[str, Any]:
+    """Publish extractor, features and statistics; what they are."""
+    real = dataset.reference(params.evaluation.reference)
     with publish_folder(paths.FEATURES) as folder:
         accuracy = None
         if params.evaluation.features == "classifier":
-            accuracy = _train_classifier(params, images, folder / CLASSIFIER_FILE)
+            accuracy = _train_classifier(params, dataset.all, folder / CLASSIFIER_FILE)
         extractor = open_extractor(params, folder, compute)
-        real = extractor.features(images.all(), params.evaluation.batch_size, "real features")
-        np.save(folder / REFERENCE_FILE, real)
+        num_features = _write_reference(params.evaluation, extractor, real, folder)
         info = {
-            **_describe(extractor, real, accuracy),
+            "extractor": extractor.name,
+            "extractor_sha256": extractor.sha256,
+            "weights_sha256": extractor.weights_sha256,
+            "num_features": num_features,
+            "num_real": len(real),
+            "real_sha256": real.sha256,
+            "images": images_of(dataset.train.manifest),
+            "classifier_accuracy": accuracy,
             "reference_sha256": file_sha256(folder / REFERENCE_FILE),
-            "data_sha256": images.sha256,
+            **dataset.hashes,
         }
         publish_description(folder / INFO_FILE, info)
     return info
+
+
+def _write_reference(config: EvaluationConfig, extractor: FeatureExtractor, real: StoredImages, folder: Path) -> int:
+    """Write the features of the real images and their statistics; D.
+
+    Those of a pretrained extractor are kept for other experiments, and taken from there.
+    """
+    is_costly = config.features not in ("classifier", "pixels")
+    key = references.key_of(real.sha256, extractor, config.batch_size, config.prc_neighborhood)
+    if not (is_costly and references.bring_back(key, folder)):
+        features = extractor.write_features(folder / REFERENCE_FILE, real, config.batch_size, "real features")
+        features.flush()  # type: ignore[attr-defined]  # a memory map
+        reference = Reference.of(features, config.prc_neighborhood)
+        references.save_statistics(folder, reference, file_sha256(folder / REFERENCE_FILE))
+        if is_costly:
+            references.keep(key, folder)
+    written: np.ndarray = np.lib.format.open_memmap(folder / REFERENCE_FILE, mode="r")
+    return int(written.shape[1])
 
 
 def _weights_sha256(evaluation: EvaluationConfig) -> str | None:
@@ -78,10 +104,10 @@ def open_extractor(params: Params, folder: Path, compute: device.Compute) -> Fea
     """
     if params.evaluation.features == "classifier":
         return open_classifier(folder / CLASSIFIER_FILE, compute.device)
-    return open_pretrained(params.evaluation, compute.device)
+    return open_fixed(params.evaluation, compute.device)
 
 
-def _train_classifier(params: Params, images: ImageArrays, path: Path) -> float:
+def _train_classifier(params: Params, images: StoredImages, path: Path) -> float:
     if images.labels is None or images.num_classes < 2:
         raise UserError(
             "evaluation.features: classifier needs a dataset with labels of at least two classes, and this one has "
@@ -90,18 +116,6 @@ def _train_classifier(params: Params, images: ImageArrays, path: Path) -> float:
     from maskdm.classifier import train_classifier
 
     epochs = params.evaluation.classifier_epochs
-    trained = train_classifier(images.all(), images.labels, images.num_classes, epochs)
+    trained = train_classifier(images, images.labels, images.num_classes, epochs)
     save_classifier(path, trained)
     return trained.accuracy
-
-
-def _describe(
-    extractor: FeatureExtractor, real: np.ndarray, accuracy: float | None
-) -> dict[str, str | int | float | None]:
-    return {
-        "extractor": extractor.name,
-        "extractor_sha256": extractor.sha256,
-        "num_features": real.shape[1],
-        "num_real": len(real),
-        "classifier_accuracy": accuracy,
-    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from maskdm import device, paths, rng
+from maskdm import device, distances, paths, rng
 from maskdm.checkpoint import architecture_of
 from maskdm.compute import build_model
 from maskdm.config import Params
@@ -54,4 +54,9 @@ def _measure(params: Params, images: ImageArrays, scorer: Scorer, compute: devic
     drawn = draw_images(params, model, images.num_classes, SEED, num_samples, compute, "sample untrained")
     floor = floor_metrics(scorer.real, num_samples, params.evaluation)
     untrained = scorer.score(drawn, "score untrained")
-    return {"floor": floor.as_dict(), "untrained": untrained.as_dict(), **scorer.origin}
+    return {
+        "floor": floor.as_dict(),
+        "untrained": untrained.as_dict(),
+        **distances.scale_of(params, drawn, scorer.real),
+        **scorer.origin,
+    }

@@ -12,8 +12,13 @@ from maskdm.device import Compute
 from maskdm.errors import UserError
 from maskdm.evaluation import Metrics, check_counts, compute_metrics
 from maskdm.extractors import FeatureExtractor
+from maskdm.protocol import Protocol, drawn_as, metrics_as
+from maskdm.references import load_statistics
 from maskdm.stages import features
-from maskdm.stages.inputs import read_array, read_json, require
+from maskdm.stages.inputs import open_data, read_array, read_json, require
+
+INFO_KEYS = {"data_sha256", "held_out_sha256", "real_sha256", "images", "num_real", "reference_sha256"}
+INFO_KEYS |= {"extractor", "extractor_sha256", "weights_sha256"}
 
 
 class Scorer:
@@ -27,7 +32,7 @@ class Scorer:
     Attributes:
         real: features of the real images, (M, D).
         reference_sha256: of their file.
-        origin: what every score is to be published with: data and extractor.
+        origin: what every score is to be published with: data, extractor and protocol.
 
     Raises:
         UserError: results/features is missing, of other data or of another extractor, or too few samples are asked for.
@@ -36,13 +41,17 @@ class Scorer:
     def __init__(self, params: Params, compute: Compute, data_sha256: str) -> None:
         folder = require(paths.FEATURES, "features")
         info = read_json(folder / features.INFO_FILE, "features")
-        if info["data_sha256"] != data_sha256:
-            raise UserError("results/features was made from other data than results/data; run first: maskdm features")
+        _check_data(params, data_sha256, info)
         self._config = params.evaluation
         self._extractor = _open_same_extractor(params, compute, info)
         self.reference_sha256 = info["reference_sha256"]
         self.real = read_array(folder / features.REFERENCE_FILE, "features", self.reference_sha256)
-        self.origin = {"data_sha256": data_sha256, **{key: info[key] for key in ("extractor", "extractor_sha256")}}
+        self._reference = load_statistics(folder, self.real, self.reference_sha256, params.evaluation.prc_neighborhood)
+        self.origin: dict[str, Any] = {
+            "data_sha256": data_sha256,
+            **{key: info[key] for key in ("extractor", "extractor_sha256")},
+            "protocol": protocol_of(params, info).as_dict(),
+        }
         check_counts(params.sampling.num_samples, len(self.real), params.evaluation)
 
     def score(self, images: np.ndarray, title: str) -> Metrics:
@@ -52,8 +61,43 @@ class Scorer:
             images: the samples.
             title: for the progress display.
         """
-        return compute_metrics(
-            self._extractor.features(images, self._config.batch_size, title), self.real, self._config
+        found = self._extractor.features(images, self._config.batch_size, title)
+        return compute_metrics(found, self._reference, self._config)
+
+
+def protocol_of(params: Params, info: dict[str, Any]) -> Protocol:
+    """What the scores of an experiment are of.
+
+    Args:
+        params: the experiment.
+        info: the content of features.json.
+    """
+    config, sampling = params.evaluation, params.sampling
+    return Protocol(
+        images=info["images"],
+        shape=params.dataset.shape,
+        reference=config.reference,
+        num_real=info["num_real"],
+        real_sha256=info["real_sha256"],
+        extractor=info["extractor"],
+        extractor_sha256=info["extractor_sha256"],
+        weights_sha256=info["weights_sha256"],
+        num_samples=sampling.num_samples,
+        drawn=drawn_as(sampling),
+        metrics=metrics_as(config),
+    )
+
+
+def _check_data(params: Params, data_sha256: str, info: dict[str, Any]) -> None:
+    """Features must be of the images that are there now."""
+    if INFO_KEYS - set(info):
+        raise UserError("results/features is of an earlier version of maskdm; run first: maskdm features")
+    if info["data_sha256"] != data_sha256:
+        raise UserError("results/features was made from other data than results/data; run first: maskdm features")
+    held_out = open_data(params, folder=paths.HELD_OUT).sha256 if params.dataset.held_out else None
+    if info["held_out_sha256"] != held_out:
+        raise UserError(
+            f"results/features was made from other images held out than {paths.HELD_OUT}; run first: maskdm features"
         )
 
 

@@ -30,7 +30,7 @@ def run(params: Params, arm: str, trial: str) -> None:
         "budget_fraction": params.tuning.budget_fraction,
         "trained": params.tuning.enabled,
         "failed": None,
-        **dict.fromkeys((*SPENT, *SCORES, *ORIGIN_KEYS)),
+        **dict.fromkeys((*SPENT, *SCORES, *ORIGIN_KEYS, "protocol")),
     }
     output = paths.trial(arm, trial)
     if not params.tuning.enabled:

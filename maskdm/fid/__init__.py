@@ -1,0 +1,1 @@
+"""`maskdm fid` and `maskdm export-images`: the pipeline's scores of any two sets of images."""

@@ -1,0 +1,99 @@
+"""Images drawn from a model: a checkpoint of the pipeline, a logged model, or an exported folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maskdm import device, exported
+from maskdm.checkpoint import load_tensors
+from maskdm.config import MOST_BYTES, PARAMS_FILE, ComputeConfig, Params, load_params, parse_params
+from maskdm.device import Compute
+from maskdm.drawing import draw_images, load_model
+from maskdm.errors import UserError
+from maskdm.protocol import drawn_as
+
+LOGGED_WEIGHTS, LOGGED_PARAMS = "weights.safetensors", "params.json"  # in `artifacts` of a model that MLflow logged
+
+
+def is_model(place: Path) -> bool:
+    """Whether a path is one of the models that `draw` knows."""
+    if place.is_dir():
+        return (place / exported.CONFIG).is_file() or _is_logged(place)
+    return place.suffix == ".safetensors"
+
+
+def draw(place: Path, num_images: int, seed: int, machine: ComputeConfig) -> tuple[np.ndarray, dict[str, Any]]:
+    """Draw images as the model's params say.
+
+    Args:
+        place: a checkpoint below its experiment's folder, a logged model's artifacts, or a folder of `maskdm export`.
+        num_images: how many.
+        seed: image i depends on (seed, i), as in the stage `sample`.
+        machine: device and threads; the precision is that of the params.
+
+    Returns:
+        uint8 (num_images, H, W, C), and how they were drawn.
+
+    Raises:
+        UserError: the model is damaged, or its params are not to be found.
+    """
+    if place.is_dir() and not _is_logged(place):
+        found, weights = exported.load_exported(place), exported.read_config(place).which
+        params, num_classes = found.params, found.num_classes
+        compute = _compute(params, machine)
+        model = found.model.to(compute.device)
+    else:
+        file = place / LOGGED_WEIGHTS if place.is_dir() else place
+        params, num_classes, weights = _params_of(place), _num_classes(file), "ema"
+        compute = _compute(params, machine)
+        model = load_model(params, file, num_classes, compute)
+    images = draw_images(params, model, num_classes, seed, num_images, compute, f"draw from {place}")
+    return images, {**drawn_as(params.sampling), "weights": weights.upper() if weights == "ema" else weights}
+
+
+def _compute(params: Params, machine: ComputeConfig) -> Compute:
+    asked = {"device": machine.device, "threads": machine.threads}
+    return device.resolve(params.compute.model_copy(update=asked))
+
+
+def _is_logged(place: Path) -> bool:
+    return (place / LOGGED_PARAMS).is_file() and (place / LOGGED_WEIGHTS).is_file()
+
+
+def _params_of(place: Path) -> Params:
+    """The params beside a logged model's weights, or those of the experiment that a checkpoint lies in."""
+    if place.is_dir():
+        return _read_params(place / LOGGED_PARAMS)
+    folders = place.absolute().parents
+    file = next((folder / PARAMS_FILE for folder in folders if (folder / PARAMS_FILE).is_file()), None)
+    if file is None:
+        raise UserError(
+            f"{place}: there is no {PARAMS_FILE} in any folder above it, which says how images are drawn; give a "
+            "checkpoint where its experiment lies, or a folder of maskdm export"
+        )
+    return load_params(file)
+
+
+def _read_params(path: Path) -> Params:
+    try:
+        with path.open("rb") as file:
+            text = file.read(MOST_BYTES + 1)
+        if len(text) > MOST_BYTES:
+            raise ValueError(f"it is larger than {MOST_BYTES} bytes")
+        content = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} can't be read ({error})") from None
+    return parse_params(content, source=str(path))
+
+
+def _num_classes(weights: Path) -> int:
+    """Of the data that weights were trained on, as far as they depend on it."""
+    architecture = load_tensors(weights)[1].get("architecture")
+    num_classes = architecture.get("num_classes") if isinstance(architecture, dict) else None
+    if not isinstance(num_classes, int):
+        raise UserError(f"{weights} holds no weights of a network")
+    return num_classes
