@@ -1,0 +1,212 @@
+"""`maskdm export`: a checkpoint of an experiment as plain safetensors, with a config and a model card."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from maskdm import paths
+from maskdm.checkpoint import Which, architecture_of, load_weights
+from maskdm.checksums import file_sha256
+from maskdm.compute import plan_arm
+from maskdm.config import Params, load_params
+from maskdm.data.arrays import ImageArrays
+from maskdm.errors import UserError
+from maskdm.exported import check_replaceable, publish_exported
+from maskdm.interchange.model_card import Training, exported_card
+from maskdm.stages import finetune, pretrain
+from maskdm.stages.inputs import open_pretraining_data, read_json, require, with_chosen_values
+
+EXPORTED = Path("exported")  # where folders go that are not given a place
+PLACE = re.compile(r"results/(pretrain|finetune)/([a-z0-9][a-z0-9-]*)/seed-(\d+)(?:/([^/]+))?")
+MILESTONE = re.compile(r"milestone-(\d\.\d{3})\.safetensors")
+EXPECTED = (
+    "expected results/finetune/ARM/seed-S/milestone-….safetensors, results/pretrain/ARM/seed-S/checkpoint.safetensors, "
+    "or such a folder; run this where its params.yaml is"
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A checkpoint of the experiment in the working directory.
+
+    Attributes:
+        stage: `pretrain` or `finetune`.
+        milestone: its key, such as `1.000`; empty for `pretrain`.
+        file: relative to the working directory.
+    """
+
+    stage: str
+    arm: str
+    seed: int
+    milestone: str
+    file: Path
+
+    @property
+    def name(self) -> str:
+        """For a folder."""
+        last = finetune.milestone_name(float(self.milestone)) if self.milestone else "pretrained"
+        return f"{self.arm}-seed-{self.seed}-{last}"
+
+    @property
+    def what(self) -> str:
+        """For people."""
+        last = f"at {float(self.milestone):.0%} of the budget" if self.milestone else "after pretraining alone"
+        return f"arm {self.arm}, seed {self.seed}, {last}"
+
+
+def run(options: argparse.Namespace) -> None:
+    """Export a checkpoint.
+
+    Args:
+        options: of the command line.
+
+    Raises:
+        UserError: there is no such checkpoint here, it is of other params, or the place is taken.
+    """
+    given: Params = load_params()
+    place = locate(Path(options.checkpoint), given)
+    which: Which = options.which
+    out = Path(options.out) if options.out else EXPORTED / place.name
+    check_replaceable(out)
+    chosen = with_chosen_values(given, place.arm)
+    require(place.file, place.stage, place.arm, place.seed)
+    _check_params(chosen, place)
+    params = chosen if place.stage == "finetune" else chosen.for_pretraining(place.arm)
+    num_classes = _num_classes(chosen, place)
+    weights, _ = load_weights(place.file, which, architecture_of(params, num_classes))
+    source = {"file": place.file.as_posix(), "sha256": file_sha256(place.file), "arm": place.arm, "seed": place.seed}
+    card = exported_card(out.name, params, num_classes, which, _training(chosen, place, which))
+    publish_exported(out, params, num_classes, {which: weights}, which, source, card)
+    print(f"written: {out} ({which} weights of {place.what}; README.md says how to draw images)")
+
+
+def locate(path: Path, params: Params) -> Place:
+    """Which checkpoint a path means; of a folder of milestones the last.
+
+    Args:
+        path: a file or a folder.
+        params: of the experiment.
+
+    Raises:
+        UserError: it is none of the experiment in the working directory.
+    """
+    relative = Path(os.path.relpath(path)).as_posix()
+    found = PLACE.fullmatch(relative)
+    if found is None:
+        raise UserError(f"{path} is no checkpoint of the experiment in {Path.cwd()}: {EXPECTED}")
+    stage, arm, seed, name = found[1], found[2], int(found[3]), found[4]
+    params.arm(arm)
+    if name is None:
+        name = pretrain.CHECKPOINT if stage == "pretrain" else finetune.milestone_file(params.budget.milestones[-1])
+    milestone = MILESTONE.fullmatch(name)
+    if (stage == "finetune") != (milestone is not None) or (stage == "pretrain" and name != pretrain.CHECKPOINT):
+        raise UserError(f"{path} is no checkpoint of the stage {stage}: {EXPECTED}")
+    folder = paths.pretrain(arm, seed) if stage == "pretrain" else paths.finetune(arm, seed)
+    return Place(stage, arm, seed, milestone[1] if milestone else "", folder / name)
+
+
+def _check_params(params: Params, place: Place) -> None:
+    """Finetuned weights say which params they were trained with."""
+    if place.stage == "pretrain":
+        return
+    made_with = read_json(place.file.parent / finetune.RUN, "finetune").get("trained_with")
+    if made_with != params.trained_with(place.arm):
+        raise UserError(
+            f"{place.file} was trained with other params than params.yaml has now: the model card would be wrong; put "
+            f"params.yaml back, or run the stages of arm {place.arm} again"
+        )
+
+
+def _num_classes(params: Params, place: Place) -> int:
+    """Of the dataset that the network was trained on, where that counts."""
+    if not params.model.class_conditional:
+        return 0
+    if place.stage == "pretrain":
+        return open_pretraining_data(params, place.arm).num_classes
+    return ImageArrays.open(require(paths.DATA, "prepare")).num_classes
+
+
+def _training(params: Params, place: Place, which: Which) -> Training:
+    """All that results/ knows of a checkpoint."""
+    record = _read_if_there(paths.record(place.stage, place.arm, place.seed), place.stage)
+    scores, metrics, not_scored = _scores(params, place, which)
+    return Training(
+        what=place.what,
+        arm=place.arm,
+        manifests=_manifests(params, place, record),
+        spent=_spent(params, place),
+        record=record,
+        scores=scores,
+        metrics=metrics,
+        not_scored=not_scored,
+    )
+
+
+def _read_if_there(path: Path, stage: str) -> dict[str, Any]:
+    return dict(read_json(path, stage)) if path.exists() else {}
+
+
+def _manifests(params: Params, place: Place, record: dict[str, Any]) -> dict[str, dict[str, Any] | None]:
+    """What was trained on; data that have been prepared anew since are not claimed."""
+    other = params.pretrain_of(place.arm).dataset
+    found = {}
+    if other is not None:
+        found[f"pretrained on `{other}`"] = _manifest(paths.pretrain_data(other))
+    if place.stage == "finetune" or other is None:
+        manifest = _manifest(paths.DATA)
+        is_other = manifest is not None and record.get("data_sha256") not in (None, manifest["sha256"])
+        found["trained on" if other is None else "finetuned on"] = None if is_other else manifest
+    return found
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    return ImageArrays.open(folder).manifest if folder.exists() else None
+
+
+def _spent(params: Params, place: Place) -> dict[str, dict[str, int]]:
+    """Steps, images and FLOPs of the stages until the checkpoint."""
+    plan = plan_arm(params, place.arm)
+    first = {
+        "steps": plan.pretrain.num_steps,
+        "batch_size": plan.pretrain.batch_size,
+        "images_seen": plan.pretrain.num_steps * plan.pretrain.batch_size,
+        "flops": plan.pretrain.flops,
+    }
+    spent = {"masked pretraining": first} if plan.pretrain.num_steps else {}
+    if place.stage == "pretrain":
+        return spent or {"initialised, not trained": first}
+    together = read_json(place.file.parent / finetune.MILESTONES, "finetune")[place.milestone]
+    second = {
+        "steps": together["step"],
+        "batch_size": plan.finetune.batch_size,
+        **{key: together[key] - first[key] for key in ("images_seen", "flops")},
+    }
+    return {
+        **spent,
+        "unmasked finetuning": second,
+        "together": {key: together[key] for key in ("images_seen", "flops")},
+    }
+
+
+def _scores(params: Params, place: Place, which: Which) -> tuple[dict[str, Any] | None, dict[str, Any], str]:
+    """The scores of a checkpoint, the metrics that they stand in, and why there are none."""
+    file = paths.metrics(place.arm, place.seed)
+    if which == "raw":
+        return None, {}, "scores are of averaged weights, and these are the raw ones"
+    if not file.is_file():
+        return None, {}, f"there was no {file} when it was exported"
+    try:
+        metrics = json.loads(file.read_text(encoding="utf-8"))
+        expected = {"trained_with": params.trained_with(place.arm), "scored_with": params.scored_with}
+        if any(metrics.get(key) != value for key, value in expected.items()):
+            return None, {}, f"{file} was of other params when it was exported"
+        scores = metrics["milestones"][place.milestone] if place.milestone else metrics["primer"]
+        return dict(scores), metrics, ""
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None, {}, f"{file} had no scores of it when it was exported"
