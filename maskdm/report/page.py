@@ -57,6 +57,8 @@ class Content:
         facts: the protocol, as names and values.
         tuning: how the hyperparameters came about: a row per arm and trial; text; empty if nothing was tuned.
         tuning_note: the same in words.
+        points: distances between points, where images have two values: rows like those of `table`; text; else empty.
+        points_note: what its columns are.
     """
 
     title: str
@@ -71,6 +73,8 @@ class Content:
     missing: list[str] = field(default_factory=list)
     tuning: pd.DataFrame = field(default_factory=pd.DataFrame)
     tuning_note: str = ""
+    points: pd.DataFrame = field(default_factory=pd.DataFrame)
+    points_note: str = ""
 
 
 def render_markdown(content: Content) -> str:
@@ -79,6 +83,7 @@ def render_markdown(content: Content) -> str:
     parts += [f"> **Caution.** {_md(caution)}" for caution in content.cautions]
     parts += _md_section("Missing", _md_list(content.missing))
     parts += _md_section("Each arm against scratch", "\n".join(_md_verdict(verdict) for verdict in content.verdicts))
+    parts += _md_section("Distances of the points", _md_table(content.points), _md(content.points_note))
     parts += _md_section("Result", _md_table(content.table), _md(content.table_note))
     parts += _md_section("Figures", *(part for picture in content.pictures for part in _md_picture(picture)))
     parts += _md_section("Where the hyperparameters come from", _md(content.tuning_note), _md_table(content.tuning))
@@ -137,6 +142,7 @@ def render_page(content: Content, folder: Path) -> str:
     sections = [
         ("Missing", _folded(_html_list(content.missing, _prose, "missing-list"), len(content.missing), "lines")),
         ("Each arm against scratch", _html_list(content.verdicts, _html_verdict, "verdicts")),
+        ("Distances of the points", _html_table(content.points, "result") + _html_note(content.points_note)),
         ("Result", _html_table(content.table, "result") + _html_note(content.table_note)),
         ("Figures", "\n".join(_html_picture(picture, folder) for picture in content.pictures)),
         ("Where the hyperparameters come from", _html_tuning(content)),

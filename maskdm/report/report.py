@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import textwrap
@@ -11,19 +12,22 @@ from pathlib import Path
 import pandas as pd
 
 from maskdm import paths
+from maskdm.checksums import checked
 from maskdm.config import Params
 from maskdm.errors import UserError
-from maskdm.publishing import publish_folder
+from maskdm.protocol import Protocol
+from maskdm.publishing import publish_description, publish_folder
 from maskdm.report.comparison import Comparison, compare_arms
 from maskdm.report.figures import draw_figures
 from maskdm.report.page import Content, Picture, render_markdown, render_page
+from maskdm.report.points import distance_note, distance_table
 from maskdm.report.prose import cautions, facts, missing_lines, notes, table_note
 from maskdm.report.results import Results, read_results
 from maskdm.report.sensitivity import trials_table, tuning_note
 from maskdm.report.tables import TERMINAL_WIDTH, display_table, format_table, summary_frame, verdict_frame, write_csv
 from maskdm.report.verdicts import Verdict, answer, judge_arms
 
-SUMMARY, VERDICTS, PAGE = "summary.csv", "verdicts.csv", "report.html"
+SUMMARY, VERDICTS, PAGE, PROTOCOL = "summary.csv", "verdicts.csv", "report.html", "protocol.json"
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,13 @@ class Report:
         summary: a row per arm, seed and milestone, as in summary.csv.
         verdicts: a row per arm, as in verdicts.csv.
         missing: what it does without, a line each.
+        protocol: what FID is of, as in protocol.json; None where that was not recorded.
     """
 
     summary: pd.DataFrame
     verdicts: pd.DataFrame
     missing: list[str]
+    protocol: Protocol | None = None
 
 
 def write_report(params: Params, output: Path = paths.REPORT) -> Report:
@@ -59,11 +65,13 @@ def write_report(params: Params, output: Path = paths.REPORT) -> Report:
     with publish_folder(output) as folder:
         write_csv(summary, folder / SUMMARY)
         write_csv(verdicts, folder / VERDICTS)
+        if results.protocol is not None:
+            publish_description(folder / PROTOCOL, results.protocol.as_dict())
         pictures = draw_figures(params, results, summary, compared, folder)
         content = _content(params, results, compared, judged, display_table(verdicts, summary), pictures)
         _write(folder / "summary.md", render_markdown(content))
         _write(folder / PAGE, render_page(content, folder))
-    return Report(summary, verdicts, content.missing)
+    return Report(summary, verdicts, content.missing, results.protocol)
 
 
 def print_report(report: Report) -> None:
@@ -73,6 +81,8 @@ def print_report(report: Report) -> None:
     for _, row in report.verdicts.iterrows():
         print(_wrapped(f"{row['arm']}: {row['verdict']}"))
     print(f"\n{format_table(report.verdicts, report.summary)}")
+    if report.protocol is not None:
+        print("\n" + "\n".join(map(_wrapped, report.protocol.text.splitlines())))
     print(f"\nreport: {(paths.REPORT / PAGE).resolve()}")
 
 
@@ -86,7 +96,19 @@ def print_summary(params: Params) -> None:
         if not (paths.REPORT / name).is_file():
             raise UserError(f"{paths.REPORT / name} is missing; run first: dvc repro")
     print(f"experiment {params.name}\n")
-    print_report(Report(pd.read_csv(paths.REPORT / SUMMARY), pd.read_csv(paths.REPORT / VERDICTS), []))
+    summary, verdicts = (pd.read_csv(paths.REPORT / name) for name in (SUMMARY, VERDICTS))
+    print_report(Report(summary, verdicts, [], _read_protocol()))
+
+
+def _read_protocol() -> Protocol | None:
+    """The protocol of a report that was written before; None where it has none."""
+    file = paths.REPORT / PROTOCOL
+    if not file.is_file():
+        return None
+    try:
+        return Protocol.from_dict(checked(json.loads(file.read_text(encoding="utf-8"))))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} can't be read ({error}); run first: maskdm report") from None
 
 
 def _wrapped(text: str) -> str:
@@ -115,6 +137,8 @@ def _content(
         table_note=table_note(results, compared),
         notes=notes(params, results, compared),
         pictures=pictures,
+        points=distance_table(params, results),
+        points_note=distance_note(params, results),
         tuning=trials_table(params, results),
         tuning_note=tuning_note(params, results),
         facts=facts(params, results),

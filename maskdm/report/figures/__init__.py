@@ -16,6 +16,7 @@ from maskdm.report.figures.heat_map import HEAT_MAP
 from maskdm.report.figures.kind import Kind, Shown
 from maskdm.report.figures.losses import LOSSES
 from maskdm.report.figures.masks import MASKS
+from maskdm.report.figures.points import POINTS
 from maskdm.report.figures.samples import SAMPLES
 from maskdm.report.figures.stage_time import TIME
 from maskdm.report.figures.tuning import TUNING
@@ -24,7 +25,7 @@ from maskdm.report.page import Picture
 from maskdm.report.results import Results
 
 # In the order of the report: the answer first, then what it rests on.
-FIGURES = (AGAINST_SCRATCH, FID_VS_COMPUTE, HEAT_MAP, SAMPLES, MASKS, LOSSES, TIME, TUNING)
+FIGURES = (POINTS, AGAINST_SCRATCH, FID_VS_COMPUTE, HEAT_MAP, SAMPLES, MASKS, LOSSES, TIME, TUNING)
 
 
 def draw_figures(

@@ -62,7 +62,7 @@ def _places(shown: Shown) -> tuple[list[Cell], list[str], list[str]]:
     """The cells, the names of the rows, and those of the columns: realised rates, ascending."""
     params, twin = shown.params, twins(shown.params)
     masked = [arm for arm in params.arms if params.arm(arm).strategy != "none"]
-    rates = {arm: params.visible_of(arm).realised_mask_rate(params.grid) for arm in masked}
+    rates = {arm: params.realised_mask_rate_of(arm) for arm in masked}
     columns = sorted({rate_text(rate) for rate in rates.values()}, key=float)
     rows = [arm for arm in params.arms if arm not in masked]
     places: dict[tuple[str, int], int] = {}

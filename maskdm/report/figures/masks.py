@@ -35,7 +35,7 @@ def _masked(params: Params) -> list[str]:
 
 
 def _rate(params: Params, arm: str) -> float:
-    return params.visible_of(arm).realised_mask_rate(params.grid)
+    return params.realised_mask_rate_of(arm)
 
 
 def _examples(real: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ IMAGE_GAP = 4
 def _draw(shown: Shown) -> Figure:
     runs = _runs(shown)
     panels = [("real images", shown.results.real), *((_title(run, shown), run.samples) for run in runs)]
-    side = min(_cells(shown.params.dataset.image_size), *(math.isqrt(len(images)) for _, images in panels))
+    side = min(_cells(shown.params.dataset.width), *(math.isqrt(len(images)) for _, images in panels))
     return lay_out([(title, image_grid(images, side)) for title, images in panels], columns=COLUMNS)
 
 

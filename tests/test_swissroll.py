@@ -1,0 +1,435 @@
+"""The Swiss roll: the points, their distances, the primer, and what the report says of them."""
+
+from __future__ import annotations
+
+import json
+from contextlib import chdir
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib.style
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from maskdm import distances
+from maskdm.checksums import file_sha256
+from maskdm.config import DatasetConfig, Params, load_params, parse_params
+from maskdm.data.swissroll import NOISE, NUM_POINTS, RADIUS, TURNS, load_swissroll, on_roll, swissroll
+from maskdm.report import points as report
+from maskdm.report.figures.kind import Shown
+from maskdm.report.figures.points import POINTS
+from maskdm.report.looks import STYLE
+from maskdm.report.results import Results
+from maskdm.report.tables import table_markdown
+from maskdm.stages.sample import PatchesAlone, has_primer
+from tests.made_up_results import compared, make_params, make_results
+
+if TYPE_CHECKING:
+    from tests.conftest import Experiment
+
+ROLL = {"source": "swissroll", "image_size": [1, 2], "channels": 1}
+ARMS: dict[str, dict[str, Any]] = {"scratch": {"strategy": "none"}, "primer": {"strategy": "patch", "mask_rate": 0.5}}
+STEP = 1 / 127.5  # of 8 bits
+ROOT = Path(__file__).parents[1]
+
+
+def pixels(**more: Any) -> np.ndarray:
+    loaded = load_swissroll(DatasetConfig.model_validate({**ROLL, **more}))
+    assert loaded.class_names is None
+    return np.stack([image for image, label in loaded.images if label is None])
+
+
+def roll_params(**sections: Any) -> Params:
+    """An experiment on the roll, made up from that on digits."""
+    plain = make_params(ARMS).model_dump(mode="json", exclude_unset=True)
+    plain |= {"dataset": {**ROLL, "limit": 400}, "evaluation": {"features": "pixels"}}
+    plain["model"] |= {"patch_size": 1}
+    return parse_params({**plain, **sections})
+
+
+# --- the points -----------------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not() -> None:
+    assert np.array_equal(pixels(limit=300), pixels(limit=300))
+    assert not np.array_equal(pixels(limit=300), pixels(limit=300, seed=1))
+
+
+def test_points_are_images_of_two_pixels_and_as_many_as_asked() -> None:
+    assert pixels(limit=300).shape == (300, 1, 2, 1)
+    assert pixels(limit=300).dtype == np.uint8
+    assert len(pixels()) == NUM_POINTS
+
+
+def test_points_lie_on_the_roll_within_the_noise_and_the_rounding() -> None:
+    found = distances.points_of(pixels(limit=1000))
+    roll = on_roll(np.linspace(*TURNS, 2000))
+    off = np.linalg.norm(found[:, None] - roll[None], axis=2).min(axis=1)
+    assert off.max() < 5 * NOISE + STEP
+    # across the roll, the noise is that of one coordinate; rounding adds a little
+    assert np.sqrt(np.mean(off**2)) == pytest.approx(NOISE, rel=0.1)
+
+
+def test_the_roll_begins_and_ends_where_it_says_and_keeps_away_from_the_border() -> None:
+    ends = on_roll(np.array(TURNS))
+    assert np.linalg.norm(ends, axis=1) == pytest.approx([RADIUS / 3, RADIUS])
+    assert np.abs(swissroll(NUM_POINTS, 0)).max() < 1.0
+
+
+# --- distances ------------------------------------------------------------------------------------------------
+
+
+def test_the_marginals_of_a_shift_are_its_coordinates_whatever_the_distribution() -> None:
+    real = np.random.default_rng(0).normal(size=(500, 3))
+    shift = np.array([0.5, -0.25, 0.0])
+    assert distances.marginal_wasserstein(real + shift, real) == pytest.approx(np.abs(shift))
+
+
+def test_wasserstein_of_uniform_distributions_is_in_closed_form() -> None:
+    grid = (np.arange(20_000)[:, None] + 0.5) / 20_000
+    found = distances.marginal_wasserstein(3 * grid, grid)
+    assert found == pytest.approx([1.0], abs=1e-6)  # the mean of 2u, for every quantile u
+
+
+def test_sliced_wasserstein_of_a_shift_is_its_mean_projection() -> None:
+    real = np.random.default_rng(0).normal(size=(300, 2))
+    found = distances.sliced_wasserstein(real + np.array([0.3, 0.4]), real)
+    assert found == pytest.approx(0.5 * 2 / np.pi, rel=0.1)  # the mean of |cos| over directions is 2/π
+
+
+def test_the_energy_distance_of_gaussians_is_in_closed_form() -> None:
+    draws = np.random.default_rng(0)
+    far = distances.energy_distance(draws.normal(50.0, 1.0, (4000, 1)), draws.normal(0.0, 1.0, (4000, 1)))
+    assert far == pytest.approx(2 * 50 - 2 * 2 / np.sqrt(np.pi), rel=0.01)  # E|X − X'| is 2/√π
+
+
+def test_the_energy_distance_of_two_points_is_twice_how_far_they_are() -> None:
+    assert distances.energy_distance(np.array([[0.0, 0.0]]), np.array([[3.0, 4.0]])) == pytest.approx(10.0)
+
+
+def test_blocks_of_pairs_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = np.random.default_rng(0).normal(size=(2, 50, 2))
+    whole = distances.energy_distance(one, other)
+    monkeypatch.setattr(distances, "PAIRS_AT_ONCE", 120)
+    assert distances.energy_distance(one, other) == pytest.approx(whole)
+
+
+def test_equal_sets_are_at_distance_zero_in_any_order() -> None:
+    real = swissroll(500, 0)
+    found = distances.distances(real[::-1], real)
+    assert list(found) == ["marginal_0", "marginal_1", "sliced_wasserstein", "energy"]
+    assert all(value == pytest.approx(0.0, abs=1e-9) for value in found.values())
+
+
+def test_the_product_of_the_marginals_is_told_from_the_roll_by_the_joint_distances_alone() -> None:
+    real, draws = swissroll(3000, 0), np.random.default_rng(0)
+    independent = np.stack([draws.permutation(real[:, i]) for i in range(2)], axis=1)
+    found, floor = distances.distances(independent[:1500], real), distances.sampling_floor(real, 1500)
+    threshold = {name: floor["mean"][name] + 4 * floor["std"][name] for name in found}
+    assert found["marginal_0"] < threshold["marginal_0"]
+    assert found["marginal_1"] < threshold["marginal_1"]
+    assert found["sliced_wasserstein"] > threshold["sliced_wasserstein"]
+    assert found["energy"] > threshold["energy"]
+
+
+def test_a_frechet_distance_of_gaussians_would_not_see_the_roll() -> None:
+    real, draws = swissroll(2000, 0), np.random.default_rng(0)
+    gaussian = draws.multivariate_normal(real.mean(axis=0), np.cov(real.T), 2000)
+    found, floor = distances.distances(gaussian, real), distances.sampling_floor(real, 1000)
+    joint = ("sliced_wasserstein", "energy")
+    assert all(found[name] > floor["mean"][name] + 4 * floor["std"][name] for name in joint)
+
+
+def test_the_floor_is_what_other_real_points_get() -> None:
+    floor = distances.sampling_floor(swissroll(2000, 0), 1000)
+    fresh = distances.distances(swissroll(1000, 5), swissroll(1000, 6))
+    assert (floor["num_samples"], floor["draws"]) == (1000, distances.FLOOR_DRAWS)
+    for name, value in fresh.items():
+        assert abs(value - floor["mean"][name]) < 5 * floor["std"][name]
+
+
+def test_the_floor_falls_with_the_number_of_points_and_takes_at_most_half() -> None:
+    real = swissroll(2000, 0)
+    few, many = distances.sampling_floor(real, 50), distances.sampling_floor(real, 10_000)
+    assert (few["num_samples"], many["num_samples"]) == (50, 1000)
+    assert all(many["mean"][name] < few["mean"][name] / 2 for name in many["mean"])
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "says"),
+    [((3, 2), (3, 3), "got"), ((0, 2), (3, 2), "got"), ((3, 17), (3, 17), "at most 16 dimensions")],
+)
+def test_what_can_not_be_compared_is_refused(one: tuple[int, ...], other: tuple[int, ...], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        distances.distances(np.zeros(one), np.zeros(other))
+
+
+def test_distances_are_for_few_pixel_values_alone() -> None:
+    roll = roll_params()
+    assert distances.apply_to(roll)
+    assert not distances.apply_to(roll.model_copy(update={"dataset": make_params().dataset}))
+    assert not distances.apply_to(make_params())
+    assert distances.scale_of(make_params(), np.zeros((2, 2)), np.zeros((2, 2))) == {}
+
+
+def test_the_scale_has_both_ends() -> None:
+    real = distances.points_of(pixels(limit=200))
+    scale = distances.scale_of(roll_params(), np.zeros((50, 1, 2, 1), dtype=np.uint8), real)["distances"]
+    assert scale["floor"]["num_samples"] == 100  # half of the real ones
+    assert scale["untrained"]["marginal_0"] == pytest.approx(1 + real[:, 0].mean())  # all at −1
+    assert scale["untrained"].keys() == scale["floor"]["mean"].keys()
+
+
+def test_pixels_become_the_values_that_the_network_sees() -> None:
+    images = np.array([[[[0], [255]]], [[[51], [204]]]], dtype=np.uint8)
+    assert distances.points_of(images) == pytest.approx(np.array([[-1.0, 1.0], [-0.6, 0.6]]))
+
+
+# --- the primer -----------------------------------------------------------------------------------------------
+
+
+class SumOfPatches(nn.Module):
+    """A network in which every patch sees the others, its place, the time and the class."""
+
+    def forward(self, patches: Tensor, t: Tensor, visible_idx: Tensor, labels: Tensor | None = None) -> Tensor:
+        whole = patches.sum(dim=1, keepdim=True) + t[:, None, None] + (0 if labels is None else labels[:, None, None])
+        return patches + 10 * whole + 100 * visible_idx[:, :, None]
+
+
+def test_patches_alone_do_not_see_each_other() -> None:
+    patches, t, labels = torch.randn(4, 3, 2), torch.arange(4), torch.tensor([5, 6, 7, 8])
+    visible_idx = torch.tensor([[0, 2, 5]]).expand(4, -1)
+    network = SumOfPatches()
+    found = PatchesAlone(network)(patches, t, visible_idx, labels)
+    for i in range(3):
+        alone = network(patches[:, i : i + 1], t, visible_idx[:, i : i + 1], labels)
+        torch.testing.assert_close(found[:, i : i + 1], alone)
+
+
+@pytest.fixture(scope="module")
+def roll(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    """A tiny experiment on the roll, every stage but the report run; not to be changed."""
+    from tests.conftest import Experiment
+
+    experiment = Experiment(tmp_path_factory.mktemp("roll"))
+    tiny = load_params(ROOT / "experiments" / "tiny" / "params.yaml").model_dump(mode="json", exclude_unset=True)
+    experiment.rewrite(tiny).change(
+        dataset={**ROLL, "limit": 400},
+        model={"patch_size": 1},
+        sampling={"primer": True, "num_samples": 200},
+        evaluation={"features": "pixels"},
+        compute={"device": "cpu"},
+        tracking={"enabled": False},
+        tuning={"enabled": False},
+    )
+    content = experiment.content
+    arms = {"scratch": {"strategy": "none"}, "patch-m50": {"strategy": "patch", "mask_rate": 0.5}}
+    experiment.rewrite({**content, "arms": arms})
+    for stage in ("prepare", "features", "scale", "choose"):
+        experiment.succeed(stage)
+    for stage in ("pretrain", "finetune", "sample", "evaluate"):
+        for arm in arms:
+            experiment.succeed(stage, "--arm", arm, "--seed", "0")
+    return experiment
+
+
+def read(experiment: Experiment, place: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(experiment.path(place).read_text(encoding="utf-8"))
+    return content
+
+
+def test_the_primer_is_drawn_from_the_pretrained_weights_in_both_ways(roll: Experiment) -> None:
+    info = read(roll, "results/samples/patch-m50/seed-0/samples.json")
+    pretrained = file_sha256(roll.path("results/pretrain/patch-m50/seed-0/checkpoint.safetensors"))
+    folder = roll.path("results/samples/patch-m50/seed-0")
+    assert set(info["samples_sha256"]) == {"primer", "primer_alone", "0.600", "1.000"}
+    drawn = {}
+    for key in ("primer", "primer_alone"):
+        assert info["weights_sha256"][key] == pretrained
+        assert (folder / f"{key}.png").is_file()
+        drawn[key] = np.load(folder / f"{key}.npy")
+        assert drawn[key].shape == (200, 1, 2, 1)
+    assert not np.array_equal(drawn["primer"], drawn["primer_alone"])
+
+
+def test_the_primer_is_scored_beside_the_milestones_with_what_it_cost(roll: Experiment) -> None:
+    metrics = read(roll, "results/metrics/patch-m50-seed-0.json")
+    assert set(metrics["milestones"]) == {"0.600", "1.000"}
+    last = metrics["milestones"]["1.000"]
+    for key in ("primer", "primer_alone"):
+        assert metrics[key].keys() == last.keys()
+        assert 0 < metrics[key]["flops"] < metrics["milestones"]["0.600"]["flops"]
+        assert metrics[key]["tokens_seen"] == metrics[key]["images_seen"]  # S = 1
+    assert set(last["distances"]) == {"marginal_0", "marginal_1", "sliced_wasserstein", "energy"}
+
+
+def test_scratch_has_no_primer(roll: Experiment) -> None:
+    assert set(read(roll, "results/samples/scratch/seed-0/samples.json")["samples_sha256"]) == {"0.600", "1.000"}
+    assert "primer" not in read(roll, "results/metrics/scratch-seed-0.json")
+    assert not roll.path("results/samples/scratch/seed-0/primer.npy").exists()
+
+
+def test_distances_are_those_of_the_published_points(roll: Experiment) -> None:
+    points = distances.points_of(np.load(roll.path("results/samples/patch-m50/seed-0/primer_alone.npy")))
+    real = distances.points_of(np.load(roll.path("results/data/images-00000.npy")))
+    found = read(roll, "results/metrics/patch-m50-seed-0.json")["primer_alone"]["distances"]
+    assert found == pytest.approx(distances.distances(points, real), abs=1e-6)
+
+
+def test_samples_of_other_pretrained_weights_are_refused(roll: Experiment, tmp_path: Path) -> None:
+    other = roll.copy_to(tmp_path)
+    place = "results/pretrain/patch-m50/seed-0/checkpoint.safetensors"
+    other.path(place).write_bytes(other.path("results/pretrain/scratch/seed-0/checkpoint.safetensors").read_bytes())
+    outcome = other.stage("evaluate", "patch-m50")
+    assert outcome.code == 1
+    assert "was not drawn from the weights in results/pretrain/patch-m50/seed-0 at the primer" in outcome.err
+
+
+def test_without_pretrained_weights_the_command_that_makes_them_is_named(roll: Experiment, tmp_path: Path) -> None:
+    other = roll.copy_to(tmp_path)
+    other.path("results/pretrain/patch-m50/seed-0/checkpoint.safetensors").unlink()
+    outcome = other.stage("sample", "patch-m50")
+    assert outcome.code == 1
+    assert "maskdm pretrain --arm patch-m50 --seed 0" in outcome.err
+
+
+def test_of_images_the_primer_is_drawn_whole(prepared: Experiment) -> None:
+    """Masked patches are not drawn alone where pretraining saw several at a time."""
+    prepared.change(sampling={"primer": True})
+    for stage in ("pretrain", "finetune", "sample"):
+        prepared.succeed(stage, "--arm", "patch-m50", "--seed", "0")
+    folder = prepared.path("results/samples/patch-m50/seed-0")
+    assert np.load(folder / "primer.npy").shape == (64, 8, 8, 1)
+    assert not (folder / "primer_alone.npy").exists()
+
+
+# --- the report -----------------------------------------------------------------------------------------------
+
+
+def scored(shift: float) -> dict[str, float]:
+    return {"marginal_0": 0.01 + shift, "marginal_1": 0.02, "sliced_wasserstein": 0.02 + shift, "energy": 0.001 + shift}
+
+
+def made_up(params: Params, gain: float = 0.5) -> Results:
+    """Results whose distances fall with compute; those of `primer` by `gain` faster."""
+    results = make_results(make_params(ARMS))
+    runs = []
+    for run in results.runs:
+        faster = gain if run.arm == "primer" else 1.0
+        milestones = {
+            key: {**scores, "distances": scored(faster * (1.1 + 0.01 * run.seed - float(key)) / 10)}
+            for key, scores in run.metrics["milestones"].items()
+        }
+        flops = {"flops": 1e11}
+        primers = {"primer": {**flops, "distances": scored(0.2)}, "primer_alone": {**flops, "distances": scored(0.1)}}
+        own = primers if run.arm == "primer" else {}
+        runs.append(replace(run, metrics={**run.metrics, "milestones": milestones, **own}))
+    floor = {"mean": scored(0.0), "std": dict.fromkeys(scored(0.0), 0.002), "draws": 10, "num_samples": 200}
+    scale = {**(results.scale or {}), "distances": {"floor": floor, "untrained": scored(1.0)}}
+    manifest = {**results.manifest, "shards": [{"file": "images-00000.npy"}]}
+    return replace(results, runs=runs, scale=scale, manifest=manifest)
+
+
+def shown(params: Params, results: Results) -> Shown:
+    summary, arms = compared(params, results)
+    return Shown(params, results, summary, {one.arm: one for one in arms})
+
+
+def test_the_table_has_the_primers_the_arms_and_both_ends_of_the_scale() -> None:
+    params = roll_params()
+    table = report.distance_table(params, made_up(params))
+    alone, together = report.PRIMERS["primer_alone"], report.PRIMERS["primer"]
+    assert list(table["arm"]) == [
+        "scratch",
+        f"primer: {alone}",
+        f"primer: {together}",
+        "primer",
+        report.REAL,
+        report.UNTRAINED,
+    ]
+    assert table.loc[4, "W₁ of x ×1000"] == "10.0"
+    assert table.loc[2, "sliced W₁ ×1000"] == "220 [220, 220]"
+    # between the milestones 0.8 and 1.0, the mean over seeds falls from 0.155 to 0.055, and scratch ends at 0.11
+    assert table.loc[3, "same sliced W₁ at"].startswith(f"{0.8**0.55:.2f}× [")
+    assert list(table["same sliced W₁ at"]).count("–") == 5
+    assert table.loc[3, "Δ sliced W₁ ×1000"] == "−5.50 [−6.74, −4.26]"  # half of 10, 11 and 12, with its t-interval
+    assert "sliced W₁" in table_markdown(table)
+
+
+def test_without_distances_nothing_is_said_of_them() -> None:
+    digits, roll = make_params(), roll_params()
+    assert report.distance_table(digits, make_results(digits)).empty
+    assert report.distance_table(roll, make_results(make_params(ARMS))).empty
+    assert not POINTS.applies(shown(digits, make_results(digits)))
+    assert report.distance_note(digits, make_results(digits)) == ""
+
+
+def test_the_report_says_that_fid_is_blind_to_the_shape_of_points_alone() -> None:
+    assert "blind to the shape" in report.points_caution(roll_params())
+    assert report.points_caution(make_params()) == ""
+
+
+def test_without_a_scale_the_table_has_the_arms_alone() -> None:
+    params = roll_params()
+    table = report.distance_table(params, replace(made_up(params), scale=None))
+    assert list(table["arm"])[-1] == "primer"
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    """A folder with points where the stages publish them."""
+    (tmp_path / "results/data").mkdir(parents=True)
+    np.save(tmp_path / "results/data/images-00000.npy", pixels(limit=400))
+
+    def samples(arm: str, *names: str) -> None:
+        folder = tmp_path / "results/samples" / arm / "seed-0"
+        folder.mkdir(parents=True)
+        for name in names:
+            np.save(folder / f"{name}.npy", pixels(limit=100, seed=1))
+
+    samples("scratch", "milestone-1.000")
+    samples("primer", "milestone-1.000", "primer", "primer_alone")
+    return tmp_path
+
+
+def test_the_points_that_are_there_are_drawn(published: Path) -> None:
+    params = roll_params()
+    with chdir(published):
+        points = report.read_points(params, made_up(params))
+        (published / "results/samples/primer/seed-0/primer_alone.npy").unlink()
+        fewer = report.read_points(params, made_up(params))
+    assert [len(one.values) for one in points] == [400, 100, 100, 100, 100]
+    assert len(fewer) == 4
+    assert points[0].title == "data"
+    assert points[0].values == pytest.approx(distances.points_of(pixels(limit=400)))
+
+
+def test_the_figure_shows_every_distribution_and_every_distance(published: Path) -> None:
+    params = roll_params()
+    one = shown(params, made_up(params))
+    assert POINTS.applies(one)
+    with chdir(published), matplotlib.style.context(STYLE, after_reset=True):
+        figure = POINTS.draw(one)
+        figure.savefig(published / "points.png", backend="agg", metadata={"Software": None})
+    above, below = figure.subfigs
+    assert len(above.axes) == 5
+    assert [axes.get_title(loc="left") for axes in below.axes] == list(report.NAMES.values())
+    lines = {line.get_label(): line for line in below.axes[2].get_lines()}
+    half = lines["primer"].get_ydata()
+    assert half == pytest.approx([0.02 + 0.5 * (1.11 - f) / 10 for f in params.budget.milestones])
+    assert "real against real" in lines
+    assert f"primer: {report.PRIMERS['primer_alone']}" in lines
+    assert (published / "points.png").stat().st_size > 20_000
+    assert "primer 0.0" in POINTS.alt(one)
+    assert "95 % interval" in POINTS.caption(one)
+
+
+def test_the_experiment_is_valid_and_sees_one_coordinate_at_a_time() -> None:
+    params = load_params(ROOT / "experiments" / "swissroll" / "params.yaml")
+    assert distances.apply_to(params)
+    masked = [arm for arm in params.arms if params.arm(arm).strategy != "none"]
+    assert masked
+    assert all(params.visible_of(arm).num_visible == 1 and has_primer(params, arm) for arm in masked)
