@@ -9,11 +9,13 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
-from maskdm import __version__, formats, interrupts
+from maskdm import __version__, formats, interchange, interrupts
 from maskdm.config import Params, load_params
 from maskdm.errors import ParamsError, UserError
+from maskdm.fid.options import add_export_images, add_fid
 from maskdm.plan.gpus import DEFAULT_UTILISATION, GPUS
 from maskdm.stages.versions import STAGE_VERSIONS
 
@@ -47,6 +49,18 @@ examples:
   maskdm plan                                    every number, on this machine and on all GPUs that are known
   maskdm plan --gpu A100 --utilisation 0.3       one GPU, at 30 % of its datasheet's rate
   maskdm plan --no-calibration                   the arithmetic alone
+"""
+
+NEW_DESCRIPTION = """\
+A new experiment from another one: a folder with a changed copy of its params.yaml (comments kept), and the link that
+lets DVC run it. Snakemake needs no link, and the experiments that come with maskdm have none, as every linked one slows
+`dvc repro` down: to run one with DVC, make yours from it. Paths go on leading to the same files.
+"""
+NEW_EPILOG = """\
+examples:
+  maskdm new experiments/mine --from experiments/celeba64 --set dataset.root=/data/faces.zip
+  maskdm new experiments/quick --from . --set budget.unmasked_steps=100 --set sampling.num_samples=400
+  maskdm new /tmp/smoke --from experiments/cifar10 --arms scratch,block2-m50 --set model.dim=64 --set model.depth=3
 """
 
 GOES_ON = "what was finished is kept; the same command goes on from there"
@@ -120,6 +134,20 @@ def build_parser() -> argparse.ArgumentParser:
         _add_stage(commands, name, what)
     _add(commands, "validate", "check params.yaml alone", _validate)
     _add_plan(commands)
+    _add_new(commands)
+    interchange.add_import_arguments(
+        _add(
+            commands,
+            "import-checkpoint",
+            "MaskDM's or U-ViT's checkpoint → a folder to draw from",
+            interchange.run_import,
+        )
+    )
+    interchange.add_export_arguments(
+        _add(commands, "export", "a checkpoint → safetensors, config.json and a model card", interchange.run_export)
+    )
+    add_fid(_add(commands, "fid", "FID, KID, precision and recall between two sets of images", _fid))
+    add_export_images(_add(commands, "export-images", "a set of images as PNG files", _export_images))
     _add(commands, "summary", "print the result table of a finished experiment", _summary)
     _add(commands, "sync", "send to MLflow what is still kept on disk", _sync)
     _add_doctor(commands)
@@ -148,6 +176,10 @@ def _add_stage(commands: argparse._SubParsersAction[argparse.ArgumentParser], na
         command.add_argument("--seed", required=True, type=int, help="one of `seeds` in params.yaml")
     if name in TRIAL_STAGES:
         command.add_argument("--trial", required=True, help="a key of `tuning.trials` in params.yaml, e.g. lr-low")
+    if name == "prepare":
+        command.add_argument(
+            "--part", type=int, help="make this part of data.prepare_jobs ahead, from 0 (default: all, and the result)"
+        )
     command.add_argument(
         "--stage-version",
         type=int,
@@ -201,6 +233,8 @@ def _which(params: Params, stage: str, options: argparse.Namespace) -> tuple[str
     Raises:
         ParamsError: params.yaml has no such.
     """
+    if stage == "prepare" and options.part is not None:
+        return (options.part,)
     if stage not in ARM_STAGES | TRIAL_STAGES:
         return ()
     params.arm(options.arm)
@@ -244,6 +278,51 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     which = command.add_mutually_exclusive_group()
     which.add_argument("--recalibrate", action="store_true", help="measure this machine again")
     which.add_argument("--no-calibration", action="store_true", help="measure nothing: no times for this machine")
+
+
+def _add_new(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = _add(commands, "new", "a new experiment from another one, some values changed", _new)
+    command.description, command.epilog = NEW_DESCRIPTION, NEW_EPILOG
+    command.formatter_class = argparse.RawDescriptionHelpFormatter
+    command.add_argument("folder", type=Path, help="to be made, e.g. experiments/mine")
+    command.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        default=Path(),
+        metavar="EXPERIMENT",
+        help="the folder of another experiment (default: this one)",
+    )
+    command.add_argument(
+        "--set",
+        dest="changes",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a value, e.g. budget.unmasked_steps=1000; may be repeated",
+    )
+    command.add_argument("--arms", type=lambda text: text.split(","), default=[], help="keep these only: a,b,…")
+
+
+def _new(options: argparse.Namespace) -> None:
+    from maskdm.new_experiment import new_experiment, next_steps
+
+    new_experiment(options.folder, options.source, options.changes, options.arms)
+    print(next_steps(options.folder))
+
+
+def _fid(options: argparse.Namespace) -> None:
+    _prepare_libraries(options.threads)
+    from maskdm.fid.command import run
+
+    run(options)
+
+
+def _export_images(options: argparse.Namespace) -> None:
+    _prepare_libraries(options.threads)
+    from maskdm.fid.export import run
+
+    run(options)
 
 
 def _utilisation(text: str) -> float:

@@ -37,9 +37,14 @@ MOST_CHARACTERS = 3000  # of one value: a number of that many can still be shown
 MOST_MISTAKES = 20  # told at once
 ARM_KEY = re.compile(r"[a-z0-9][a-z0-9-]*")
 
-# torch-fidelity's extractors by name, and the one that is trained on the dataset's own labels.
+EMBEDDED = ("digits", "swissroll")
+SOURCES = (*EMBEDDED, "mnist", "fashion_mnist", "cifar10", "celeba", "lsun", "image_folder")
+CELEBA_CROP = [57, 25, 128]  # top row, left column, side
+
+# The one that is trained on the dataset's own labels, the pixels as they are, and torch-fidelity's by name.
 Extractor = Literal[
     "classifier",
+    "pixels",
     "inception-v3-compat",
     "vgg16",
     "clip-rn50",
@@ -73,6 +78,21 @@ def _increasing_to_one(fractions: list[float]) -> list[float]:
     return fractions
 
 
+def _side_or_sides(size: Any) -> Any:
+    sides = size if isinstance(size, list) and len(size) == 2 else [size]
+    if any(type(side) is not int or side < 1 for side in sides):
+        raise ValueError(f"expected a number of pixels, 1 or more, or [height, width], got {size!r}")
+    return size
+
+
+def _known_source(source: str) -> str:
+    if source in SOURCES or re.fullmatch(r"huggingface:[\w.-]+(/[\w.-]+)?", source):
+        return source
+    raise ValueError(
+        f"unknown dataset {source!r}{_suggest(source, [*SOURCES])}, or huggingface:NAME for a dataset there"
+    )
+
+
 # What PyYAML raises for values that can't be what their tags say, such as a date with a thirteenth month.
 NOT_PLAIN_YAML = (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, OverflowError)
 
@@ -92,14 +112,24 @@ class Section(BaseModel):
 class DatasetConfig(Section):
     """What `prepare` turns into arrays."""
 
-    source: Literal["digits", "image_folder"]
-    root: str | None = Field(
-        default=None, description="image_folder: a folder tree, .zip or .tar, from this params.yaml"
+    source: Annotated[str, AfterValidator(_known_source)] = Field(
+        description="digits and swissroll are embedded; mnist, fashion_mnist, cifar10, celeba, lsun: downloaded, or "
+        "their original files in root; image_folder: your own; huggingface:NAME: any image dataset there"
     )
-    image_size: Count = Field(description="side of the square images in pixels")
+    root: str | None = Field(
+        default=None,
+        description="where the files lie, from this params.yaml; of image_folder a folder tree, .zip or .tar",
+    )
+    split: str | None = Field(
+        default=None,
+        description="of a named dataset: train (the default), test, …; of lsun its category, e.g. church_outdoor",
+    )
+    image_size: Annotated[int | list[int], BeforeValidator(_side_or_sides)] = Field(
+        description="side of the square images in pixels, or [height, width]"
+    )
     channels: Literal[1, 3]
     crop: Literal["none", "center", "box"] = Field(
-        default="center", description="largest centred square; none stretches"
+        default="center", description="largest centred square; none stretches; celeba: the usual box if not given"
     )
     crop_box: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=3, max_length=3)] | None = Field(
         default=None, description="crop box: top row, left column and side of the square, in pixels"
@@ -107,17 +137,60 @@ class DatasetConfig(Section):
     resize_filter: Literal["lanczos", "bicubic"] = Field(default="lanczos", description="antialiased, never nearest")
     on_bad_image: Literal["error", "skip"] = "error"
     max_pixels: Count = Field(default=64_000_000, description="an image with more is bad: guards against image bombs")
-    limit: Count | None = Field(default=None, description="use only the first so many images")
+    classes: Annotated[list[str], Field(min_length=1)] | None = Field(
+        default=None, description="use only the images of these classes, by name"
+    )
+    limit: Count | None = Field(default=None, description="use so many images, drawn by seed")
+    fraction: Annotated[Number, Field(gt=0, le=1)] | None = Field(
+        default=None, description="use this part of the images, drawn by seed"
+    )
+    held_out: Fraction = Field(
+        default=0.0, description="part of the images used that is never trained on, drawn by seed"
+    )
+    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="of limit, fraction and held_out")
     shard_images: Count = Field(default=8192, description="images per array file")
+
+    @property
+    def height(self) -> int:
+        """H in pixels."""
+        return self.image_size if isinstance(self.image_size, int) else self.image_size[0]
+
+    @property
+    def width(self) -> int:
+        """W in pixels."""
+        return self.image_size if isinstance(self.image_size, int) else self.image_size[1]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of every image."""
+        return self.height, self.width, self.channels
+
+    @model_validator(mode="before")
+    @classmethod
+    def _celeba_has_a_usual_crop(cls, content: Any) -> Any:
+        """128×128 around row 121, column 89 of the 218×178 images, as every paper on CelebA 64×64 takes it."""
+        if isinstance(content, dict) and content.get("source") == "celeba" and "crop" not in content:
+            return {**content, "crop": "box", "crop_box": content.get("crop_box", CELEBA_CROP)}
+        return content
 
     @model_validator(mode="after")
     def _root_belongs_to_image_folder(self) -> Self:
         if self.source == "image_folder" and not self.root:
             raise ValueError("source image_folder needs root: the folder, .zip or .tar with your images")
-        if self.source == "digits" and self.root:
-            raise ValueError("source digits is embedded and takes no root; did you mean source: image_folder?")
+        if self.source in EMBEDDED and self.root:
+            raise ValueError(f"source {self.source} is embedded and takes no root; did you mean source: image_folder?")
+        if self.split is not None and self.source in (*EMBEDDED, "image_folder"):
+            raise ValueError(f"source {self.source} has no split: name a part by fraction, limit, classes or held_out")
+        if self.source == "lsun" and self.split is None:
+            raise ValueError("source lsun needs split: its category, such as church_outdoor or bedroom")
         if (self.crop == "box") != (self.crop_box is not None):
             raise ValueError("crop_box (top row, left column, side) belongs to crop: box, and crop: box needs it")
+        if self.crop == "box" and self.height != self.width:
+            raise ValueError(f"crop: box cuts a square, and image_size is {self.image_size}: use center or none")
+        if self.limit is not None and self.fraction is not None:
+            raise ValueError(f"give limit ({self.limit}) or fraction ({self.fraction:g}), not both")
+        if self.source == "swissroll" and self.shape != (1, 2, 1):
+            raise ValueError("the points (x, y) of swissroll are images of image_size: [1, 2] with channels: 1")
         return self
 
 
@@ -228,6 +301,10 @@ class PretrainConfig(StageConfig):
 
     share: Fraction = Field(default=0.3, description="the part of the budget spent on pretraining")
     steps: Count | None = Field(default=None, description="so many pretraining steps instead of a share of the budget")
+    dataset: str | None = Field(default=None, description="a key of `datasets`: pretrain on it instead of `dataset`")
+    checkpoint: str | None = Field(
+        default=None, description="start from the weights in a folder of `maskdm import-checkpoint` or `maskdm export`"
+    )
 
     @model_validator(mode="after")
     def _share_or_steps(self) -> Self:
@@ -272,6 +349,7 @@ class SamplingConfig(Section):
     batch_size: Count = 250
     clip_x_0: bool = True
     grid_images: Count = Field(default=64, description="images in the PNG grid")
+    primer: bool = Field(default=False, description="draw from the pretrained weights too, before any finetuning")
 
 
 class EvaluationConfig(Section):
@@ -279,6 +357,9 @@ class EvaluationConfig(Section):
 
     features: Extractor = "classifier"
     weights: str | None = Field(default=None, description="a local weights file of a torch-fidelity extractor")
+    reference: Literal["train", "held_out", "all"] = Field(
+        default="train", description="the real images that samples are compared with"
+    )
     batch_size: Count = 256
     kid_subsets: Count = 100
     kid_subset_size: Annotated[int, Field(ge=2)] = 500
@@ -289,8 +370,13 @@ class EvaluationConfig(Section):
     def _weights_are_for_a_pretrained_extractor(self) -> Self:
         if self.features == "classifier" and self.weights:
             raise ValueError("the classifier is trained on the dataset's labels and takes no weights")
-        if self.weights and self.features not in ("inception-v3-compat", "vgg16"):
-            raise ValueError(f"torch-fidelity takes no local weights for {self.features}: remove weights")
+        if self.features == "pixels" and self.weights:
+            raise ValueError("features: pixels takes no weights: it compares pixel values")
+        if self.weights and self.features.startswith("dinov2"):
+            raise ValueError(
+                f"{self.features} takes no local weights: remove weights, and copy torch.hub's folder where there is "
+                "no network"
+            )
         return self
 
 
@@ -345,6 +431,10 @@ class DataConfig(Section):
         default="auto",
         description="keep the uint8 images on the GPU; auto: if at most a quarter of its memory",
     )
+    prepare_jobs: Count = Field(
+        default=1,
+        description="into so many jobs Snakemake splits the preparation of `dataset`, over cores and machines",
+    )
 
 
 class TrackingConfig(Section):
@@ -366,6 +456,7 @@ class Params(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
     dataset: DatasetConfig
+    datasets: dict[str, DatasetConfig] = Field(description="by name, others to pretrain on; {}: none")
     model: ModelConfig
     diffusion: DiffusionConfig
     budget: BudgetConfig
@@ -384,8 +475,10 @@ class Params(Section):
     @property
     def grid(self) -> Grid:
         """The token grid."""
-        side = self.dataset.image_size // self.model.patch_size
-        return Grid(side, side)
+        return self._grid_of(self.dataset)
+
+    def _grid_of(self, dataset: DatasetConfig) -> Grid:
+        return Grid(dataset.height // self.model.patch_size, dataset.width // self.model.patch_size)
 
     @property
     def patch_dim(self) -> int:
@@ -405,7 +498,7 @@ class Params(Section):
     def pretrain_of(self, key: str) -> PretrainConfig:
         """The pretraining of an arm; a share of 0 for strategy `none`, which has none."""
         arm = self.arm(key)
-        own = {"share": 0.0} if arm.strategy == "none" else arm.pretrain
+        own = {"share": 0.0, "dataset": None, "checkpoint": None} if arm.strategy == "none" else arm.pretrain
         shared = self.pretrain.model_dump(exclude_unset=True, exclude={"share", "steps"} if _splits(own) else None)
         return PretrainConfig.model_validate({**shared, **own})
 
@@ -416,7 +509,24 @@ class Params(Section):
     def visible_of(self, key: str) -> VisibleShape:
         """How many patches an arm's pretraining sees."""
         arm = self.arm(key)
-        return visible_shape(arm.strategy, arm.mask_rate or 0.0, self.grid, arm.block_size)
+        return visible_shape(arm.strategy, arm.mask_rate or 0.0, self.pretrain_grid_of(key), arm.block_size)
+
+    def realised_mask_rate_of(self, key: str) -> float:
+        """The mask rate that an arm's pretraining really has."""
+        return self.visible_of(key).realised_mask_rate(self.pretrain_grid_of(key))
+
+    def pretrain_grid_of(self, key: str) -> Grid:
+        """The token grid of an arm's pretraining: that of its own dataset, if it names one."""
+        return self._grid_of(self.pretrain_dataset_of(key))
+
+    def pretrain_dataset_of(self, key: str) -> DatasetConfig:
+        """What an arm is pretrained on."""
+        name = self.pretrain_of(key).dataset
+        return self.dataset if name is None else self.datasets[name]
+
+    def for_pretraining(self, key: str) -> Params:
+        """The params with the dataset that an arm is pretrained on in the place of `dataset`."""
+        return self.model_copy(update={"dataset": self.pretrain_dataset_of(key)})
 
     def split_of(self, key: str, image_flops: Callable[[int], int]) -> Split:
         """An arm's budget in steps.
@@ -451,6 +561,8 @@ class Params(Section):
         """A fingerprint of all params that an arm's weights depend on; its chosen values must have been applied."""
         arm = self.arm(key)
         pretrain = {} if arm.strategy == "none" else self.pretrain_of(key).model_dump(mode="json")
+        if pretrain.get("dataset") is not None:
+            pretrain["dataset"] = self.pretrain_dataset_of(key).model_dump(mode="json")
         mask = arm.model_dump(include={"strategy", "mask_rate", "block_size"})
         budget = (self.budget.model_dump(mode="json"), self.finetune.batch_size)
         training = self.training.model_dump(mode="json", exclude={"devices"})
@@ -465,10 +577,7 @@ class Params(Section):
     def _combinations_are_possible(self) -> Self:
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds: expected different numbers, got {self.seeds}")
-        if self.dataset.image_size % self.model.patch_size:
-            raise ValueError(
-                f"model.patch_size {self.model.patch_size} does not divide dataset.image_size {self.dataset.image_size}"
-            )
+        self._datasets_fit()
         if self.sampling.num_steps > self.diffusion.num_timesteps:
             raise ValueError(
                 f"sampling.num_steps {self.sampling.num_steps} is more than diffusion.num_timesteps "
@@ -479,6 +588,22 @@ class Params(Section):
             self._arm_is_possible(key)
         self._trials_are_possible()
         return self
+
+    def _datasets_fit(self) -> None:
+        for where, dataset in (("dataset", self.dataset), *((f"datasets.{k}", d) for k, d in self.datasets.items())):
+            if dataset.height % self.model.patch_size or dataset.width % self.model.patch_size:
+                raise ValueError(
+                    f"model.patch_size {self.model.patch_size} does not divide {where}.image_size {dataset.image_size}"
+                )
+            if dataset.channels != self.dataset.channels:
+                raise ValueError(
+                    f"{where}.channels {dataset.channels} must be those of dataset, {self.dataset.channels}: "
+                    "the same network sees both"
+                )
+            if where != "dataset" and not ARM_KEY.fullmatch(where.removeprefix("datasets.")):
+                raise ValueError(f"{where}: a dataset's name may hold only a-z, 0-9 and '-'")
+        if self.evaluation.reference == "held_out" and not self.dataset.held_out:
+            raise ValueError("evaluation.reference: held_out needs dataset.held_out, the part of the images held out")
 
     def _samples_suffice(self) -> None:
         num_samples, evaluation = self.sampling.num_samples, self.evaluation
@@ -495,10 +620,6 @@ class Params(Section):
                 f"arms.{key}: an arm's key may hold only a-z, 0-9 and '-', and not start with '-' "
                 "(it names files and stages)"
             )
-        try:
-            self.visible_of(key)
-        except ValueError as error:
-            raise ValueError(f"arms.{key}: {error}") from None
         for section, model, merge in (
             ("pretrain", PretrainConfig, self.pretrain_of),
             ("finetune", FinetuneConfig, self.finetune_of),
@@ -510,10 +631,27 @@ class Params(Section):
                 where = f"arms.{key}.{section}" + ("." if first["loc"] else ": ")
                 raise ValueError(f"{where}{_message(first, model)}") from None
             self._batch_is_shared_evenly(f"arms.{key}: {section}", merge(key))
+        self._pretrain_dataset_is_there(key)
+        self._primer_is_comparable(key)
         try:
+            self.visible_of(key)
             self.split_of(key, lambda num_visible: self.model.training_flops(num_visible, self.patch_dim))
         except ValueError as error:
             raise ValueError(f"arms.{key}: {error}") from None
+
+    def _primer_is_comparable(self, key: str) -> None:
+        there, here = self.pretrain_dataset_of(key).shape, self.dataset.shape
+        if self.sampling.primer and there != here:
+            raise ValueError(
+                f"sampling.primer: arms.{key} is pretrained on images of {there}, which can't be compared with those "
+                f"of dataset, {here}"
+            )
+
+    def _pretrain_dataset_is_there(self, key: str) -> None:
+        named = self.pretrain_of(key).dataset
+        if named is not None and named not in self.datasets:
+            hint = _suggest(str(named), list(self.datasets)) if self.datasets else ", which is empty"
+            raise ValueError(f"arms.{key}: pretrain.dataset {named!r} is no key of `datasets`{hint}")
 
     def _batch_is_shared_evenly(self, where: str, stage: StageConfig) -> None:
         """Every device gets as many images, in whole micro-batches."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from maskdm import device
 from maskdm.backbone import UViT
@@ -43,7 +44,7 @@ def load_model(params: Params, weights: Path, num_classes: int, compute: Compute
 
 def draw_images(
     params: Params,
-    model: UViT,
+    model: nn.Module,
     num_classes: int,
     seed: int,
     num_images: int,
@@ -130,7 +131,7 @@ def _name(ids: range) -> str:
 
 
 def _image_shape(params: Params) -> tuple[int, int, int]:
-    return params.dataset.image_size, params.dataset.image_size, params.dataset.channels
+    return params.dataset.shape
 
 
 def _filled_up(ids: range, batch_size: int) -> range:
@@ -147,14 +148,14 @@ def _draw_batch(
     compute: Compute,
     on_step: Callable[[], None],
 ) -> torch.Tensor:
-    side, process = params.dataset.image_size, params.diffusion
+    (height, width, channels), process = params.dataset.shape, params.diffusion
     labels = _labels(params, ids, num_classes, compute.device)
     with compute.context():
         drawn = sample(
             on_images(network, params.model.patch_size, params.grid, labels),
             Diffusion(process.num_timesteps, process.schedule, process.prediction, compute.device),
             params.sampling,
-            (params.dataset.channels, side, side),
+            (channels, height, width),
             seed,
             ids,
             compute.device,

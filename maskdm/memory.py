@@ -7,6 +7,7 @@ resident size of stages on a CPU (dim 256 and 512, batches of 8 to 50) the count
 
 from __future__ import annotations
 
+import math
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
@@ -138,17 +139,17 @@ class MemoryCounter:
 
     def alive_while_sampling(self, batch_size: int) -> int:
         """The most bytes that one evaluation of the network without gradients holds at a time."""
-        params, side = self._params, self._params.dataset.image_size
+        params, (height, width, channels) = self._params, self._params.dataset.shape
         with self._fake, self._compute.device, self._compute.context(), torch.inference_mode():
             t, labels = torch.zeros(2, batch_size, dtype=torch.int64)
             predict = on_images(self._model, params.model.patch_size, params.grid, labels)
-            x_t = torch.zeros(batch_size, params.dataset.channels, side, side)
+            x_t = torch.zeros(batch_size, channels, height, width)
             return peak_alive_bytes(lambda: predict(x_t, t))
 
     @property
     def _image_bytes(self) -> int:
         """An image in float32."""
-        return 4 * self._params.dataset.channels * self._params.dataset.image_size**2
+        return 4 * math.prod(self._params.dataset.shape)
 
     @property
     def _process_bytes(self) -> int:
@@ -167,7 +168,7 @@ class MemoryCounter:
             return saved_bytes(lambda: masked_dsm_loss(model, *inputs), model.parameters())
 
     def _training_inputs(self, batch_size: int, num_visible: int) -> tuple[Diffusion, Tensor, Draws, int, Tensor]:
-        params, side = self._params, self._params.dataset.image_size
+        params, (height, width, channels) = self._params, self._params.dataset.shape
         diffusion = Diffusion(2, "cosine", params.diffusion.prediction, self._compute.device)
         indices = torch.zeros(batch_size, dtype=torch.int64)
         draws = Draws(
@@ -176,7 +177,7 @@ class MemoryCounter:
             noise=torch.zeros(batch_size, num_visible, params.patch_dim),
             flip=torch.zeros(batch_size, dtype=torch.bool),
         )
-        x_0 = torch.zeros(batch_size, params.dataset.channels, side, side)
+        x_0 = torch.zeros(batch_size, channels, height, width)
         return diffusion, x_0, draws, params.model.patch_size, indices
 
 

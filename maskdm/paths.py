@@ -6,12 +6,18 @@ from pathlib import Path
 
 RESULTS = Path("results")
 DATA = RESULTS / "data"
+HELD_OUT = DATA / "held_out"  # its part that is never trained on
 FEATURES = RESULTS / "features"
 CHOSEN = RESULTS / "chosen"
 SCALE = RESULTS / "metrics" / "scale.json"  # of the metrics: real against real, and the untrained network
 REPORT = RESULTS / "report"
 BUILDING = RESULTS / ".building"  # outputs while they are built
 WORK = Path(".work")  # resumable state: never an output of a stage
+
+
+def pretrain_data(name: str) -> Path:
+    """The folder of one of `datasets`."""
+    return DATA / "pretrain" / name
 
 
 def trial(arm: str, name: str) -> Path:

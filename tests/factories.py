@@ -30,6 +30,7 @@ def tiny_params(**changes: Any) -> Params:
         "name": "tiny",
         "seeds": [0],
         "dataset": {"source": "digits", "image_size": 8, "channels": 1},
+        "datasets": {},
         "model": {"patch_size": 2, "dim": 16, "depth": 3, "num_heads": 2},
         "diffusion": {"schedule": "cosine"},
         "budget": {"unmasked_steps": 100},

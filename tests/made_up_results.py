@@ -66,6 +66,7 @@ def make_params(
             "name": "made-up",
             "seeds": list(seeds),
             "dataset": {"source": "digits", "image_size": 16, "channels": 1, **dataset},
+            "datasets": {},
             "model": {"patch_size": 4, "dim": 64, "depth": 3, "num_heads": 4},
             "diffusion": {"schedule": "cosine", "prediction": "x_0"},
             "budget": {"match": "flops", "unmasked_steps": 1000, "milestones": list(milestones)},

@@ -177,7 +177,12 @@ def test_missing_key_is_named(path: str) -> None:
         ("tuning/trials", {}, "tuning.trials", "at least 1 item"),
         ("tuning/trials/given", None, "tuning.trials.given", "valid dictionary"),
         ("pretrain/steps", 0, "pretrain.steps", "greater than or equal to 1"),
-        ("dataset/source", "cifar", "dataset.source", "'digits' or 'image_folder'"),
+        ("dataset/image_size", [8, 8, 1], "dataset.image_size", "or [height, width]"),
+        ("dataset/image_size", 0, "dataset.image_size", "1 or more"),
+        ("dataset/image_size", True, "dataset.image_size", "1 or more"),
+        ("dataset/fraction", 0.0, "dataset.fraction", "greater than 0"),
+        ("dataset/held_out", 1.0, "dataset.held_out", "less than 1"),
+        ("evaluation/reference", "test", "evaluation.reference", "'train', 'held_out' or 'all'"),
         ("dataset/channels", 2, "dataset.channels", "1 or 3"),
         ("training/betas", [0.9], "training.betas", "at least 2 items"),
         ("training/betas", [0.9, 1.0], "training.betas.1", "less than 1"),
@@ -196,6 +201,9 @@ def test_wrong_type_or_range_says_where_what_was_expected_and_got(
     assert message.startswith(f"{where}: ")
     assert expected in message
     assert message.endswith(f", got {value[-1] if where[-1].isdigit() else value!r}") or repr(value) in message
+
+
+OTHER: dict[str, Any] = {"source": "digits", "image_size": 16, "channels": 1}
 
 
 @pytest.mark.parametrize(
@@ -235,6 +243,25 @@ def test_wrong_type_or_range_says_where_what_was_expected_and_got(
         ("seeds", [1, 0, 1], "seeds", "different numbers, got [1, 0, 1]"),
         ("dataset/source", "image_folder", "dataset", "needs root"),
         ("dataset/root", "images", "dataset", "takes no root; did you mean source: image_folder?"),
+        ("dataset/source", "cifar", "dataset.source", "unknown dataset 'cifar'; did you mean 'cifar10'?"),
+        ("dataset/source", "huggingface:a/b/c", "dataset.source", "huggingface:NAME for a dataset there"),
+        ("dataset/source", "lsun", "dataset", "needs split: its category"),
+        ("dataset/source", "swissroll", "dataset", "image_size: [1, 2]"),
+        ("dataset/split", "test", "dataset", "has no split"),
+        ("dataset", OTHER | {"image_size": [16, 8], "crop": "box", "crop_box": [0, 0, 8]}, "dataset", "cuts a square"),
+        ("dataset/fraction", 0.5, "dataset", "give limit (200) or fraction (0.5), not both"),
+        ("dataset/image_size", [8, 9], "model.patch_size", "2 does not divide dataset.image_size [8, 9]"),
+        (
+            "datasets",
+            {"more": OTHER | {"image_size": 9}},
+            "model.patch_size",
+            "does not divide datasets.more.image_size",
+        ),
+        ("datasets", {"more": OTHER | {"channels": 3}}, "datasets.more.channels", "the same network sees both"),
+        ("datasets", {"More": OTHER}, "datasets.More", "only a-z, 0-9 and '-'"),
+        ("pretrain/dataset", "more", "arms.patch-m50", "'more' is no key of `datasets`, which is empty"),
+        ("evaluation/reference", "held_out", "evaluation", "needs dataset.held_out"),
+        ("evaluation", {"features": "pixels", "weights": "x.pth"}, "evaluation", "compares pixel values"),
         ("evaluation/weights", "x.pth", "evaluation", "takes no weights"),
         ("pretrain/micro_batch_size", 5, "pretrain", "micro_batch_size 5 does not divide batch_size 32"),
         ("arms/patch-m50/pretrain", {"micro_batch_size": 5}, "arms.patch-m50", "5 does not divide batch_size 32"),
@@ -429,6 +456,43 @@ def test_an_arm_that_splits_its_budget_itself_takes_neither_share_nor_steps_of_t
     assert own.lr == other.lr == 2e-3, "the rest is shared"
 
 
+def test_an_arm_may_be_pretrained_on_another_dataset_with_another_grid() -> None:
+    content = content_with("datasets", {"large": OTHER})
+    content["arms"]["patch-m50"]["pretrain"] = {"dataset": "large"}
+    params = parse_params(content)
+    assert params.for_pretraining("patch-m50").dataset.image_size == 16
+    assert (params.grid, params.pretrain_grid_of("patch-m50")) == ((4, 4), (8, 8))
+    assert params.visible_of("patch-m50").num_visible == 32, "half of the patches that pretraining sees"
+    assert params.realised_mask_rate_of("patch-m50") == 0.5
+    assert params.for_pretraining("block2-m75") == params
+    changed = copy.deepcopy(content)
+    changed["datasets"]["large"]["fraction"] = 0.5
+    other = parse_params(changed)
+    assert other.trained_with("patch-m50") != params.trained_with("patch-m50")
+    assert other.trained_with("scratch") == params.trained_with("scratch")
+
+
+def test_what_all_arms_are_pretrained_on_is_nothing_to_scratch() -> None:
+    content = content_with("datasets", {"large": OTHER})
+    content["pretrain"]["dataset"] = "large"
+    params = parse_params(content)
+    assert params.pretrain_of("patch-m50").dataset == "large"
+    assert params.pretrain_of("scratch").dataset is None
+
+
+@pytest.mark.parametrize(
+    ("given", "crop", "box"),
+    [
+        ({}, "box", [57, 25, 128]),
+        ({"crop": "center"}, "center", None),
+        ({"crop": "box", "crop_box": [1, 2, 3]}, "box", [1, 2, 3]),
+    ],
+)
+def test_celeba_has_a_usual_crop(given: dict[str, Any], crop: str, box: list[int] | None) -> None:
+    dataset = config.DatasetConfig.model_validate({"source": "celeba", "image_size": 64, "channels": 3, **given})
+    assert (dataset.crop, dataset.crop_box) == (crop, box)
+
+
 def test_unknown_arm_gets_a_suggestion() -> None:
     with pytest.raises(ParamsError, match=r"no arm 'patch-m5' in params.yaml; did you mean 'patch-m50'\?"):
         parse_params(TINY).arm("patch-m5")
@@ -445,6 +509,7 @@ CHANGES: dict[str, Any] = {
     "name": "other",
     "seeds": [1],
     "dataset/limit": 100,
+    "datasets": {"other": {"source": "digits", "image_size": 8, "channels": 1}},
     "model/qkv_bias": True,
     "diffusion/schedule": "linear",
     "budget/unmasked_steps": 21,

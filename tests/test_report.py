@@ -67,6 +67,7 @@ def make_params(
             "name": "digits-test",
             "seeds": list(seeds),
             "dataset": {"source": "digits", "image_size": 8, "channels": 1},
+            "datasets": {},
             "model": {"patch_size": 2, "dim": 64, "depth": 5, "num_heads": 4},
             "diffusion": {"schedule": "cosine", "prediction": "x_0"},
             "budget": {"match": match, "unmasked_steps": 1000, "milestones": list(milestones)},

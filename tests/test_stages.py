@@ -99,9 +99,12 @@ def write_images(folder: Path, count: int, kind: str = "png") -> None:
 # --- what they publish ----------------------------------------------------------------------------------------
 
 
+FEATURES = ("classifier.safetensors", "features.json", "reference.npy", "statistics.safetensors")
+
+
 def test_files_are_those_and_no_others(finished_once: Experiment) -> None:
     expected = {f"results/data/{name}" for name in ("images-00000.npy", "labels.npy", "manifest.json", "preview.png")}
-    expected |= {f"results/features/{n}" for n in ("classifier.safetensors", "features.json", "reference.npy")}
+    expected |= {f"results/features/{n}" for n in FEATURES}
     expected |= {f"results/records/{stage}.json" for stage in ("prepare", "features", "scale", "choose")}
     expected |= {"results/metrics/scale.json"}
     for arm in ARMS:
@@ -231,7 +234,17 @@ def test_metrics_say_what_they_are_of(scored_once: Experiment, arm: str, rate: f
     metrics = json_of(scored_once, f"results/metrics/{arm}-seed-0.json")
     features = json_of(scored_once, "results/features/features.json")
     scale = json_of(scored_once, "results/metrics/scale.json")
-    assert set(metrics) == {*SCORES, *ABOUT, *ORIGIN, *SCALE, "trained_with", "scored_with", "milestones"}
+    assert set(metrics) == {
+        *SCORES,
+        *ABOUT,
+        *ORIGIN,
+        *SCALE,
+        "protocol",
+        "flip",
+        "trained_with",
+        "scored_with",
+        "milestones",
+    }
     params = with_chosen_values_of(scored_once, arm)
     assert (metrics["trained_with"], metrics["scored_with"]) == (params.trained_with(arm), params.scored_with)
     assert (metrics["arm"], metrics["seed"], metrics["block_size"]) == (arm, 0, block)
@@ -714,6 +727,8 @@ def test_fewer_samples_than_the_metrics_need_are_refused(scored: Experiment) -> 
 
 def test_samples_of_another_count_than_params_say_are_scored_as_they_are(scored: Experiment) -> None:
     scored.change(sampling={"num_samples": 50}).succeed("sample", *OF_ARM)
+    assert_refused(scored.run("evaluate", *OF_ARM), "scale.json", "run first: maskdm scale")  # its floor is of 64
+    scored.succeed("scale")
     scored.succeed("evaluate", *OF_ARM)
     assert json_of(scored, OUTPUTS["evaluate"])["num_samples"] == 50
 

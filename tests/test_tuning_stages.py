@@ -95,7 +95,7 @@ def test_trials_say_what_they_are_of(tuned_once: Experiment) -> None:
         for trial, values in (("given", {}), ("lr-high", LR_HIGH)):
             result = trial_of(tuned_once, trial, arm)
             about = ["arm", "trial", "values", "seed", "budget_fraction", "trained", "failed"]
-            assert set(result) == {*about, *SCORES, *SPENT, *ORIGIN}
+            assert set(result) == {*about, *SCORES, *SPENT, *ORIGIN, "protocol"}
             assert [result[key] for key in about] == [arm, trial, values, 1000, 0.5, True, None]
             assert result["num_samples"] == 64
         assert trial_of(tuned_once, "given", arm)["fid"] != trial_of(tuned_once, "lr-high", arm)["fid"]
@@ -400,7 +400,7 @@ def test_a_damaged_choice_is_refused(tuned: Experiment) -> None:
 def test_the_scale_says_what_it_is_of(tuned_once: Experiment) -> None:
     scale = read(tuned_once, paths.SCALE)
     features = read(tuned_once, Path("results/features/features.json"))
-    assert set(scale) == {"floor", "untrained", *ORIGIN}
+    assert set(scale) == {"floor", "untrained", "protocol", *ORIGIN}
     assert set(scale["floor"]) == set(scale["untrained"]) == set(SCORES)
     assert {key: scale[key] for key in ORIGIN} == {key: features[key] for key in ORIGIN}
     assert scale["data_sha256"] == read(tuned_once, Path("results/data/manifest.json"))["sha256"]

@@ -32,6 +32,7 @@ CONTENT: dict[str, Any] = {
     "name": "tracking-test",
     "seeds": [0, 1],
     "dataset": {"source": "digits", "image_size": 8, "channels": 1},
+    "datasets": {},
     "model": {"patch_size": 2, "dim": 64, "depth": 5, "num_heads": 4},
     "diffusion": {"num_timesteps": 1000, "schedule": "cosine", "prediction": "x_0"},
     "budget": {"match": "flops", "unmasked_steps": 1000, "milestones": [0.5, 1.0]},

@@ -40,15 +40,17 @@ class Bench:
 
     def __init__(self, params: Params, compute: Compute, seconds: float) -> None:
         self._params, self._compute, self._seconds = params, compute, seconds
+        pretraining = [params.for_pretraining(arm) for arm in params.arms]
+        self._largest = max([params, *pretraining], key=lambda p: p.grid.num_patches)
         self._generator = torch.Generator(compute.device).manual_seed(0)
 
     def step(self, num_images: int, num_visible: int) -> Measurement:
         """Draws, loss and backward of a (micro-)batch of images with so many visible patches."""
-        params, side = self._params, self._params.dataset.image_size
+        params, (height, width, channels) = self._largest, self._largest.dataset.shape
         config = params.diffusion
         diffusion = Diffusion(config.num_timesteps, config.schedule, config.prediction, self._compute.device)
         masking = _masking(params, num_visible)
-        x_0 = torch.rand(num_images, params.dataset.channels, side, side, device=self._compute.device)
+        x_0 = torch.rand(num_images, channels, height, width, device=self._compute.device)
         labels = torch.zeros(num_images, dtype=torch.int64, device=self._compute.device)
 
         def run() -> None:
@@ -85,21 +87,22 @@ class Bench:
 
     def evaluation(self, num_images: int) -> Measurement:
         """One evaluation of the network while sampling."""
-        params, device, side = self._params, self._compute.device, self._params.dataset.image_size
+        params, device = self._params, self._compute.device
+        height, width, channels = params.dataset.shape
         t, labels = torch.zeros(2, num_images, dtype=torch.int64, device=device)
         predict = on_images(self._model, params.model.patch_size, params.grid, labels)
-        x_t = torch.rand(num_images, params.dataset.channels, side, side, device=device)
+        x_t = torch.rand(num_images, channels, height, width, device=device)
         with self._compute.context(), torch.inference_mode():
             return self._time(lambda: predict(x_t, t))
 
     @cached_property
     def _model(self) -> UViT:
-        return build_model(self._params, NUM_CLASSES).to(self._compute.device)
+        return build_model(self._largest, NUM_CLASSES).to(self._compute.device)
 
     @cached_property
     def _images(self) -> Images:
-        side, channels = self._params.dataset.image_size, self._params.dataset.channels
-        return open_images(self._params) or _Zeros(np.zeros((SYNTHETIC_IMAGES, side, side, channels), dtype=np.uint8))
+        shape = (SYNTHETIC_IMAGES, *self._params.dataset.shape)
+        return open_images(self._params) or _Zeros(np.zeros(shape, dtype=np.uint8))
 
     def _time(self, run: Callable[[], object]) -> Measurement:
         """Once untimed, then again and again until the time is up."""
@@ -124,8 +127,7 @@ def open_images(params: Params) -> ImageArrays | None:
         images = ImageArrays.open(paths.DATA)
     except UserError:
         return None
-    side = params.dataset.image_size
-    return images if images.shape == (side, side, params.dataset.channels) else None
+    return images if images.shape == params.dataset.shape else None
 
 
 class _Zeros:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property, partial
@@ -101,10 +102,13 @@ def work_of(params: Params, compute: Compute) -> Work:
     """What has to be timed: the shapes of all planned stages; trials are scaled from them."""
     steps, batches = set[tuple[int, int]](), set[int]()
     for arm in params.arms:
-        plan, configs = plan_arm(params, arm), (params.pretrain_of(arm), params.finetune_of(arm))
-        for stage, config in zip((plan.pretrain, plan.finetune), configs, strict=True):
+        plan = plan_arm(params, arm)
+        for stage, config, on in (
+            (plan.pretrain, params.pretrain_of(arm), params.for_pretraining(arm)),
+            (plan.finetune, params.finetune_of(arm), params),
+        ):
             if stage.num_steps:
-                micro = micro_batch_size(params, compute, config, stage.num_visible, params.training.devices)
+                micro = micro_batch_size(on, compute, config, stage.num_visible, params.training.devices)
                 steps.add((micro, stage.num_visible))
                 batches.add(stage.batch_size)
     num_patches, sampled = params.grid.num_patches, min(params.sampling.batch_size, params.sampling.num_samples)
@@ -178,11 +182,16 @@ class _Estimator:
         if not plan.pretrain.num_steps:  # the stage `pretrain` publishes the initialisation, and that is all
             finetune = self._trained("finetune", plan.finetune, params.finetune_of(arm), 1 + num_milestones)
             return [finetune, self._sampled(num_milestones)]
+        pretraining = self if params.pretrain_of(arm).dataset is None else self._on(params.for_pretraining(arm))
         return [
-            self._trained("pretrain", plan.pretrain, params.pretrain_of(arm), 1),
+            pretraining._trained("pretrain", plan.pretrain, params.pretrain_of(arm), 1),
             self._trained("finetune", plan.finetune, params.finetune_of(arm), num_milestones),
-            self._sampled(num_milestones),
+            self._sampled(num_milestones + params.sampling.primer * (1 + (plan.pretrain.num_visible == 1))),
         ]
+
+    def _on(self, params: Params) -> _Estimator:
+        """The same for images of another size."""
+        return _Estimator(params, self._compute, self._calibration, self._store)
 
     def tuning(self) -> Tuning | None:
         """All trials of all arms: each is an arm of its own, sampled once, its files removed afterwards."""
@@ -223,7 +232,7 @@ class _Estimator:
         batch = min(config.batch_size, config.num_samples)
         num_evaluations = num_milestones * config.num_steps * ceil(config.num_samples / batch)
         used = config.num_samples / (batch * ceil(config.num_samples / batch))  # the last batch may be smaller
-        image = params.dataset.channels * params.dataset.image_size**2
+        image = math.prod(params.dataset.shape)
         return StageEstimate(
             stage="sample",
             num_visible=num_patches,

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from maskdm import paths
+from torch import Tensor
+
+from maskdm import paths, rng
 from maskdm.checkpoint import architecture_of, load_weights
 from maskdm.checksums import file_sha256
 from maskdm.company import is_follower
-from maskdm.compute import ArmPlan, plan_arm
+from maskdm.compute import ArmPlan, build_model, plan_arm
 from maskdm.config import Params
 from maskdm.masking import Masking
 from maskdm.publishing import link_or_copy, publish_description, publish_folder
 from maskdm.stages import pretrain
-from maskdm.stages.inputs import open_data, require, with_chosen_values
+from maskdm.stages.inputs import open_data, open_pretraining_data, require, with_chosen_values
 from maskdm.stages.joint import joint_session
 from maskdm.stages.training import Spent, Trainer, TrainingJob, write_curve
 from maskdm.tracking import publish_arm
 from maskdm.training import TrainState
+from maskdm.transfer import carried_over
 
 MILESTONES = "milestones.json"
 CURVE = "curve.csv"
@@ -80,8 +83,7 @@ def finetuning_job(params: Params, arm: str, seed: int, num_classes: int, checkp
     config, plan = params.finetune_of(arm), plan_arm(params, arm)
     init, sha256 = None, ""
     if checkpoint is not None:
-        init, _ = load_weights(checkpoint, config.init_from, architecture_of(params, num_classes))
-        sha256 = file_sha256(checkpoint)
+        init, sha256 = _pretrained(params, arm, seed, num_classes, checkpoint), file_sha256(checkpoint)
     return TrainingJob(
         params=params,
         stage="finetune",
@@ -95,6 +97,22 @@ def finetuning_job(params: Params, arm: str, seed: int, num_classes: int, checkp
         init=init,
         init_sha256=sha256,
     )
+
+
+def _pretrained(params: Params, arm: str, seed: int, num_classes: int, checkpoint: Path) -> dict[str, Tensor]:
+    """The weights to start from; those of another dataset are made to fit this one."""
+    which, other = params.finetune_of(arm).init_from, params.pretrain_of(arm).dataset
+    if other is None:
+        return load_weights(checkpoint, which, architecture_of(params, num_classes))[0]
+    there = params.for_pretraining(arm)
+    architecture = architecture_of(there, open_pretraining_data(params, arm).num_classes)
+    state, _ = load_weights(checkpoint, which, architecture)
+    fresh = build_model(params, num_classes)
+    fresh.initialise(rng.generator(seed, "init"))
+    carried, changes = carried_over(state, fresh.state_dict(), there.grid, params.grid)
+    if not is_follower():
+        print(f"finetune {arm} seed {seed}: {', '.join([f'pretrained on {other}', *changes])}", flush=True)
+    return carried
 
 
 def _describe(job: TrainingJob, plan: ArmPlan) -> dict[str, dict[str, int]]:

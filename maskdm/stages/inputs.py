@@ -27,27 +27,38 @@ def require(path: Path, stage: str, arm: str | None = None, seed: int | None = N
     return path
 
 
-def open_data(params: Params, verify: bool = False) -> ImageArrays:
+def open_data(params: Params, verify: bool = False, folder: Path = paths.DATA) -> ImageArrays:
     """The prepared dataset.
 
     Args:
         params: say its shape.
         verify: check that every file is the one that was written; where its pixels are used.
+        folder: where it lies.
 
     Raises:
         UserError: it is missing, damaged, or of another shape than params say.
     """
-    require(paths.DATA, "prepare")
-    images = ImageArrays.open(paths.DATA)
-    expected = (params.dataset.image_size, params.dataset.image_size, params.dataset.channels)
+    require(folder, "prepare")
+    images = ImageArrays.open(folder)
+    expected = params.dataset.shape
     if images.shape != expected:
         raise UserError(
-            f"the images in {paths.DATA} are {_times(images.shape)}, but params.yaml says {_times(expected)}; "
+            f"the images in {folder} are {_times(images.shape)}, but params.yaml says {_times(expected)}; "
             "run first: maskdm prepare"
         )
     if verify:
-        images.verify(paths.WORK / "verified.json")
+        images.verify(paths.WORK / f"verified{'' if folder == paths.DATA else '-' + folder.name}.json")
     return images
+
+
+def open_pretraining_data(params: Params, arm: str, verify: bool = False) -> ImageArrays:
+    """What an arm is pretrained on: the one of `datasets` that it names, else the dataset.
+
+    Raises:
+        UserError: as `open_data`.
+    """
+    name = params.pretrain_of(arm).dataset
+    return open_data(params.for_pretraining(arm), verify, paths.DATA if name is None else paths.pretrain_data(name))
 
 
 def with_chosen_values(params: Params, arm: str) -> Params:

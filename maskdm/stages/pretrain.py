@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from maskdm import paths
 from maskdm.company import is_follower
 from maskdm.compute import plan_arm
 from maskdm.config import Params
+from maskdm.exported import weights_for
 from maskdm.masking import Masking
 from maskdm.publishing import publish_folder
-from maskdm.stages.inputs import open_data, with_chosen_values
+from maskdm.stages.inputs import open_pretraining_data, with_chosen_values
 from maskdm.stages.joint import joint_session
 from maskdm.stages.training import Trainer, TrainingJob, write_curve
 
@@ -23,11 +26,8 @@ def run(params: Params, arm: str, seed: int) -> None:
         UserError: the dataset or the arm's values are missing, or the loss is not finite.
     """
     params = with_chosen_values(params, arm)
-    images, job, output = (
-        open_data(params, verify=not is_follower()),
-        pretraining_job(params, arm, seed),
-        paths.pretrain(arm, seed),
-    )
+    images, output = open_pretraining_data(params, arm, verify=not is_follower()), paths.pretrain(arm, seed)
+    job = pretraining_job(params, arm, seed, images.num_classes)
     inputs, is_shared = job.inputs(images.sha256), job.plan.num_steps > 0
     with joint_session(params, "pretrain", arm, seed, inputs=inputs, output=output, is_shared=is_shared) as (
         session,
@@ -42,21 +42,29 @@ def run(params: Params, arm: str, seed: int) -> None:
                     write_curve(folder / CURVE, state)
 
 
-def pretraining_job(params: Params, arm: str, seed: int) -> TrainingJob:
+def pretraining_job(params: Params, arm: str, seed: int, num_classes: int = 0) -> TrainingJob:
     """What pretraining an arm is.
 
     Args:
         params: the experiment, the arm's chosen values applied.
         arm: its key.
         seed: of the run.
+        num_classes: of what it is pretrained on.
+
+    Raises:
+        UserError: the weights to start from are missing or do not fit.
     """
-    config = params.arm(arm)
+    config, there = params.arm(arm), params.for_pretraining(arm)
+    checkpoint = params.pretrain_of(arm).checkpoint
+    init, init_sha256 = (None, "") if checkpoint is None else weights_for(Path(checkpoint), there, num_classes)
     return TrainingJob(
-        params=params,
+        params=there,
         stage="pretrain",
         arm=arm,
         seed=seed,
         config=params.pretrain_of(arm),
         plan=plan_arm(params, arm).pretrain,
-        masking=Masking(config.strategy, params.grid, config.mask_rate or 0.0, config.block_size),
+        masking=Masking(config.strategy, there.grid, config.mask_rate or 0.0, config.block_size),
+        init=init,
+        init_sha256=init_sha256,
     )

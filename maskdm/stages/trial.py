@@ -13,12 +13,13 @@ from maskdm import device
 from maskdm.company import is_follower
 from maskdm.compute import build_model, plan_arm
 from maskdm.config import Params
+from maskdm.data.arrays import ImageArrays
 from maskdm.drawing import draw_images, load_model
 from maskdm.parallel import Ranks
 from maskdm.publishing import replace_file
 from maskdm.resume import Pieces
 from maskdm.stages import finetune, pretrain
-from maskdm.stages.inputs import open_data
+from maskdm.stages.inputs import open_data, open_pretraining_data
 from maskdm.stages.scoring import Scorer
 from maskdm.stages.session import Session
 from maskdm.stages.training import Spent, Trainer, TrainingJob
@@ -48,10 +49,15 @@ class Trial:
             device.resolve(params.compute, params.training.devices),
             open_data(params, verify=not is_follower()),
         )
+        self._pretraining_images = open_pretraining_data(params, arm, verify=not is_follower())
         self._scorer = Scorer(params, self._compute, self._images.sha256)
         self.inputs = {
-            "pretrain": pretrain.pretraining_job(params, arm, self._seed).inputs(self._images.sha256),
-            "finetune": {"config": params.finetune_of(arm), "steps": plan_arm(params, arm).finetune.num_steps},
+            "pretrain": self._pretraining_job().inputs(self._pretraining_images.sha256),
+            "finetune": {
+                "config": params.finetune_of(arm),
+                "steps": plan_arm(params, arm).finetune.num_steps,
+                "data_sha256": self._images.sha256,
+            },
             "sampling": params.sampling,
             "evaluation": params.evaluation,
             "features": {**self._scorer.origin, "reference_sha256": self._scorer.reference_sha256},
@@ -84,16 +90,20 @@ class Trial:
         session.tracked.log(100, **scores)
         return {**result, **scores}
 
+    def _pretraining_job(self) -> TrainingJob:
+        num_classes = self._pretraining_images.num_classes
+        return pretrain.pretraining_job(self._params, self._arm, self._seed, num_classes)
+
     def _train(self, session: Session, ranks: Ranks) -> Path | None:
         """Pretrain and finetune; the file of the finetuned weights, on the first rank."""
         params, arm, seed = self._params, self._arm, self._seed
-        pretrained = self._run(pretrain.pretraining_job(params, arm, seed), session, ranks)
+        pretrained = self._run(self._pretraining_job(), self._pretraining_images, session, ranks)
         job = finetune.finetuning_job(params, arm, seed, self._images.num_classes, pretrained)
-        return self._run(job, session, ranks)
+        return self._run(job, self._images, session, ranks)
 
-    def _run(self, job: TrainingJob, session: Session, ranks: Ranks) -> Path | None:
+    def _run(self, job: TrainingJob, images: ImageArrays, session: Session, ranks: Ranks) -> Path | None:
         """Run one training stage of the trial; the file of its weights, on the first rank."""
-        trainer = Trainer(replace(job, trial=self._name), self._images, session.folder / job.stage, ranks)
+        trainer = Trainer(replace(job, trial=self._name), images, session.folder / job.stage, ranks)
         own: dict[str, Any] = {}
         trainer.run(session.tracked, own, prefix=f"{job.stage}/")
         if not ranks.is_first:

@@ -59,7 +59,7 @@ def arm_params(params: Params, arm: str, seed: int) -> dict[str, str]:
         "seed": seed,
         "strategy": own.strategy,
         "mask_rate": own.mask_rate or 0.0,  # a number, so that charts can place `none`
-        "realised_mask_rate": visible.realised_mask_rate(params.grid),
+        "realised_mask_rate": params.realised_mask_rate_of(arm),
         "num_visible": visible.num_visible,
         "block_size": own.block_size,
         **params.model_dump(mode="json", include=SECTIONS),

@@ -21,7 +21,7 @@ README = """\
     import mlflow, pandas as pd
 
     model = mlflow.pyfunc.load_model(PLACE)
-    images = model.predict(pd.DataFrame({{"seed": [0], "num_images": [4]}}))  # uint8 (4, {size}, {size}, {channels})
+    images = model.predict(pd.DataFrame({{"seed": [0], "num_images": [4]}}))  # uint8 (4, {height}, {width}, {channels})
 
 Image i depends on (seed, i), as in the stage `sample`. Needs maskdm {version} to be installed;
 `artifacts/params.json` is the experiment with the values that this arm was trained with.
@@ -41,28 +41,28 @@ def save_model(folder: Path, params: Params, weights: Path) -> Path:
     """
     from mlflow import pyfunc
 
-    model, side, channels = folder / "model", params.dataset.image_size, params.dataset.channels
+    model, (height, width, channels) = folder / "model", params.dataset.shape
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # asks for an example: drawing one takes long, and the signature is given
         pyfunc.save_model(
             path=str(model),
             python_model=str(SCRIPT),  # code as it stands here, nothing pickled
             artifacts=_artifacts(folder, params, weights),
-            signature=_signature(side, channels),
+            signature=_signature(params.dataset.shape),
             pip_requirements=[f"maskdm=={__version__}", f"torch=={metadata.version('torch')}"],
         )
-    facts = {"name": params.name, "size": side, "channels": channels, "version": __version__}
+    facts = {"name": params.name, "height": height, "width": width, "channels": channels, "version": __version__}
     (model / "README.md").write_text(README.format(**facts), encoding="utf-8")
     return model
 
 
-def _signature(side: int, channels: int) -> ModelSignature:
+def _signature(shape: tuple[int, int, int]) -> ModelSignature:
     import numpy as np
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema, TensorSpec
 
     inputs = Schema([ColSpec(DataType.long, "seed"), ColSpec(DataType.long, "num_images")])
-    return ModelSignature(inputs, Schema([TensorSpec(np.dtype(np.uint8), (-1, side, side, channels))]))
+    return ModelSignature(inputs, Schema([TensorSpec(np.dtype(np.uint8), (-1, *shape))]))
 
 
 def _artifacts(folder: Path, params: Params, weights: Path) -> dict[str, str]:

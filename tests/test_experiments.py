@@ -1,0 +1,128 @@
+"""Every experiment that comes with maskdm: it says what it is, validates, plans, and runs when it is shrunk."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from maskdm.config import Params, load_params
+from maskdm.new_experiment import new_experiment
+from maskdm.plan.command import PlanOptions, run
+from tests.conftest import Experiment
+from tests.test_datasets import encode, make_celeba, make_cifar, make_lsun, make_mnist, pixels, put
+
+ROOT = Path(__file__).parents[1]
+EXPERIMENTS = sorted(file.parent.name for file in (ROOT / "experiments").glob("*/params.yaml"))
+SHRUNK = [
+    "model.patch_size=1",
+    "model.dim=8",
+    "model.depth=3",
+    "model.num_heads=2",
+    "budget.unmasked_steps=60",
+    "budget.milestones=[0.7, 1.0]",
+    "training.log_every=2",
+    "pretrain.batch_size=4",
+    "finetune.batch_size=4",
+    "pretrain.warmup_steps=0",
+    "finetune.warmup_steps=0",
+    "sampling.num_steps=2",
+    "sampling.num_samples=6",
+    "evaluation.features=pixels",
+    "evaluation.reference=all",
+    "evaluation.kid_subset_size=3",
+    "evaluation.kid_subsets=2",
+    "evaluation.prc_neighborhood=2",
+    "compute.threads=1",
+    "compute.device=cpu",
+    "tuning.enabled=false",
+    "tuning.trials={given: {}}",
+    "tracking.enabled=false",
+    "seeds=[0]",
+]
+
+
+def experiment(name: str) -> Path:
+    return ROOT / "experiments" / name
+
+
+def header(name: str) -> str:
+    lines = (experiment(name) / "params.yaml").read_text(encoding="utf-8").splitlines()
+    return "\n".join(lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name != "tiny"])
+def test_its_header_says_what_it_costs_what_to_expect_and_how_to_run_it(name: str) -> None:
+    for what in ("cost ", "expected ", f"command   snakemake -d experiments/{name} --cores "):
+        assert f"#   {what}" in header(name)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_it_is_valid_and_named_as_its_folder(name: str) -> None:
+    assert load_params(experiment(name) / "params.yaml").name == name
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_it_can_be_planned(name: str, tmp_path: Path) -> None:
+    params = load_params(experiment(name) / "params.yaml")
+    with contextlib.chdir(tmp_path):
+        plan = run(params, PlanOptions(("A100",), 0.4, calibrate=False))
+    assert all(arm in plan for arm in params.arms)
+
+
+def make_folder(folder: str) -> None:
+    for i in range(20):
+        put(f"{folder}/class-{i % 2}/{i}.jpg", encode(pixels(1, i, (24, 20, 3))[0]))
+
+
+MAKERS: dict[str, Callable[[str], object]] = {
+    "image_folder": make_folder,
+    "celeba": lambda root: make_celeba("folder", root),
+    "cifar10": lambda root: make_cifar(f"{root}/cifar-10-batches-py"),
+    "lsun": lambda root: make_lsun(20, f"{root}/church_outdoor_train_lmdb"),
+    "fashion_mnist": make_mnist,
+}
+
+
+def shrink(name: str, folder: Path) -> Experiment:
+    """The experiment as small as can be, of scratch and its last arm; images are made where they are not embedded."""
+    params = load_params(experiment(name) / "params.yaml")
+    changes = list(SHRUNK)
+    for where, dataset in [("dataset", params.dataset), *((f"datasets.{k}", d) for k, d in params.datasets.items())]:
+        if dataset.source != "swissroll":
+            changes.append(f"{where}.image_size=4")
+        if dataset.source in MAKERS:
+            changes.append(f"{where}.root={folder / 'images' / where}")
+    if params.dataset.held_out:
+        changes.append("dataset.held_out=0.5")
+    arms = {next(iter(params.arms)): None, list(params.arms)[-1]: None}
+    new_experiment(folder / name, experiment(name), changes, list(arms))
+    shrunk = load_params(folder / name / "params.yaml")
+    with contextlib.chdir(folder / name):
+        make_images(shrunk)
+    return Experiment(folder / name)
+
+
+def make_images(params: Params) -> None:
+    for dataset in (params.dataset, *params.datasets.values()):
+        if dataset.source in MAKERS:
+            assert dataset.root is not None
+            MAKERS[dataset.source](dataset.root)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_it_runs_from_end_to_end(name: str, tmp_path: Path) -> None:
+    shrunk = shrink(name, tmp_path)
+    for stage in ("prepare", "features", "scale"):
+        shrunk.succeed(stage)
+    for arm in shrunk.content["arms"]:
+        for trial in shrunk.content["tuning"]["trials"]:
+            shrunk.try_values(trial, arm)
+    shrunk.succeed("choose")
+    for arm in shrunk.content["arms"]:
+        for stage in ("pretrain", "finetune", "sample", "evaluate"):
+            shrunk.succeed(stage, "--arm", arm, "--seed", "0")
+    shrunk.succeed("report")
+    assert all(arm in shrunk.succeed("summary").out for arm in shrunk.content["arms"])
