@@ -38,6 +38,7 @@ MOST_MISTAKES = 20  # told at once
 ARM_KEY = re.compile(r"[a-z0-9][a-z0-9-]*")
 
 EMBEDDED = ("digits", "swissroll")
+HUGGING_FACE = re.compile(r"huggingface:(?!\.)[\w.-]+(/(?!\.)[\w.-]+)?(:[\w.-]+)?")  # owner/name:configuration
 SOURCES = (*EMBEDDED, "mnist", "fashion_mnist", "cifar10", "celeba", "lsun", "image_folder")
 CELEBA_CROP = [57, 25, 128]  # top row, left column, side
 
@@ -82,11 +83,11 @@ def _side_or_sides(size: Any) -> Any:
     sides = size if isinstance(size, list) and len(size) == 2 else [size]
     if any(type(side) is not int or side < 1 for side in sides):
         raise ValueError(f"expected a number of pixels, 1 or more, or [height, width], got {size!r}")
-    return size
+    return size if len({*sides}) == 2 else sides[0]
 
 
 def _known_source(source: str) -> str:
-    if source in SOURCES or re.fullmatch(r"huggingface:[\w.-]+(/[\w.-]+)?", source):
+    if source in SOURCES or HUGGING_FACE.fullmatch(source):
         return source
     raise ValueError(
         f"unknown dataset {source!r}{_suggest(source, [*SOURCES])}, or huggingface:NAME for a dataset there"
@@ -113,14 +114,14 @@ class DatasetConfig(Section):
     """What `prepare` turns into arrays."""
 
     source: Annotated[str, AfterValidator(_known_source)] = Field(
-        description="digits and swissroll are embedded; mnist, fashion_mnist, cifar10, celeba, lsun: downloaded, or "
-        "their original files in root; image_folder: your own; huggingface:NAME: any image dataset there"
+        description="digits and swissroll are embedded; mnist, fashion_mnist, cifar10, celeba: downloaded, or their "
+        "original files in root; lsun: its databases in root; image_folder: your own; huggingface:NAME[:CONFIGURATION]"
     )
     root: str | None = Field(
         default=None,
         description="where the files lie, from this params.yaml; of image_folder a folder tree, .zip or .tar",
     )
-    split: str | None = Field(
+    split: Annotated[str, Field(min_length=1)] | None = Field(
         default=None,
         description="of a named dataset: train (the default), test, …; of lsun its category, e.g. church_outdoor",
     )
@@ -165,6 +166,12 @@ class DatasetConfig(Section):
         """(H, W, C) of every image."""
         return self.height, self.width, self.channels
 
+    def may_share_images_with(self, other: DatasetConfig) -> bool:
+        """Whether both may hold the same images: of one source, unless their classes differ."""
+        if (self.source, self.root, self.split) != (other.source, other.root, other.split):
+            return False
+        return self.classes is None or other.classes is None or not set(self.classes).isdisjoint(other.classes)
+
     @model_validator(mode="before")
     @classmethod
     def _celeba_has_a_usual_crop(cls, content: Any) -> Any:
@@ -187,6 +194,8 @@ class DatasetConfig(Section):
             raise ValueError("crop_box (top row, left column, side) belongs to crop: box, and crop: box needs it")
         if self.crop == "box" and self.height != self.width:
             raise ValueError(f"crop: box cuts a square, and image_size is {self.image_size}: use center or none")
+        if self.crop_box is not None and self.crop_box[2] < 1:
+            raise ValueError(f"crop_box {self.crop_box}: its side is {self.crop_box[2]}; expected 1 or more")
         if self.limit is not None and self.fraction is not None:
             raise ValueError(f"give limit ({self.limit}) or fraction ({self.fraction:g}), not both")
         if self.source == "swissroll" and self.shape != (1, 2, 1):
@@ -433,7 +442,7 @@ class DataConfig(Section):
     )
     prepare_jobs: Count = Field(
         default=1,
-        description="into so many jobs Snakemake splits the preparation of `dataset`, over cores and machines",
+        description="into so many jobs Snakemake splits `prepare`, over cores and machines; changed, it prepares again",
     )
 
 
@@ -652,6 +661,11 @@ class Params(Section):
         if named is not None and named not in self.datasets:
             hint = _suggest(str(named), list(self.datasets)) if self.datasets else ", which is empty"
             raise ValueError(f"arms.{key}: pretrain.dataset {named!r} is no key of `datasets`{hint}")
+        if named is not None and self.dataset.held_out and self.dataset.may_share_images_with(self.datasets[named]):
+            raise ValueError(
+                f"arms.{key}: pretrain.dataset {named!r} may hold images that dataset.held_out keeps from training: "
+                "give it another source or root, or classes that `dataset` has not"
+            )
 
     def _batch_is_shared_evenly(self, where: str, stage: StageConfig) -> None:
         """Every device gets as many images, in whole micro-batches."""

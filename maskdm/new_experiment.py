@@ -9,13 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from maskdm.config import PARAMS_FILE, load_params, parse_params
+from maskdm.config import NOT_PLAIN_YAML, PARAMS_FILE, load_params, parse_params
+from maskdm.data.named.files import root_of
 from maskdm.errors import ParamsError, UserError
 from maskdm.paths import project_root
 from maskdm.printable import printable
+from maskdm.publishing import replace_file
 
 PIPELINE = "dvc.yaml"
 PATHS = ("root", "weights", "checkpoint")  # keys whose values are paths, seen from the folder of params.yaml
+WITH_FILES = ("mnist", "fashion_mnist", "cifar10", "celeba", "lsun")  # below data/ if no root is given
 WIDE = 4096  # columns: no line is broken
 
 
@@ -40,17 +43,20 @@ def new_experiment(folder: Path, source: Path, changes: Sequence[str], arms: Seq
         raise UserError(f"{folder} is there already: name a folder that is not")
     pipeline = _project(source) / PIPELINE
     content = _read(source)
-    _move_paths(content, source.parent, folder)
+    _move_paths(content, source.parent, folder, set())
     content["name"] = folder.resolve().name
     for change in changes:
         _change(content, change)
+    parse_params(_plain(content), source="the new params.yaml")
     _keep(content, arms)
+    _name_roots(content, source.parent, folder)
     parse_params(_plain(content), source="the new params.yaml")
     text = _written(content, source, changes, arms)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with replace_file(folder / PARAMS_FILE) as building:
+            building.write_text(text, encoding="utf-8")
         (folder / PIPELINE).symlink_to(os.path.relpath(pipeline, folder.resolve()))
-        (folder / PARAMS_FILE).write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}") from error
 
@@ -68,7 +74,8 @@ def next_steps(folder: Path) -> str:
 
 def _project(source: Path) -> Path:
     """The folder of the pipeline that the source belongs to."""
-    for folder in source.resolve().parents:
+    linked = (source.parent / PIPELINE).resolve()  # where `new` has made the source elsewhere
+    for folder in (*source.resolve().parents, linked.parent):
         if (folder / PIPELINE).is_file() and (folder / "Snakefile").is_file():
             return folder
     raise UserError(f"{source} lies in no maskdm project: no folder above it holds {PIPELINE} and a Snakefile")
@@ -90,7 +97,11 @@ def _plain(content: Any) -> Any:
     """The content as the commands will read it."""
     import yaml
 
-    return yaml.safe_load(_dumped(content))
+    try:
+        return yaml.safe_load(_dumped(content))
+    except NOT_PLAIN_YAML as error:
+        reason = printable(" ".join(str(error).split()))
+        raise ParamsError(f"the new params.yaml would be no plain YAML: {reason}") from None
 
 
 def _dumped(content: Any) -> str:
@@ -106,15 +117,28 @@ def _written(content: Any, source: Path, changes: Sequence[str], arms: Sequence[
     return f"# From {printable(str(source))}{changed}\n{_dumped(content)}"
 
 
-def _move_paths(content: Any, before: Path, after: Path) -> None:
-    """Make relative paths lead to the same files from another folder."""
-    if not isinstance(content, dict):
+def _move_paths(content: Any, before: Path, after: Path, seen: set[int]) -> None:
+    """Make relative paths lead to the same files from another folder; what an alias repeats, once."""
+    if not hasattr(content, "non_merged_items") or id(content) in seen:
         return
-    for key, value in content.items():
-        if key in PATHS and isinstance(value, str) and not Path(value).is_absolute():
+    seen.add(id(content))
+    for key, value in list(content.non_merged_items()):
+        if str(key).rpartition(".")[2] in PATHS and isinstance(value, str) and not Path(value).is_absolute():
             content[key] = os.path.relpath((before / value).resolve(), after.resolve())
         else:
-            _move_paths(value, before, after)
+            _move_paths(value, before, after, seen)
+    for merged in content.merge:
+        _move_paths(merged, before, after, seen)
+
+
+def _name_roots(content: Any, before: Path, after: Path) -> None:
+    """Say where the files of a dataset are if they are looked for beside params.yaml because it does not say."""
+    params = parse_params(_plain(content), source="the new params.yaml")
+    datasets = [(content["dataset"], params.dataset)]
+    datasets += [(content["datasets"][name], dataset) for name, dataset in params.datasets.items()]
+    for own, dataset in datasets:
+        if dataset.source in WITH_FILES and dataset.root is None:
+            own["root"] = os.path.relpath((before / root_of(dataset)).resolve(), after.resolve())
 
 
 def _change(content: Any, change: str) -> None:
@@ -127,7 +151,7 @@ def _change(content: Any, change: str) -> None:
         raise ParamsError(f"--set {change}: expected path.to.key=value, such as budget.unmasked_steps=1000")
     try:
         value = _yaml().load(text)
-    except (YAMLError, ValueError):
+    except (YAMLError, ValueError, AttributeError):
         raise ParamsError(f"--set {path}: {printable(text)!r} is no YAML value") from None
     for section in sections:
         content = content.setdefault(section, {})

@@ -261,6 +261,8 @@ OTHER: dict[str, Any] = {"source": "digits", "image_size": 16, "channels": 1}
         ("datasets", {"More": OTHER}, "datasets.More", "only a-z, 0-9 and '-'"),
         ("pretrain/dataset", "more", "arms.patch-m50", "'more' is no key of `datasets`, which is empty"),
         ("evaluation/reference", "held_out", "evaluation", "needs dataset.held_out"),
+        ("dataset/source", "huggingface:../here", "dataset.source", "huggingface:NAME for a dataset there"),
+        ("dataset", OTHER | {"crop": "box", "crop_box": [0, 0, 0]}, "dataset", "its side is 0; expected 1 or more"),
         ("evaluation", {"features": "pixels", "weights": "x.pth"}, "evaluation", "compares pixel values"),
         ("evaluation/weights", "x.pth", "evaluation", "takes no weights"),
         ("pretrain/micro_batch_size", 5, "pretrain", "micro_batch_size 5 does not divide batch_size 32"),
@@ -470,6 +472,33 @@ def test_an_arm_may_be_pretrained_on_another_dataset_with_another_grid() -> None
     other = parse_params(changed)
     assert other.trained_with("patch-m50") != params.trained_with("patch-m50")
     assert other.trained_with("scratch") == params.trained_with("scratch")
+
+
+@pytest.mark.parametrize(("given", "kept"), [(8, 8), ([8, 8], 8), ([8, 16], [8, 16])])
+def test_a_square_is_told_by_its_side(given: Any, kept: Any) -> None:
+    assert parse_params(content_with("dataset/image_size", given)).dataset.image_size == kept
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "shares"),
+    [
+        ({}, {}, True),
+        ({"classes": ["1"]}, {}, True),
+        ({"classes": ["1", "2"]}, {"classes": ["2", "3"]}, True),
+        ({"classes": ["1", "2"]}, {"classes": ["3"]}, False),
+        ({}, {"source": "mnist"}, False),
+    ],
+)
+def test_what_is_held_out_is_not_pretrained_on(here: dict[str, Any], there: dict[str, Any], shares: bool) -> None:
+    content = content_with("dataset", OTHER | {"held_out": 0.5} | here)
+    content["datasets"] = {"other": OTHER | there}
+    content["arms"]["patch-m50"]["pretrain"] = {"dataset": "other"}
+    if shares:
+        assert "arms.patch-m50: pretrain.dataset 'other' may hold images that dataset.held_out" in error_of(content)
+    else:
+        assert parse_params(content).dataset.held_out == 0.5
+    content["dataset"]["held_out"] = 0.0
+    assert parse_params(content).datasets
 
 
 def test_what_all_arms_are_pretrained_on_is_nothing_to_scratch() -> None:

@@ -64,6 +64,28 @@ def test_paths_go_on_leading_to_the_same_files(tmp_path: Path) -> None:
     assert params.datasets["more"].root == "/data/b"
 
 
+def test_a_path_that_an_alias_repeats_is_moved_once(tmp_path: Path) -> None:
+    source = tmp_path / "project"
+    source.mkdir()
+    for name in ("dvc.yaml", "Snakefile"):
+        (source / name).touch()
+    lines = (TINY / "params.yaml").read_text(encoding="utf-8").splitlines()
+    lines = [line for line in lines if not line.startswith(("dataset:", "datasets:"))]
+    lines += ["datasets:", "  one: &one {source: image_folder, root: imgs, image_size: 8, channels: 1}", "  two: *one"]
+    lines += ["dataset:", "  <<: *one", "  limit: 200"]
+    (source / "params.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    params = load_params(make(tmp_path / "mine", source=source) / "params.yaml")
+    roots = [params.dataset.root, *(dataset.root for dataset in params.datasets.values())]
+    assert roots == ["../project/imgs"] * 3
+
+
+def test_files_that_are_looked_for_beside_params_yaml_are_found_from_elsewhere(tmp_path: Path) -> None:
+    cifar = ROOT / "experiments" / "cifar10"
+    params = load_params(make(tmp_path / "mine", source=cifar) / "params.yaml")
+    assert params.dataset.root is not None
+    assert (tmp_path / "mine" / params.dataset.root).resolve() == cifar / "data" / "cifar10"
+
+
 @pytest.mark.parametrize(
     ("changes", "arms", "says"),
     [
@@ -73,6 +95,8 @@ def test_paths_go_on_leading_to_the_same_files(tmp_path: Path) -> None:
         (["=3"], (), "--set =3: expected path.to.key=value"),
         (["name.x=3"], (), "name is a value, not a section"),
         (["seeds=[1"], (), "--set seeds: '[1' is no YAML value"),
+        (["name=!x y"], (), "no plain YAML"),
+        (["arms=5"], ("scratch",), "arms: input should be a valid dictionary"),
         ([], ("none",), "there is no arm 'none'; expected some of scratch, patch-m50, block2-m75"),
     ],
 )
@@ -91,6 +115,11 @@ def test_what_is_there_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is there already"):
         make(tmp_path / "mine")
     assert (tmp_path / "mine" / "params.yaml").read_text(encoding="utf-8") == "mine"
+
+
+def test_one_that_was_made_outside_of_the_project_can_be_made_another_from(tmp_path: Path) -> None:
+    second = make(tmp_path / "second", source=make(tmp_path / "first"))
+    assert (second / "dvc.yaml").resolve() == (ROOT / "dvc.yaml").resolve()
 
 
 def test_outside_of_a_project_there_is_no_pipeline_to_link_to(tmp_path: Path) -> None:

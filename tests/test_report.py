@@ -523,6 +523,12 @@ class TestAnswer:
         text = self.answer(make_params(seeds=seeds))
         assert text.startswith(f"{said} cannot tell a difference from chance. What was seen: 1 of 6 masked arms")
 
+    def test_it_calls_arms_masked_only_if_all_of_them_are(self):
+        params = make_params()
+        unmasked = params.arms["patch-m25"].model_copy(update={"mask_rate": 0.0})
+        text = self.answer(params.model_copy(update={"arms": {**params.arms, "patch-m25": unmasked}}))
+        assert "of 6 pretrained arms" in text and "masked" not in text
+
     def test_it_says_what_was_matched(self):
         assert "at equal images seen" in self.answer(make_params(match="images"))
 

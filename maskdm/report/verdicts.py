@@ -232,23 +232,24 @@ def answer(params: Params, compared: list[Comparison]) -> str:
     name = reference_of(params)
     if name is None:
         return "No comparison is possible: there is no arm without pretraining."
-    masked = [c for c in compared if params.arm(c.arm).strategy != "none"]
-    if not masked:
+    pretrained = [c for c in compared if params.arm(c.arm).strategy != "none"]
+    if not pretrained:
         return "No comparison is possible: no arm was pretrained."
-    found = [(c.arm, c.against) for c in masked if c.against is not None]
+    kind = "masked" if all(params.realised_mask_rate_of(c.arm) for c in pretrained) else "pretrained"
+    found = [(c.arm, c.against) for c in pretrained if c.against is not None]
     if not found:
-        return f"No comparison is possible yet: {name} or every masked arm is missing."
+        return f"No comparison is possible yet: {name} or every {kind} arm is missing."
     equal = f"at equal {MATCHED_BY[params.budget.match]}"
     sure = [(arm, against) for arm, against in found if against.fid.difference.has_interval]
-    said = [_sure_answer(sure, name, equal) if sure else _unsure_answer(found, name, equal)]
+    said = [_sure_answer(sure, kind, name, equal) if sure else _unsure_answer(found, kind, name, equal)]
     if sure and len(found) > len(sure):
         said.append(f"{len(found) - len(sure)} more had too few seeds to tell.")
-    if len(masked) > len(found):
-        said.append(f"{len(masked) - len(found)} of {len(masked)} masked arms could not be compared.")
+    if len(pretrained) > len(found):
+        said.append(f"{len(pretrained) - len(found)} of {len(pretrained)} {kind} arms could not be compared.")
     return " ".join(said)
 
 
-def _sure_answer(found: list[tuple[str, Against]], name: str, equal: str) -> str:
+def _sure_answer(found: list[tuple[str, Against]], kind: str, name: str, equal: str) -> str:
     """With intervals: what is clear among all arms."""
     clear = {arm: against.fid.difference.mean < 0 for arm, against in found if against.is_clear}
     better, worse = ([arm for arm, is_better in clear.items() if is_better == wanted] for wanted in (True, False))
@@ -261,7 +262,7 @@ def _sure_answer(found: list[tuple[str, Against]], name: str, equal: str) -> str
     return (
         _sentence(
             [
-                f"{count} masked arms had a clearly lower FID than {name} {equal}{_listed(better)} "
+                f"{count} {kind} arms had a clearly lower FID than {name} {equal}{_listed(better)} "
                 f"({seeds}, Holm-adjusted p < {SIGNIFICANT:g})",
                 *rest,
             ]
@@ -270,13 +271,13 @@ def _sure_answer(found: list[tuple[str, Against]], name: str, equal: str) -> str
     )
 
 
-def _unsure_answer(found: list[tuple[str, Against]], name: str, equal: str) -> str:
+def _unsure_answer(found: list[tuple[str, Against]], kind: str, name: str, equal: str) -> str:
     """Without intervals for all: what was seen, and that chance may be the reason."""
     better = [arm for arm, against in found if against.fid.difference.mean < 0]
     count = f"{len(better)} of {len(found)}" if better else f"None of {len(found)}"
     seeds = seeds_text(max(against.fid.difference.n for _, against in found))
     return (
-        f"{seeds[0].upper()}{seeds[1:]} cannot tell a difference from chance. What was seen: {count} masked arms had a "
+        f"{seeds[0].upper()}{seeds[1:]} cannot tell a difference from chance. What was seen: {count} {kind} arms had a "
         f"lower FID than {name} {equal}{_listed(better)}."
     )
 
