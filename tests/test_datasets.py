@@ -16,6 +16,7 @@ import tarfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from maskdm import paths
 from maskdm.config import Params, parse_params
 from maskdm.data.arrays import ImageArrays
 from maskdm.data.prepare import prepare
 from maskdm.errors import ParamsError, UserError
+from maskdm.publishing import one_writer
 
 OUT = Path("out")
+STANDING = {Path("results"), Path(".work"), Path(".work/locks"), Path(".work/locks/download.lock")}
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +70,7 @@ def prepared(**given: Any) -> ImageArrays:
         prepare(params(**given), OUT)
     except UserError as error:
         assert not OUT.exists()
-        left = {path for path in set(Path().rglob("*")) - before if path not in (Path(".work"), Path("results"))}
+        left = set(Path().rglob("*")) - before - STANDING
         assert not left, f"left behind: {left}"
         assert "\n" not in str(error)
         raise
@@ -156,6 +160,25 @@ def test_fashion_mnist_has_the_names_of_its_classes_and_another_size() -> None:
     resized = Image.fromarray(parts["train"][0][2]).convert("RGB").resize((32, 32), Image.Resampling.LANCZOS)
     np.testing.assert_array_equal(arrays.all()[2], np.asarray(resized))
     assert arrays.manifest["source"]["root"] == "data/fashion_mnist"
+
+
+def test_mnist_and_fashion_mnist_share_a_root() -> None:
+    make_mnist("files/MNIST/raw")
+    expected = pixels(7, 5)
+    make_mnist("files/FashionMNIST/raw")
+    put("files/FashionMNIST/raw/train-images-idx3-ubyte.gz", gzip.compress(idx(expected)))
+    fashion = prepared(source="fashion_mnist", root="files", image_size=28, channels=1)
+    np.testing.assert_array_equal(fashion.all()[..., 0], expected)
+    numbers = prepared(source="mnist", root="files", image_size=28, channels=1)
+    np.testing.assert_array_equal(numbers.all()[..., 0], pixels(7))
+    assert numbers.manifest["source"]["root"] == "files/MNIST/raw"
+
+
+@pytest.mark.usefixtures("no_network")
+def test_mnist_is_not_taken_for_fashion_mnist() -> None:
+    make_mnist("files/MNIST/raw")
+    with pytest.raises(UserError, match="the files of fashion_mnist are not in files"):
+        prepared(source="fashion_mnist", root="files", image_size=28, channels=1)
 
 
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
@@ -253,6 +276,31 @@ def test_mnist_is_downloaded_whole_or_not_at_all(is_whole: bool, monkeypatch: py
     assert sorted(path.name for path in Path("data/mnist").iterdir()) == [name for name, _ in md5s]
     again = prepared(source="mnist", image_size=28, channels=1)  # from what was downloaded: the server is gone
     assert again.manifest == arrays.manifest
+
+
+@pytest.mark.usefixtures("no_network")
+def test_what_a_killed_download_has_left_is_removed() -> None:
+    put(".work/download-mnist/MNIST/raw/train-images-idx3-ubyte.gz", b"half")
+    with pytest.raises(UserError, match="could not be downloaded"):
+        prepared(source="mnist", image_size=28, channels=1)
+    assert not list(Path(".work").glob("download-*"))
+
+
+@pytest.mark.usefixtures("no_network")
+def test_what_another_process_downloads_is_waited_for_and_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its folder is not taken for one that was left."""
+    with ThreadPoolExecutor(1) as pool:
+        with one_writer(paths.lock("download"), "another"):
+            put(".work/download-other/file", b"half")
+            future = pool.submit(prepared, source="mnist", image_size=28, channels=1)
+            said = ""
+            while "download of mnist: waiting for process" not in said:
+                assert not future.done(), "it waits"
+                said += capsys.readouterr().err
+            parts = make_mnist()
+        arrays = future.result(timeout=60)
+    np.testing.assert_array_equal(arrays.all()[..., 0], parts["train"][0])
+    assert Path(".work/download-other/file").exists()
 
 
 # --- CIFAR-10: pickles of Python 2
@@ -381,6 +429,23 @@ def test_a_missing_batch_is_named() -> None:
         prepared(source="cifar10", image_size=32)
 
 
+def test_a_second_batch_of_one_name_is_refused() -> None:
+    make_cifar()
+    make_cifar("data/cifar10/cifar-10-batches-py/copy")
+    with pytest.raises(UserError, match="holds test_batch twice") as caught:
+        prepared(source="cifar10", split="test", image_size=32)
+    for folder in ("", "copy/"):
+        assert f"data/cifar10/cifar-10-batches-py/{folder}test_batch" in str(caught.value)
+
+
+def test_a_second_file_that_the_split_does_not_need_does_no_harm() -> None:
+    made = make_cifar()
+    put("data/cifar10/cifar-10-batches-py/copy/data_batch_1", b"")
+    put("data/cifar10/cifar-10-batches-py/copy/readme.html", b"")
+    test = prepared(source="cifar10", split="test", image_size=32)
+    np.testing.assert_array_equal(test.all(), made["test_batch"][0])
+
+
 # --- CelebA: aligned images and the partition
 
 
@@ -444,6 +509,15 @@ def test_a_zip_of_celeba_with_a_bad_member_is_named() -> None:
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"bad image img_align_celeba/000001\.jpg in data/celeba/img_align_celeba\.zip"):
         prepared(source="celeba", image_size=64)
+
+
+def test_a_second_image_of_one_name_is_refused() -> None:
+    make_celeba()
+    put("data/celeba/img_align_celeba/copy/000002.jpg", encode(pixels(1, 9, (218, 178, 3))[0]))
+    with pytest.raises(UserError, match=r"holds 000002\.jpg twice") as caught:
+        prepared(source="celeba", image_size=64)
+    for folder in ("", "copy/"):
+        assert f"data/celeba/img_align_celeba/{folder}000002.jpg" in str(caught.value)
 
 
 # --- LSUN: an LMDB database of webp or jpeg files by hash
@@ -621,6 +695,59 @@ def test_a_dataset_of_hugging_face_is_its_files_bit_by_bit(hub: Any, kind: str) 
     assert arrays.class_names == ("ant", "bee", "cow")
 
 
+def test_a_saved_dataset_of_one_split_is_of_that_split(hub: Any) -> None:
+    Path("files").mkdir()
+    table(hub).to_parquet("files/train-00000-of-00001.parquet")
+    hub.load_dataset("files", split="train").save_to_disk("saved")
+    table(hub).save_to_disk("unknown")
+    given = {"source": "huggingface:someone/insects", "image_size": 8}
+    assert len(prepared(root="saved", split="train", **given)) == len(prepared(root="saved", **given)) == 6
+    for root, split in (("saved", "train"), ("unknown", "None")):
+        with pytest.raises(
+            UserError, match=rf"split: {root} was saved as one split, which is {split}: expected 'test'"
+        ):
+            prepare(params(root=root, split="test", **given), Path("other"))
+
+
+def test_a_saved_dataset_without_the_split_is_told(hub: Any) -> None:
+    hub.DatasetDict(train=table(hub), valid=table(hub)).save_to_disk("files")
+    with pytest.raises(UserError, match=r"dataset\.split: files has no split 'test'; it has train, valid"):
+        prepared(source="huggingface:someone/insects", root="files", split="test", image_size=8)
+
+
+def make_configurations(hub: Any) -> None:
+    """A dataset with the configurations all, of six images, and few, of two."""
+    Path("files").mkdir()
+    table(hub).to_parquet("files/all.parquet")
+    table(hub).select([4, 1]).to_parquet("files/few.parquet")
+    entries = [f"- config_name: {name}\n  data_files: {name}.parquet\n" for name in ("all", "few")]
+    put("files/README.md", f"---\nconfigs:\n{''.join(entries)}---\n".encode())
+
+
+def test_a_configuration_is_named_behind_the_dataset(hub: Any) -> None:
+    make_configurations(hub)
+    files, _ = rows()
+    few = prepared(source="huggingface:someone/insects:few", root="files", image_size=8)
+    np.testing.assert_array_equal(few.all(), np.stack([decoded(files[i]) for i in (4, 1)]))
+    assert few.manifest["source"]["kind"] == "huggingface:someone/insects:few"
+    assert len(prepared(source="huggingface:someone/insects:all", root="files", image_size=8)) == 6
+    for name in ("insects", "insects:fwe"):
+        with pytest.raises(UserError, match=r"can't be loaded: .*'all', 'few'"):
+            prepare(params(source=f"huggingface:{name}", root="files", image_size=8), Path("other"))
+
+
+def test_a_saved_dataset_is_of_its_configuration(hub: Any) -> None:
+    make_configurations(hub)
+    hub.load_dataset("files", "few").save_to_disk("saved")
+    hub.load_dataset("files", "few", split="train").save_to_disk("split")
+    for root in ("saved", "split"):
+        assert len(prepared(source="huggingface:insects:few", root=root, image_size=8)) == 2
+        with pytest.raises(
+            UserError, match=rf"{root} was saved from the configuration few: expected 'all'; remove :all"
+        ):
+            prepare(params(source="huggingface:insects:all", root=root, image_size=8), Path("other"))
+
+
 def test_what_hugging_face_does_not_have_is_told(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     table(hub).save_to_disk("files")
     table(hub).remove_columns("image").save_to_disk("other")
@@ -679,6 +806,14 @@ def test_a_limit_of_more_than_there_are_is_all() -> None:
     assert prepared(**digits(limit=5000)).sha256 == prepared(**digits()).sha256
 
 
+@pytest.mark.parametrize(("limit", "is_told"), [(1797, False), (1798, True)])
+def test_a_limit_of_more_than_there_are_is_told(limit: int, is_told: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    prepared(**digits(limit=limit), datasets={"same": digits(limit=limit, classes=["3"])})
+    said = capsys.readouterr().err
+    assert (f"warning: dataset.limit {limit}: there are 1797 images; all are used\n" in said) == is_told
+    assert f"warning: datasets.same.limit {limit}: there are 183 images; all are used\n" in said
+
+
 def test_a_draw_is_the_same_in_all_versions() -> None:
     """Fixed values: another NumPy, or another implementation, must not change what experiments train on."""
     from maskdm.data.selection import _drawn
@@ -717,6 +852,23 @@ def test_held_out_images_are_the_rest_of_those_used() -> None:
     assert of_held_out[-1] > 350, "drawn, not cut off at an end"
     assert [m["source"]["part"] for m in (train.manifest, held_out.manifest)] == ["train", "held_out"]
     assert (OUT / "held_out" / "preview.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"source": "image_folder", "root": "nowhere"}, r"dataset\.root: there is no nowhere"),
+        ({"source": "image_folder", "root": "."}, r"dataset\.root: \. holds out too"),
+        ({"source": "mnist", "split": "tset"}, r"dataset\.split: mnist has no 'tset'"),
+        ({"source": "digits", "classes": ["x"]}, r"dataset\.classes: digits has no class 'x'"),
+        ({"source": "image_folder", "root": "photos"}, r"bad image photos/1\.png: "),
+        ({"source": "image_folder", "root": "photos", "on_bad_image": "skip"}, r"dataset\.root: all 1 images"),
+    ],
+)
+def test_mistakes_in_other_datasets_are_told_with_their_name(other: dict[str, Any], message: str) -> None:
+    put("photos/1.png", b"no image")
+    with pytest.raises(UserError, match=rf"^datasets\.more: {message}"):
+        prepared(**digits(), datasets={"more": {"image_size": 8, "channels": 1, **other}})
 
 
 def test_other_datasets_lie_beside_it() -> None:
@@ -772,6 +924,19 @@ def test_the_same_images_are_drawn_from_every_kind_of_root() -> None:
 def test_an_unknown_dataset_is_told() -> None:
     with pytest.raises(ParamsError, match=r"unknown dataset 'minst'; did you mean 'mnist'"):
         params(source="minst", image_size=8)
+
+
+def test_original_files_may_lie_beside_the_results() -> None:
+    """They are opened by their names: nothing else in the folder is taken for an image."""
+    parts = make_mnist(".")
+    arrays = prepared(source="mnist", root=".", image_size=28, channels=1)
+    np.testing.assert_array_equal(arrays.all()[..., 0], parts["train"][0])
+
+
+def test_image_files_read_by_hugging_faces_package_lie_apart(hub: Any) -> None:
+    put("train/1.png", encode(pixels(8)[0], "PNG"))
+    with pytest.raises(UserError, match=r"dataset\.root: \. holds out too"):
+        prepared(source="huggingface:x", root=".", image_size=8)
 
 
 # --- images that are not square

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +19,15 @@ import pytest
 import yaml
 from PIL import Image
 
-from maskdm import engines
+from maskdm import engines, paths
+from maskdm.checksums import file_sha256, with_checksum
 from maskdm.config import Params, load_params, parse_params
 from maskdm.data.arrays import ImageArrays
 from maskdm.data.prepare import prepare, prepare_part
 from maskdm.errors import ParamsError, UserError
 from maskdm.stages.prepare import KEPT
 from maskdm.stages.prepare import run as run_stage
+from maskdm.stages.versions import STAGE_VERSIONS
 
 ROOT = Path(__file__).parents[1]
 NUM_IMAGES, SIDE = 50, 8
@@ -150,21 +155,27 @@ def test_a_shard_of_other_images_or_params_is_not_taken(change: str) -> None:
     assert bytes_of() == bytes_of(Path("straight"))
 
 
-def test_a_killed_part_goes_on_from_its_finished_shards() -> None:
-    expected = straight()
+def slow_part(part: int) -> subprocess.Popen[bytes]:
+    """One of two parts at work in another process, its first shard done."""
     text = yaml.safe_dump(content(2), sort_keys=False)
     Path("params.yaml").write_text(text, encoding="utf-8")
     slow = (
         "import time, maskdm.data.bulk_decoding as b; load = b._load\n"
         "b._load = lambda *a: time.sleep(0.02) or load(*a)\n"
         "from maskdm.config import load_params; from maskdm.stages.prepare import run\n"
-        "run(load_params(), 0)"
+        f"run(load_params(), {part})"
     )
     process = subprocess.Popen([sys.executable, "-c", slow], stderr=subprocess.PIPE)
-    first = KEPT / "images-00000.json"
+    first = KEPT / f"images-{part:05d}.json"
     deadline = time.monotonic() + 60
     while not first.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
+    return process
+
+
+def test_a_killed_part_goes_on_from_its_finished_shards() -> None:
+    expected = straight()
+    process, first = slow_part(0), KEPT / "images-00000.json"
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL, "it was at work"
@@ -172,10 +183,67 @@ def test_a_killed_part_goes_on_from_its_finished_shards() -> None:
     assert first in kept
     given = load_params()
     for part in range(2):
-        prepare_part(given, part, KEPT)
+        prepare_part(given, part, KEPT, STAGE_VERSIONS["prepare"])
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    prepare(given, OUT, KEPT)
+    prepare(given, OUT, KEPT, STAGE_VERSIONS["prepare"])
     assert bytes_of() == expected
+
+
+@pytest.mark.parametrize("jobs", [2, 1])
+def test_prepare_waits_for_a_part_at_work(jobs: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of its own number of jobs or another: it would remove the folder that the part writes to."""
+    expected = straight()
+    process, said = slow_part(1), ""
+    process.send_signal(signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(run_stage, params(jobs))
+        try:
+            while f"prepare: waiting for process {process.pid}" not in said:
+                assert not future.done(), "it waits"
+                said += capsys.readouterr().err
+        finally:
+            process.send_signal(signal.SIGCONT)
+        _, error = process.communicate(timeout=60)
+        future.result(timeout=60)
+    assert (process.returncode, b"Traceback" in error) == (0, False), error.decode()
+    assert bytes_of(paths.DATA) == expected
+    assert not KEPT.exists()
+
+
+def test_what_parts_have_made_is_taken_and_goes_without_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = straight()
+    for part in range(2):
+        run_stage(params(2), part)
+    monkeypatch.setattr("maskdm.data.collection.ImageFiles.load", None)  # nothing is read any more
+    run_stage(params(1))
+    assert bytes_of(paths.DATA) == expected
+    assert not KEPT.exists()
+
+
+def test_without_jobs_nothing_is_kept() -> None:
+    run_stage(params(1))
+    assert not KEPT.exists()
+    assert [path.name for path in paths.lock("prepare").parent.iterdir()] == ["prepare.lock"]
+
+
+def test_shards_made_by_other_code_are_not_taken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = straight()
+    for _ in range(2):
+        run_stage(params(2), 0)
+    assert re.findall(r"made (\d+) shards", capsys.readouterr().err) == ["6", "0"]
+    for file in KEPT.rglob("*.npy"):  # as other code may have made them
+        note = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+        del note["checksum"]
+        np.save(file, np.load(file) // 2)
+        note["sha256"] = file_sha256(file)
+        file.with_suffix(".json").write_text(json.dumps(with_checksum(note)), encoding="utf-8")
+    monkeypatch.setitem(STAGE_VERSIONS, "prepare", STAGE_VERSIONS["prepare"] + 1)
+    run_stage(params(2), 0)
+    assert re.findall(r"made (\d+) shards", capsys.readouterr().err) == ["6"]
+    run_stage(params(2))
+    assert bytes_of(paths.DATA) == expected
 
 
 def test_a_bad_image_stops_a_part_and_is_named() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import PIL
+from tqdm import tqdm
 
 from maskdm import paths
 from maskdm.config import DatasetConfig, Params
 from maskdm.data.arrays import Entries, ImageArrays, write_manifest
 from maskdm.data.collection import Collection, as_array
 from maskdm.data.grids import save_grid
+from maskdm.data.named.huggingface import PREFIX
 from maskdm.data.opening import open_collection
 from maskdm.data.selection import Selection, facts, select
 from maskdm.data.shards import Made, Maker, Shard, split_into_shards
@@ -25,6 +28,7 @@ from maskdm.publishing import link_or_copy, publish_folder
 
 PREVIEW = "preview.png"
 PREVIEW_IMAGES = 64
+MAIN = Path()  # the place of `dataset`
 HELD_OUT = Path("held_out")
 PRETRAIN = Path("pretrain")
 PROTOCOL = {"crop", "crop_box", "resize_filter", "channels", "image_size"}
@@ -34,6 +38,7 @@ PROTOCOL = {"crop", "crop_box", "resize_filter", "channels", "image_size"}
 class _Source:
     """An open source, and what is to be made of it: the shards of each of its datasets, by what part of it they are."""
 
+    place: Path
     collection: Collection
     dataset: DatasetConfig
     selection: Selection
@@ -45,7 +50,7 @@ class _Source:
         return [shard for shards in self.datasets.values() for shard in shards]
 
 
-def prepare(params: Params, output: Path = paths.DATA, kept: Path | None = None) -> dict[str, Any]:
+def prepare(params: Params, output: Path = paths.DATA, kept: Path | None = None, version: int = 0) -> dict[str, Any]:
     """Turn the datasets of params.yaml into shards, labels, manifests and previews, whole or not at all.
 
     In `output` lies the training part of `dataset`, in `held_out` of it what is held out, in `pretrain/NAME` the
@@ -55,6 +60,7 @@ def prepare(params: Params, output: Path = paths.DATA, kept: Path | None = None)
         params: the experiment.
         output: a folder.
         kept: where finished shards are kept until all is done: what `prepare_part` has made there is taken.
+        version: of the code: what another has made there is not taken.
 
     Returns:
         the manifest of the training part of `dataset`.
@@ -62,22 +68,27 @@ def prepare(params: Params, output: Path = paths.DATA, kept: Path | None = None)
     Raises:
         UserError: a source is missing, unreadable, without images or with a bad one, or `output` can't be written.
     """
-    for dataset in (params.dataset, *params.datasets.values()):
-        _check_apart(dataset.root, output)
+    for place, dataset in _datasets(params).items():
+        with _named(place):
+            _check_apart(dataset, output)
     with publish_folder(output) as folder:
-        manifests = [_write(source, folder, kept) for source in _open_all(params)]
+        manifests = []
+        for source in _open_all(params, version):
+            with _named(source.place):
+                manifests.append(_write(source, folder, kept))
     if kept is not None:
         shutil.rmtree(kept, ignore_errors=True)
     return manifests[0]
 
 
-def prepare_part(params: Params, part: int, kept: Path) -> int:
+def prepare_part(params: Params, part: int, kept: Path, version: int = 0) -> int:
     """Make every `data.prepare_jobs`-th shard ahead; `prepare` takes it.
 
     Args:
         params: the experiment.
         part: which, from 0.
-        kept: the folder that `prepare` takes shards from.
+        kept: the folder that `prepare` takes shards from; it must not remove it meanwhile.
+        version: of the code.
 
     Returns:
         how many were made; others were there.
@@ -86,37 +97,62 @@ def prepare_part(params: Params, part: int, kept: Path) -> int:
         UserError: a source is missing, unreadable, without images or with a bad one, or `kept` can't be written.
     """
     made, first = 0, 0
-    for source in _open_all(params):
+    for source in _open_all(params, version):
         mine = source.shards[(part - first) % params.data.prepare_jobs :: params.data.prepare_jobs]
         missing = [shard for shard in mine if source.maker.find(shard, kept) is None]
-        made += sum(1 for _ in source.maker.make(missing, kept, is_kept=True))
+        with _named(source.place):
+            made += sum(1 for _ in source.maker.make(missing, kept, is_kept=True))
         first += len(source.shards)
     return made
 
 
-def _check_apart(root: str | None, output: Path) -> None:
-    """A root that holds the results would take previews and samples for images."""
-    if root and output.resolve().is_relative_to(Path(root).resolve()):
+def _datasets(params: Params) -> dict[Path, DatasetConfig]:
+    """What is to be prepared, by its place below the output."""
+    return {MAIN: params.dataset, **{PRETRAIN / name: dataset for name, dataset in params.datasets.items()}}
+
+
+@contextmanager
+def _named(place: Path) -> Iterator[None]:
+    """Errors, which speak of `dataset`, are told to be about one of `datasets`."""
+    try:
+        yield
+    except UserError as error:
+        if place != MAIN:
+            error.args = (f"datasets.{place.name}: {error}",)
+        raise
+
+
+def _check_apart(dataset: DatasetConfig, output: Path) -> None:
+    """A root that holds the results would take previews and samples for images, where all in it are taken."""
+    root, takes_all = dataset.root, dataset.source == "image_folder" or dataset.source.startswith(PREFIX)
+    if takes_all and root and output.resolve().is_relative_to(Path(root).resolve()):
         raise UserError(f"dataset.root: {root} holds {output} too: give your images a folder of their own")
 
 
-def _open_all(params: Params) -> Iterator[_Source]:
+def _open_all(params: Params, version: int) -> Iterator[_Source]:
     """Every source, open until the next."""
-    places = {Path(): params.dataset, **{PRETRAIN / name: dataset for name, dataset in params.datasets.items()}}
-    for place, dataset in places.items():
-        with _open(place, dataset, params.compute.threads) as source:
+    for place, dataset in _datasets(params).items():
+        with _named(place), _open(place, dataset, params.compute.threads, version) as source:
             yield source
 
 
 @contextmanager
-def _open(place: Path, dataset: DatasetConfig, threads: int) -> Iterator[_Source]:
+def _open(place: Path, dataset: DatasetConfig, threads: int, version: int) -> Iterator[_Source]:
     with open_collection(dataset) as collection:
         selection = select(collection, dataset)
+        _tell_of_limit(place, dataset, selection)
         datasets = {"train": split_into_shards(place, selection.train, dataset.shard_images)}
-        if dataset.held_out and place == Path():
+        if dataset.held_out and place == MAIN:
             datasets["held_out"] = split_into_shards(HELD_OUT, selection.held_out, dataset.shard_images)
-        maker = Maker(collection, selection.labels, dataset, threads)
-        yield _Source(collection, dataset, selection, maker, datasets)
+        maker = Maker(collection, selection.labels, dataset, threads, version)
+        yield _Source(place, collection, dataset, selection, maker, datasets)
+
+
+def _tell_of_limit(place: Path, dataset: DatasetConfig, selection: Selection) -> None:
+    there = selection.counts["of_classes"]
+    if dataset.limit is not None and dataset.limit > there:
+        name = "dataset" if place == MAIN else f"datasets.{place.name}"
+        tqdm.write(f"warning: {name}.limit {dataset.limit}: there are {there} images; all are used", file=sys.stderr)
 
 
 def _write(source: _Source, folder: Path, kept: Path | None) -> dict[str, Any]:

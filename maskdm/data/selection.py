@@ -39,7 +39,7 @@ def select(collection: Collection, dataset: DatasetConfig) -> Selection:
     """Apply `classes`, then `limit` or `fraction`, then `held_out`.
 
     What is drawn depends on `dataset.seed` and on how many images there are to draw from, and on nothing else; a
-    smaller draw is a part of a larger one.
+    smaller draw is a part of a larger one. (Of `swissroll`, `limit` is how many points there are to draw from.)
 
     Raises:
         UserError: there are no images, no such classes, or too few images to hold a part of them out.

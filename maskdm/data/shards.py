@@ -80,12 +80,14 @@ class Maker:
         labels: of all images of the source, or None.
         dataset: what to make of them.
         threads: decoders.
+        version: of the code: a kept shard of another is not taken.
     """
 
     collection: Collection
     labels: Labels | None
     dataset: DatasetConfig
     threads: int
+    version: int
 
     def make(self, shards: Sequence[Shard], folder: Path, *, is_kept: bool) -> Iterator[tuple[Shard, Made]]:
         """Make shards in `folder`, one after the other, each whole before the next is begun.
@@ -147,7 +149,7 @@ class Maker:
         """Of all that a shard's bytes depend on."""
         labels = None if self.labels is None else self.labels[shard.images].tolist()
         how = self.dataset.model_dump(mode="json", include=SHAPING)
-        return values_sha256([how, PIL.__version__, labels, self.collection.stamp(shard.images)])
+        return values_sha256([self.version, how, PIL.__version__, labels, self.collection.stamp(shard.images)])
 
 
 def split_into_shards(place: Path, images: Numbers, shard_images: int) -> list[Shard]:

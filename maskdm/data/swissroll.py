@@ -19,7 +19,8 @@ def load_swissroll(dataset: DatasetConfig) -> LabelledImages:
     """Points on the roll with Gaussian noise, without labels; `dataset.limit` of them, or `NUM_POINTS`.
 
     Coordinates are rounded to 8 bits, as pixels are: a step is 1/127.5 = 0.0078 in [−1, 1]. Rounding adds an error of
-    0.0023 (standard deviation) to noise of `NOISE`, which makes that 0.7 % larger.
+    0.0023 (standard deviation) to noise of `NOISE`, which makes that 0.7 % larger. Another limit gives other points:
+    fewer are not the first of more.
 
     Args:
         dataset: its limit, and the seed that every point depends on.

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
 
 from maskdm import paths
 from maskdm.config import Params
 from maskdm.data.prepare import prepare, prepare_part
 from maskdm.errors import ParamsError
+from maskdm.publishing import one_writer
 from maskdm.stages.session import stage_session
+from maskdm.stages.versions import STAGE_VERSIONS
 
 KEPT = paths.WORK / "prepare"  # finished shards, until all of them are
 
@@ -29,7 +34,9 @@ def run(params: Params, part: int | None = None) -> None:
         return
     with stage_session(params, "prepare", output=paths.DATA) as session:
         if session.is_to_do:
-            manifest = prepare(params, kept=KEPT if params.data.prepare_jobs > 1 else None)
+            kept = KEPT if params.data.prepare_jobs > 1 or KEPT.exists() else None
+            with nullcontext() if kept is None else _no_part_at_work(params.data.prepare_jobs):
+                manifest = prepare(params, kept=kept, version=STAGE_VERSIONS["prepare"])
             facts = {"num_images": manifest["count"], "shape": manifest["shape"]}
             session.record.update(facts)
             session.tracked.params(**facts)
@@ -40,5 +47,21 @@ def _run_part(params: Params, part: int) -> None:
     jobs = params.data.prepare_jobs
     if not 0 <= part < jobs:
         raise ParamsError(f"--part {part}: data.prepare_jobs {jobs} has the parts 0 to {jobs - 1}")
-    made = prepare_part(params, part, KEPT)
+    with one_writer(_lock(part), f"prepare part {part}"):
+        made = prepare_part(params, part, KEPT, STAGE_VERSIONS["prepare"])
     print(f"prepare: part {part} of {jobs}: made {made} shards, kept in {KEPT}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _no_part_at_work(jobs: int) -> Iterator[None]:
+    """Wait for the parts that are being made, and let none begin: their shards are taken, and their folder goes."""
+    locks = {_lock(part) for part in range(jobs)} | set(_lock(0).parent.glob(_lock("*").name))
+    with ExitStack() as stack:
+        for lock in sorted(locks):
+            stack.enter_context(one_writer(lock, "prepare"))
+        yield
+
+
+def _lock(part: int | str) -> Path:
+    """Held by the process that makes a part."""
+    return paths.lock(f"prepare-part-{part}")

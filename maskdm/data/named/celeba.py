@@ -9,7 +9,7 @@ from pathlib import Path
 from maskdm.config import DatasetConfig
 from maskdm.data.collection import Collection, ImageFiles
 from maskdm.data.image_folder import image_names
-from maskdm.data.named.files import find_or_download, split_of
+from maskdm.data.named.files import by_base_name, find_or_download, split_of
 from maskdm.data.sources import open_source, reading
 from maskdm.errors import UserError
 from maskdm.printable import printable
@@ -31,7 +31,7 @@ def open_celeba(dataset: DatasetConfig) -> Iterator[Collection]:
     images, partition_file = find_or_download(dataset, _find, needed)
     partition = _read_partition(partition_file)
     with open_source(str(images)) as source:
-        files = {name.rsplit("/", 1)[-1]: name for name in image_names(source)}
+        files = by_base_name(source, image_names(source))
         _check_same(partition, files, partition_file, images)
         names = [files[name] for name in sorted(files) if wanted is None or partition[name] == wanted]
         if not names:

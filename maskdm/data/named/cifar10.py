@@ -17,7 +17,7 @@ from maskdm.config import DatasetConfig
 from maskdm.data.arrays import Images, Labels
 from maskdm.data.collection import Collection, Pixels
 from maskdm.data.decoding import BadImageError
-from maskdm.data.named.files import find_or_download, split_of
+from maskdm.data.named.files import by_base_name, find_or_download, split_of
 from maskdm.data.sources import Source, open_source, reading
 from maskdm.errors import UserError
 from maskdm.printable import printable
@@ -71,7 +71,7 @@ def _find(root: Path) -> Path | None:
 
 def _read(source: Source, names: tuple[str, ...]) -> dict[str, tuple[Images, Labels]]:
     """Images and labels of the batches, by name, read as they lie."""
-    files = {path.rsplit("/", 1)[-1]: path for path in reading(source.root, source.files)}
+    files = by_base_name(source, reading(source.root, source.files), names)
     if missing := [name for name in names if name not in files]:
         raise UserError(f"dataset.root: {source.root} has no {', '.join(missing)}: get CIFAR-10's {ARCHIVE} anew")
     order = source.reading_order([files[name] for name in names])

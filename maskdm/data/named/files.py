@@ -12,11 +12,13 @@ from typing import TypeVar
 
 from maskdm import paths
 from maskdm.config import DatasetConfig
+from maskdm.data.sources import Source
 from maskdm.errors import UserError
 from maskdm.printable import printable
-from maskdm.publishing import cannot_write, replace_file
+from maskdm.publishing import cannot_write, one_writer, replace_file
 
 DATA = Path("data")  # beside params.yaml
+DOWNLOAD = "download-"  # in the work folder: what is being downloaded
 CONNECTION_SECONDS = 30.0  # without an answer
 
 # By source: torchvision's class, which knows where the files are and their checksums, and what it downloads.
@@ -62,7 +64,10 @@ def find_or_download(dataset: DatasetConfig, find: Callable[[Path], T | None], n
     root = root_of(dataset)
     if (found := find(root)) is not None:
         return found
-    reason = _download(dataset.source, root)
+    reason = None
+    with one_writer(paths.lock("download"), f"download of {dataset.source}"):
+        if find(root) is None:  # else another process has downloaded it meanwhile
+            reason = _download(dataset.source, root)
     if reason is None and (found := find(root)) is not None:
         return found
     raise UserError(
@@ -71,12 +76,38 @@ def find_or_download(dataset: DatasetConfig, find: Callable[[Path], T | None], n
     )
 
 
+def by_base_name(source: Source, files: Sequence[str], needed: Sequence[str] | None = None) -> dict[str, str]:
+    """The files of a source by the last part of their paths.
+
+    Args:
+        source: for a message.
+        files: their paths.
+        needed: the base names that matter; None for all.
+
+    Raises:
+        UserError: two have the same: which is meant is not known.
+    """
+    found: dict[str, str] = {}
+    for file in files:
+        name = file.rsplit("/", 1)[-1]
+        if needed is not None and name not in needed:
+            continue
+        if name in found:
+            raise UserError(
+                f"dataset.root: {source.root} holds {printable(name)} twice: {source.where(found[name])} and "
+                f"{source.where(file)}: remove one, or move it elsewhere"
+            )
+        found[name] = file
+    return found
+
+
 def _download(source: str, root: Path) -> str | None:
-    """Download a dataset's files into a root, each whole; why not, where that fails."""
+    """Download a dataset's files into a root, each whole; why not, where that fails. Only one process may be here."""
     name, below, files = DOWNLOADS[source]
+    for left in paths.WORK.glob(f"{DOWNLOAD}*"):  # by a download that was killed
+        shutil.rmtree(left, ignore_errors=True)
     try:
-        paths.WORK.mkdir(parents=True, exist_ok=True)
-        fresh = tempfile.TemporaryDirectory(prefix="download-", dir=paths.WORK)
+        fresh = tempfile.TemporaryDirectory(prefix=DOWNLOAD, dir=paths.WORK)
     except OSError as error:
         raise cannot_write(paths.WORK, error) from error
     with fresh as folder:

@@ -84,19 +84,53 @@ def _package() -> ModuleType:
 
 def _load(package: ModuleType, dataset: DatasetConfig) -> Any:
     """The rows of the split."""
-    name, split = dataset.source.removeprefix(PREFIX), dataset.split or "train"
+    (name, config), split = _name_and_config(dataset), dataset.split or "train"
     if dataset.root is not None and not Path(dataset.root).exists():
         raise UserError(f"dataset.root: there is no {dataset.root} (looked for {Path(dataset.root).absolute()})")
     try:
         if dataset.root is not None and any((Path(dataset.root) / file).is_file() for file in SAVED):
             saved = package.load_from_disk(dataset.root)
-            return saved[split] if isinstance(saved, package.DatasetDict) else saved
-        return package.load_dataset(dataset.root or name, split=split)
+        else:
+            return package.load_dataset(dataset.root or name, config, split=split)
     except Exception as error:  # of the network, of the hub, of the files
         reason = printable(" ".join(str(error).split())) or type(error).__name__
         raise UserError(
             f"dataset.source: {dataset.source}, split {split}, can't be loaded: {reason}. {_advice(dataset)}"
         ) from error
+    return _part_of_saved(package, saved, dataset)
+
+
+def _name_and_config(dataset: DatasetConfig) -> tuple[str, str | None]:
+    """Of NAME or NAME:CONFIG."""
+    name, _, config = dataset.source.removeprefix(PREFIX).partition(":")
+    return name, config or None
+
+
+def _part_of_saved(package: ModuleType, saved: Any, dataset: DatasetConfig) -> Any:
+    """The rows of the split in what `save_to_disk` has written: a dataset of one split, or several by name.
+
+    Raises:
+        UserError: it is of another split or configuration.
+    """
+    table = saved
+    if isinstance(saved, package.DatasetDict):
+        split = dataset.split or "train"
+        if split not in saved:
+            there = printable(", ".join(map(str, saved)))
+            raise UserError(f"dataset.split: {dataset.root} has no split {printable(split)!r}; it has {there}")
+        table = saved[split]
+    elif dataset.split not in (None, str(saved.split)):
+        raise UserError(
+            f"dataset.split: {dataset.root} was saved as one split, which is {printable(str(saved.split))}: expected "
+            f"{printable(dataset.split)!r}; remove dataset.split to use it as it is, or save that split"
+        )
+    config = _name_and_config(dataset)[1]
+    if config not in (None, table.config_name):
+        raise UserError(
+            f"dataset.source: {dataset.root} was saved from the configuration {printable(str(table.config_name))}: "
+            f"expected {config!r}; remove :{config} to use it as it is, or save that configuration"
+        )
+    return table
 
 
 def _advice(dataset: DatasetConfig) -> str:

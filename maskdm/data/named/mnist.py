@@ -17,7 +17,7 @@ import numpy as np
 from maskdm.config import DatasetConfig
 from maskdm.data.arrays import Images
 from maskdm.data.collection import Collection, Pixels
-from maskdm.data.named.files import find_or_download, split_of
+from maskdm.data.named.files import DOWNLOADS, find_or_download, split_of
 from maskdm.data.sources import reading
 from maskdm.errors import UserError
 
@@ -45,7 +45,8 @@ def open_mnist(dataset: DatasetConfig) -> Iterator[Collection]:
     """
     parts = SPLITS[split_of(dataset, tuple(SPLITS))]
     names = " and ".join(f"{part}-{kind}.gz" for part in parts for kind in KINDS)
-    files = find_or_download(dataset, lambda root: _find(root, parts), f"{names} (or without .gz)")
+    own = Path(DOWNLOADS[dataset.source][1])
+    files = find_or_download(dataset, lambda root: _find(root, own, parts), f"{names} (or without .gz)")
     images, labels = zip(*(_read_part(*pair) for pair in files), strict=True)
     root = str(files[0][0].parent)
     yield Pixels(
@@ -53,9 +54,9 @@ def open_mnist(dataset: DatasetConfig) -> Iterator[Collection]:
     )
 
 
-def _find(root: Path, parts: tuple[str, ...]) -> Files | None:
-    """The files of all parts in a folder: the root, or where torchvision puts them below it."""
-    for folder in (root, root / "MNIST" / "raw", root / "FashionMNIST" / "raw", root / "raw"):
+def _find(root: Path, own: Path, parts: tuple[str, ...]) -> Files | None:
+    """The files of all parts in a folder: the root, or where torchvision puts this dataset's own below it."""
+    for folder in (root, root / own, root / "raw"):
         found = [[_one(folder, f"{part}-{kind}") for kind in KINDS] for part in parts]
         if all(path is not None for pair in found for path in pair):
             return [(images, labels) for images, labels in found if images and labels]
