@@ -26,6 +26,7 @@ from maskdm.report.results import Results
 from maskdm.report.tables import table_markdown
 from maskdm.stages.sample import PatchesAlone, has_primer
 from tests.made_up_results import compared, make_params, make_results
+from tests.test_figures import assert_is_printed_whole
 
 if TYPE_CHECKING:
     from tests.conftest import Experiment
@@ -414,6 +415,7 @@ def test_the_figure_shows_every_distribution_and_every_distance(published: Path)
     with chdir(published), matplotlib.style.context(STYLE, after_reset=True):
         figure = POINTS.draw(one)
         figure.savefig(published / "points.png", backend="agg", metadata={"Software": None})
+        assert_is_printed_whole(figure)
     above, below = figure.subfigs
     assert len(above.axes) == 5
     assert [axes.get_title(loc="left") for axes in below.axes] == list(report.NAMES.values())
