@@ -569,8 +569,9 @@ class Params(Section):
     def trained_with(self, key: str) -> str:
         """A fingerprint of all params that an arm's weights depend on; its chosen values must have been applied."""
         arm = self.arm(key)
-        pretrain = {} if arm.strategy == "none" else self.pretrain_of(key).model_dump(mode="json")
-        if pretrain.get("dataset") is not None:
+        # without what is not given: a knob that comes to be later makes no weights stale
+        pretrain = {} if arm.strategy == "none" else self.pretrain_of(key).model_dump(mode="json", exclude_none=True)
+        if "dataset" in pretrain:
             pretrain["dataset"] = self.pretrain_dataset_of(key).model_dump(mode="json")
         mask = arm.model_dump(include={"strategy", "mask_rate", "block_size"})
         budget = (self.budget.model_dump(mode="json"), self.finetune.batch_size)

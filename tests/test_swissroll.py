@@ -360,6 +360,14 @@ def test_the_table_has_the_primers_the_arms_and_both_ends_of_the_scale() -> None
     assert "sliced W₁" in table_markdown(table)
 
 
+def test_the_answer_goes_by_the_joint_distance() -> None:
+    params = roll_params()
+    said = "sliced W₁ to the data ×1000 at equal compute, less scratch's (negative is better): "
+    assert report.points_answer(params, made_up(params)) == f"{said}primer −5.50 [−6.74, −4.26]."
+    digits = make_params()
+    assert report.points_answer(digits, make_results(digits)) == ""
+
+
 def test_without_distances_nothing_is_said_of_them() -> None:
     digits, roll = make_params(), roll_params()
     assert report.distance_table(digits, make_results(digits)).empty

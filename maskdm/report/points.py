@@ -17,6 +17,7 @@ from maskdm.report.files import UnusableError, open_images
 from maskdm.report.numbers import number_text, places_of, ratio_text, signed
 from maskdm.report.results import Results, Run, milestone_key
 from maskdm.report.statistics import Crossing, Estimate, crossing, estimate
+from maskdm.report.verdicts import MATCHED_BY
 
 PRIMERS = {"primer_alone": "primer, x and y each alone", "primer": "primer, x and y together"}
 REAL, UNTRAINED = "real vs real", "untrained"
@@ -158,14 +159,28 @@ def _scale_rows(results: Results) -> list[dict[str, str]]:
     ]
 
 
+def points_answer(params: Params, results: Results) -> str:
+    """The project's question, answered by the points' joint distance; empty where the report speaks of none."""
+    reference = reference_of(params)
+    if not are_shown(params) or reference is None:
+        return ""
+    frame = distance_frame(params, results)
+    arms = [arm for arm in params.arms if arm != reference and crossed(frame, arm, reference) is not None]
+    found = "; ".join(f"{arm} {_difference(frame, arm, reference)}" for arm in arms)
+    if not found:
+        return ""
+    matched = MATCHED_BY[params.budget.match]
+    return f"{NAMES[JOINT]} to the data ×1000 at equal {matched}, less {reference}'s (negative is better): {found}."
+
+
 def points_caution(params: Params) -> str:
     """What FID does not see of points; empty where the report speaks of none."""
     if not are_shown(params):
         return ""
     return (
         "FID on two coordinates is the distance of two Gaussians with the points' means and covariances: it is blind "
-        "to the shape that the points lie on. The answer and the verdicts go by it all the same; go by the distances "
-        "of the points instead."
+        "to the shape that the points lie on. The verdicts on the arms go by it all the same; go by the distances of "
+        "the points instead, as the answer above does."
     )
 
 
