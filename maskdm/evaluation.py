@@ -20,7 +20,8 @@ from maskdm.config import EvaluationConfig
 from maskdm.errors import UserError
 from maskdm.torchvision_compat import declare_missing_operators
 
-PRC_BLOCK = 1000  # rows of the distance matrix held at a time: 8 MB per 1,000 real images
+PRC_BLOCK = 1000  # rows and columns of the distance matrix held at a time: 8 MB
+FEWEST_REAL = 4  # of which each half has a covariance, and a nearest neighbour
 STATISTICS_BLOCK = 2**14  # rows that are double precision at a time
 
 
@@ -69,7 +70,7 @@ class Reference:
 
     @classmethod
     def of(cls, features: np.ndarray, neighborhood: int) -> Self:
-        """Compute it; memory is bounded by blocks of rows, whatever M is.
+        """Compute it; memory is bounded by blocks of images, whatever M is, but for the radii, 8 bytes an image.
 
         Args:
             features: (M, D).
@@ -145,17 +146,30 @@ def _kid(samples: np.ndarray, real: np.ndarray, config: EvaluationConfig) -> tup
 
 def _radii(features: np.ndarray, neighborhood: int) -> Tensor:
     """The distance of each row (M, D) to its `neighborhood`-th nearest other: (M,)."""
-    return torch.cat([_distances(block, features).kthvalue(neighborhood + 1).values for block in _rows(features)])
+    return torch.cat([_nearest(block, features, neighborhood + 1)[:, -1] for block in _rows(features)])
+
+
+def _nearest(block: Tensor, features: np.ndarray, count: int) -> Tensor:
+    """The distances of each row (B, D) to the `count` nearest of features (M, D), ascending: (B, count)."""
+    nearest = torch.empty(len(block), 0, dtype=block.dtype)
+    for others in _rows(features):
+        found = torch.cat([nearest, torch.cdist(block, others)], dim=1)
+        nearest = found.topk(min(count, found.shape[1]), dim=1, largest=False, sorted=True).values
+    return nearest
 
 
 def _share_within_reach(features: np.ndarray, centres: np.ndarray, radii: Tensor) -> float:
     """The share of features (N, D) that are no farther from some centre (M, D) than its radius (M,)."""
-    reached = [(_distances(block, centres) <= radii).any(dim=1) for block in _rows(features)]
+    reached = [_is_within_reach(block, centres, radii) for block in _rows(features)]
     return float(torch.cat(reached).float().mean())
 
 
-def _distances(block: Tensor, features: np.ndarray) -> Tensor:
-    return torch.cat([torch.cdist(block, other) for other in _rows(features)], dim=1)
+def _is_within_reach(block: Tensor, centres: np.ndarray, radii: Tensor) -> Tensor:
+    """Whether each row (B, D) is no farther from some centre (M, D) than its radius (M,): (B,)."""
+    reached = torch.zeros(len(block), dtype=torch.bool)
+    for others, reach in zip(_rows(centres), radii.split(PRC_BLOCK), strict=True):
+        reached |= (torch.cdist(block, others) <= reach).any(dim=1)
+    return reached
 
 
 def _rows(features: np.ndarray) -> Iterator[Tensor]:
@@ -172,16 +186,23 @@ def floor_metrics(real: np.ndarray, num_samples: int, config: EvaluationConfig) 
 
     As many of them as samples are scored, at most half, for both sides need some. Samples are scored against all real
     images and these only against the others, so that the floor's bias is the larger one: where the others are few, the
-    floor of FID is rather too high. KID's subsets shrink with them where they must.
+    floor of FID is rather too high. KID's subsets and the neighbourhood shrink with them where they must.
+
+    Holds a copy of all features: an image has 2048 of Inception's, 8 KB.
 
     Args:
-        real: features of the real images, (M, D).
+        real: features of the real images, (M, D); at least `FEWEST_REAL`.
         num_samples: of the samples that it is the scale for.
         config: as for the samples.
     """
     order = torch.randperm(len(real), generator=rng.generator(0, "floor")).numpy()
     count = min(num_samples, len(real) // 2)
-    fitting = config.model_copy(update={"kid_subset_size": min(config.kid_subset_size, count)})
+    fitting = config.model_copy(
+        update={
+            "kid_subset_size": min(config.kid_subset_size, count),
+            "prc_neighborhood": min(config.prc_neighborhood, count - 1),
+        }
+    )
     return compute_metrics(real[order[:count]], real[order[count:]], fitting)
 
 

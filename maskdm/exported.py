@@ -128,9 +128,12 @@ def publish_exported(
         card: the model card.
 
     Raises:
+        ParamsError: the params are not possible on their own; nothing is written.
         UserError: the place can't be written.
     """
     check_replaceable(output)
+    content = params.model_dump(mode="json", exclude_unset=True)
+    parse_params(content, source=f"the params for {output / CONFIG}")
     with publish_folder(output.absolute()) as folder:
         weights = {}
         for kind in sets:
@@ -140,7 +143,7 @@ def publish_exported(
             weights[kind] = {"file": file.name, "sha256": file_sha256(file)}
         config = {
             "format": FORMAT,
-            "params": params.model_dump(mode="json", exclude_unset=True),
+            "params": content,
             "num_classes": num_classes,
             "which": which,
             "weights": weights,

@@ -6,7 +6,9 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from maskdm.checkpoint import load_into, load_tensors, save_tensors
 from maskdm.checksums import file_sha256
-from maskdm.classifier import Classifier, Pixels, TrainedClassifier
+from maskdm.classifier import Classifier, Pixels, TrainedClassifier, train_classifier
 from maskdm.config import EvaluationConfig
 from maskdm.data.batches import to_model_range
 from maskdm.device import explain_out_of_memory
@@ -98,6 +100,21 @@ def save_classifier(path: Path, trained: TrainedClassifier) -> None:
     save_tensors(path, {"classifier": model.state_dict()}, {"architecture": shape, "accuracy": trained.accuracy})
 
 
+def write_classifier(path: Path, images: Pixels, labels: np.ndarray, num_classes: int, epochs: int) -> float:
+    """Train a classifier on labelled images and write it; its held-out accuracy.
+
+    Args:
+        path: of the file.
+        images: uint8 (N, H, W, C).
+        labels: (N,) int64.
+        num_classes: at least 2.
+        epochs: of training.
+    """
+    trained = train_classifier(images, labels, num_classes, epochs)
+    save_classifier(path, trained)
+    return trained.accuracy
+
+
 def open_classifier(path: Path, device: torch.device) -> FeatureExtractor:
     """The extractor of a file of `save_classifier`.
 
@@ -150,13 +167,20 @@ def _create(name: str, weights: Path | None) -> tuple[nn.Module, str]:
     path = None if weights is None else str(weights)
     try:
         return extractor(name, [layer], feature_extractor_weights_path=path), layer
-    except OSError as error:
+    except (OSError, HTTPException) as error:
         raise UserError(
-            f"the weights of {name} can't be downloaded ({error}); {_offline(name)}, "
+            f"the weights of {name} can't be downloaded ({_reason(error)}); {_offline(name)}, "
             "or use evaluation.features: classifier"
         ) from None
-    except (RuntimeError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{path} does not hold the weights of {name}: {' '.join(str(error).split())[:300]}") from None
+    except (RuntimeError, KeyError, AttributeError, TypeError, EOFError, UnpicklingError) as error:
+        file = f"the downloaded file in torch's hub folder {torch.hub.get_dir()}" if path is None else path
+        again = "; delete it and try again" if path is None else ""
+        raise UserError(f"{file} does not hold the weights of {name}: {_reason(error)}{again}") from None
+
+
+def _reason(error: Exception) -> str:
+    """An error's text in one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _offline(name: str) -> str:

@@ -56,6 +56,10 @@ def _check_names(path: Path) -> None:
         else:  # before PyTorch 1.6: five pickles, then the tensors
             pickles = [stack.enter_context(path.open("rb"))] * 5
         for file in pickles:
-            names |= {str(name) for code, name, _ in pickletools.genops(file) if "GLOBAL" in code.name}
+            for code, name, _ in pickletools.genops(file):
+                if code.name == "STACK_GLOBAL":
+                    raise ValueError("it was saved with pickle protocol 4 or later; save it with torch's default")
+                if code.name == "GLOBAL":
+                    names.add(str(name))
     if foreign := sorted(name for name in names if not PLAIN_NAMES.fullmatch(name)):
         raise ValueError(f"it calls for {foreign[0]}")

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from maskdm.config import EvaluationConfig, SamplingConfig
 
-# Where the files lay, how many classes they have and how they are cut into array files makes no other images.
+# Where the files lay makes no other images.
 NOT_OF_THE_PIXELS = ("root",)
 CROPS = {"none": "not cropped", "center": "centre crop"}
 PARTS = {"train": "those trained on", "held_out": "held out", "all": "those trained on and held out"}
@@ -77,6 +77,11 @@ def images_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in sorted(said.items()) if value is not None and key not in NOT_OF_THE_PIXELS}
 
 
+def shaping_of(images: Mapping[str, Any]) -> dict[str, Any]:
+    """How files became images of one size, as far as `images_of` knows it: crop and resize filter."""
+    return {key: images[key] for key in ("crop", "crop_box", "resize_filter") if key in images}
+
+
 def drawn_as(sampling: SamplingConfig) -> dict[str, Any]:
     """How images are generated: always from averaged weights."""
     return {"weights": "EMA", **sampling.model_dump(include={"sampler", "num_steps", "eta", "clip_x_0"})}
@@ -103,7 +108,7 @@ def _short(value: Any) -> str:
 
 def _drawn_text(drawn: Mapping[str, Any]) -> str:
     if "sampler" not in drawn:
-        return f" ({drawn['from']})" if "from" in drawn else ""
+        return f" ({', '.join([str(drawn['from']), *_made_texts(drawn)])})" if "from" in drawn else ""
     eta = f", eta {drawn['eta']:g}" if drawn.get("sampler") == "ddim" else ""
     return f" ({drawn['weights']} weights, {drawn['sampler']}, {drawn['num_steps']} evaluations each{eta})"
 
@@ -113,10 +118,15 @@ def _real_text(protocol: Protocol) -> str:
     part = [PARTS[protocol.reference]] if protocol.reference in PARTS else []
     source = [str(images[key]) for key in ("kind", "split", "from") if key in images]
     chosen = [f"{key} {_plain(images[key])}" for key in ("classes", "limit", "fraction", "held_out") if images.get(key)]
+    size = f"{height}×{width} {'grey' if channels == 1 else 'RGB'}"
+    return f" ({', '.join([' '.join(source) or 'given', *chosen, *part, size, *_made_texts(images), 'not flipped'])})"
+
+
+def _made_texts(images: Mapping[str, Any]) -> list[str]:
+    """How files became images of one size, as far as it is known."""
     crop = [_crop_text(images)] if "crop" in images else []
     resize = [f"resized by {images['resize_filter']}, antialiased"] if "resize_filter" in images else []
-    size = f"{height}×{width} {'grey' if channels == 1 else 'RGB'}"
-    return f" ({', '.join([' '.join(source) or 'given', *chosen, *part, size, *crop, *resize, 'not flipped'])})"
+    return [*crop, *resize]
 
 
 def _crop_text(images: Mapping[str, Any]) -> str:

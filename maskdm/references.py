@@ -85,15 +85,17 @@ def open_reference(folder: Path, neighborhood: int) -> Reference:
 def key_of(images_sha256: str, extractor: FeatureExtractor, batch_size: int, neighborhood: int) -> str:
     """The name of a kept entry: the images, the extractor and what else makes equal bytes.
 
-    The size of batches, the device and its threads change features by rounding alone, but runs are to be
+    The size of batches, the device and the threads of a CPU change features by rounding alone, but runs are to be
     equal whatever ran before them.
     """
+    is_cpu = extractor.device.type == "cpu"
+    threads = [torch.get_num_threads()] if is_cpu else []
     return values_sha256(
         {
             "format": FORMAT,
             "images": images_sha256,
             "extractor": [extractor.name, extractor.sha256],
-            "computed": [batch_size, extractor.device.type, torch.get_num_threads(), torch.__version__],
+            "computed": [batch_size, extractor.device.type, *threads, torch.__version__],
             "neighborhood": neighborhood,
         }
     )[:32]

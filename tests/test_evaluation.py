@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from http.client import IncompleteRead
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 from unittest.mock import patch
 
@@ -133,6 +135,27 @@ def test_scores_are_torch_fidelitys_to_the_last_digits(count: int, monkeypatch: 
     assert (ours.precision, ours.recall) == (prc["precision"], prc["recall"])
 
 
+@pytest.mark.parametrize("neighborhood", [1, 3, 12])
+def test_distances_in_blocks_are_those_of_the_whole_matrix(monkeypatch: pytest.MonkeyPatch, neighborhood: int) -> None:
+    """Also where a block has fewer columns than neighbours are asked for; few columns are held at a time."""
+    monkeypatch.setattr("maskdm.evaluation.PRC_BLOCK", 7)
+    columns, cat = [0], torch.cat
+
+    def counting(parts: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
+        joined = cat(parts, dim)
+        columns.append(joined.shape[1] if dim == 1 else 0)
+        return joined
+
+    monkeypatch.setattr("torch.cat", counting)
+    x, y = gaussian(40), gaussian(33, shift=0.5, seed=1)
+    found = compute_metrics(x, y, config(kid_subset_size=20, prc_neighborhood=neighborhood))
+    to_real, of_x, of_y = (np.linalg.norm(a[:, None].astype(float) - b, axis=2) for a, b in ((x, y), (x, x), (y, y)))
+    radii_x, radii_y = (np.sort(square, axis=1)[:, neighborhood] for square in (of_x, of_y))
+    assert found.precision == pytest.approx((to_real <= radii_y).any(axis=1).mean())
+    assert found.recall == pytest.approx((to_real <= radii_x[:, None]).any(axis=0).mean())
+    assert max(columns) <= 7 + neighborhood + 1
+
+
 def test_what_is_known_of_the_real_images_before_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = gaussian(150, seed=1), gaussian(200, seed=2)
     reference = Reference.of(y, neighborhood=3)
@@ -196,6 +219,12 @@ def test_the_floor_has_the_bias_of_as_many_samples() -> None:
     for count, floor in floors.items():
         perfect = [compute_metrics(gaussian(count, 16, seed=s), real, config()).fid for s in range(1, 6)]
         assert floor.fid == pytest.approx(np.mean(perfect), rel=0.5)
+
+
+def test_the_neighbourhood_of_the_floor_shrinks_with_few_real_images() -> None:
+    floor = floor_metrics(gaussian(5), 4, config(kid_subset_size=2, prc_neighborhood=3))
+    assert floor == floor_metrics(gaussian(5), 4, config(kid_subset_size=2, prc_neighborhood=1))
+    assert floor.num_samples == 2
 
 
 def test_the_floor_compares_images_with_others_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -487,6 +516,27 @@ def test_weights_that_cannot_be_downloaded_are_an_error_that_says_what_else_to_d
         pytest.raises(UserError, match=r"can't be downloaded \(no network\); give a local file in evaluation\.weights"),
     ):
         open_pretrained(EvaluationConfig(features="inception-v3-compat"), CPU)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (IncompleteRead(b""), "can't be downloaded"),
+        (
+            EOFError("Ran out of input"),
+            "the downloaded file in torch's hub folder .* does not hold the weights of ince",
+        ),
+        (UnpicklingError("invalid load key"), "the downloaded file in torch's hub folder .*; delete it and try again"),
+        (RuntimeError('invalid hash value (expected "a")'), "the downloaded file in torch's hub folder .*invalid hash"),
+    ],
+    ids=str,
+)
+def test_a_download_that_is_broken_is_told_of(error: Exception, says: str) -> None:
+    declare_missing_operators()
+    target = "torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url"
+    with patch(target, side_effect=error), pytest.raises(UserError, match=says) as refusal:
+        open_pretrained(EvaluationConfig(features="inception-v3-compat"), CPU)
+    assert "None" not in str(refusal.value)
 
 
 def test_torch_fidelity_can_be_imported_once_operators_are_declared() -> None:

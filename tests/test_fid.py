@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from maskdm import references
@@ -276,6 +277,16 @@ def test_kept_features_are_those_of_equal_images_extractor_and_neighborhood_alon
     assert references.key_of("a" * 64, pixels, 256, 3) in keys
 
 
+def test_threads_are_part_of_what_is_kept_of_a_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: dict[str, set[str]] = {"cpu": set(), "cuda": set()}
+    for threads in (1, 2):
+        monkeypatch.setattr("torch.get_num_threads", lambda threads=threads: threads)
+        for kind, found in keys.items():
+            found.add(references.key_of("a" * 64, open_pixels(torch.device(kind)), 256, 3))
+    assert {kind: len(found) for kind, found in keys.items()} == {"cpu": 2, "cuda": 1}
+    assert not keys["cpu"] & keys["cuda"]
+
+
 def test_what_is_kept_is_brought_back_and_a_damaged_entry_is_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -395,6 +406,36 @@ def test_an_exported_model_is_drawn_from() -> None:
     assert first["protocol"]["drawn"] == drawn_as(params.sampling)
     assert scores_of(*words) == first
     assert scores_of(*words, "--seed", "1")["fid"] != first["fid"]
+    weights_sha256 = hashlib.sha256(Path("model/model.safetensors").read_bytes()).hexdigest()
+    assert (first["a_weights_sha256"], first["b_weights_sha256"]) == (weights_sha256, None)
+    assert f"drawn from weights of sha256 {weights_sha256[:12]}" in fid(*words)
+
+
+def test_how_files_were_made_is_told_of_both_sets() -> None:
+    save_pngs(Path("a"), colour(60, size=9))
+    write_dataset(Path("b"), colour(60))  # crop: none
+    words = ["--features", "pixels", "--image-size", "6", *SMALL]
+    text = fid("a", "b", *words, "--resize-filter", "bicubic")
+    assert "60 generated images (a, not cropped, resized by bicubic, antialiased)" in text
+    assert "made of their files in different ways (resize_filter: bicubic and none)" in text
+    assert "in different ways (crop: center and none; resize" in fid("a", "b", *words, "--crop", "center")
+    assert scores_of("a", "a", *words)["protocol"]["drawn"] == {"from": "a", "crop": "none", "resize_filter": "lanczos"}
+    assert "in different ways" not in fid("a", "a", *words)
+    np.save("c.npy", colour(60))
+    assert "in different ways" not in fid("a", "c.npy", *words), "of an array nothing is known"
+
+
+def test_a_pretrained_checkpoint_is_drawn_at_the_size_of_its_own_dataset(prepared: Experiment) -> None:
+    other = {**prepared.content["dataset"], "image_size": 16}
+    pretrain = {**prepared.content["arms"][ARM].get("pretrain", {}), "dataset": "large"}
+    arms = {ARM: {**prepared.content["arms"][ARM], "pretrain": pretrain}}
+    prepared.keep_arm(ARM).change(datasets={"large": other}, arms=arms).succeed("prepare")
+    prepared.succeed("pretrain", "--arm", ARM, "--seed", "0")
+    checkpoint = prepared.path(f"results/pretrain/{ARM}/seed-0/checkpoint.safetensors")
+    export_images(checkpoint, "--out", "png", "--num-samples", "2", "--device", "cpu", "--threads", "1")
+    for file in Path("png").iterdir():
+        with Image.open(file) as image:
+            assert image.size == (16, 16)
 
 
 def test_files_take_the_channels_of_the_other_set() -> None:

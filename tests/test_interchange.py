@@ -29,9 +29,10 @@ from maskdm.checkpoint import Which, load_tensors
 from maskdm.config import parse_params
 from maskdm.diffusion import make_betas
 from maskdm.errors import ParamsError, UserError
-from maskdm.exported import load_exported, weights_for
+from maskdm.exported import load_exported, publish_exported, weights_for
 from maskdm.patches import gather_patches, patchify
-from tests import factories  # noqa: F401  (one thread)
+from maskdm.publishing import publish_description
+from tests import factories
 from tests.conftest import ARM, Experiment
 
 State = dict[str, Tensor]
@@ -433,6 +434,19 @@ def test_files_of_another_layout_are_refused(tmp_path: Path, content: Any, reaso
     refused(tmp_path, tmp_path / "a.pt", reason)
 
 
+@pytest.mark.parametrize("model", [[1], torch.zeros(3), "text"], ids=["list", "tensor", "text"])
+def test_a_model_that_is_no_dict_is_left_out_where_there_are_averaged_weights(tmp_path: Path, model: Any) -> None:
+    state = {f"ema_model.model.{name}": tensor for name, tensor in authors_state().items()}
+    torch.save({"model": model, "ema": state}, tmp_path / "a.pt")
+    import_file(tmp_path / "a.pt", tmp_path / "out", "--num-heads", "2")
+    assert "Not taken over: model (no weights)" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_later_pickle_protocol_is_told_of(tmp_path: Path) -> None:
+    torch.save(authors_state(), tmp_path / "a.pt", pickle_protocol=4)
+    refused(tmp_path, tmp_path / "a.pt", "it was saved with pickle protocol 4 or later; save it with torch's default")
+
+
 class Payload:
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
         return os.mkdir, ("executed",)
@@ -488,8 +502,13 @@ def test_options_that_do_not_fit_the_network_are_refused(tmp_path: Path) -> None
     ("betas", "options", "reason"),
     [
         (make_betas("linear", 500), (), "trained with 500 timesteps .*give --num-timesteps 500"),
-        (make_betas("cosine", 1000), (), "not those of the schedule linear: give --schedule"),
-        (make_betas("linear", 1000), ("--schedule", "cosine"), "not those of the schedule cosine"),
+        (make_betas("cosine", 1000), (), "not those of the schedule linear: give --schedule cosine$"),
+        (make_betas("cosine", 1000).flip(0), (), "are of no schedule that maskdm has: it can't be imported"),
+        (
+            make_betas("linear", 1000),
+            ("--schedule", "cosine"),
+            "not those of the schedule cosine: give --schedule linear$",
+        ),
     ],
 )
 def test_the_diffusion_must_be_the_one_of_the_file(
@@ -605,7 +624,8 @@ def test_the_model_card_tells_data_masking_compute_quality_and_origin(scored: Ex
         f"- together: {spent['images_seen']:,} images, {spent['flops']:.4g} FLOPs",
         f"| FID | {spent['fid']:.6g} |",
         metrics["extractor_sha256"],
-        "*not* Inception FID",
+        "these are not Inception FIDs",
+        "caveat: FID is biased",
         f"torch {record['versions']['torch']}",
     ):
         assert fact in text, fact
@@ -674,6 +694,74 @@ def test_weights_of_other_params_are_not_exported(scored: Experiment) -> None:
     with pytest.raises(UserError, match="was trained with other params than"):
         export(scored, f"results/finetune/{ARM}/seed-0")
     assert not scored.path("exported").exists()
+
+
+def test_pretrained_weights_of_other_params_are_not_exported(scored: Experiment) -> None:
+    arms = scored.content["arms"]
+    scored.change(arms={ARM: {**arms[ARM], "mask_rate": 0.75}})
+    with pytest.raises(UserError, match="was trained with other params than"):
+        export(scored, f"results/pretrain/{ARM}/seed-0")
+    assert not scored.path("exported").exists()
+    scored.change(arms=arms, evaluation={"kid_subsets": 5})
+    export(scored, f"results/pretrain/{ARM}/seed-0", "--out", "out")
+
+
+def transferred(experiment: Experiment, **pretrain: Any) -> Experiment:
+    """Pretrain on digits of twice the size, and compare with images held out."""
+    content = experiment.keep_arm(ARM).content
+    arm = {**content["arms"][ARM], "pretrain": {**content["arms"][ARM].get("pretrain", {}), **pretrain}}
+    large = {**content["dataset"], "image_size": 16, "classes": ["5", "6", "7", "8", "9"]}
+    small = {"classes": ["0", "1", "2", "3", "4"], "held_out": 0.3}
+    changed = experiment.change(
+        dataset=small, datasets={"large": large}, evaluation={"reference": "held_out"}, arms={ARM: arm}
+    )
+    changed.succeed("prepare")
+    changed.succeed("pretrain", "--arm", ARM, "--seed", "0")
+    return changed
+
+
+def test_a_network_pretrained_on_another_dataset_is_exported_on_its_own(prepared: Experiment) -> None:
+    export(transferred(prepared, dataset="large"), f"results/pretrain/{ARM}/seed-0", "--out", "out")
+    exported = load_exported(prepared.path("out"))
+    assert exported.draw(2).shape == (2, 16, 16, 1)
+    assert (list(exported.params.arms), exported.params.datasets) == ([ARM], {})
+    assert exported.params.evaluation.reference == "train"
+
+
+def test_params_that_are_not_possible_are_not_published(tmp_path: Path) -> None:
+    params = factories.tiny_params()
+    evaluation = params.evaluation.model_copy(update={"reference": "held_out"})
+    wrong = params.model_copy(update={"evaluation": evaluation})
+    with pytest.raises(ParamsError, match=r"held_out needs dataset\.held_out"):
+        publish_exported(tmp_path / "out", wrong, 0, {}, "ema", {}, "a card")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_model_card_names_the_weights_that_pretraining_started_from(prepared: Experiment) -> None:
+    for stage in ("pretrain", "finetune"):
+        prepared.succeed(stage, "--arm", ARM, "--seed", "0")
+    export(prepared, f"results/finetune/{ARM}/seed-0", "--out", "first/model")
+    prepared.change(pretrain={"checkpoint": "first/model"})
+    for stage in ("pretrain", "finetune"):
+        prepared.succeed(stage, "--arm", ARM, "--seed", "0")
+        export(prepared, f"results/{stage}/{ARM}/seed-0", "--out", stage)
+        card = prepared.path(stage, "README.md").read_text()
+        sha256 = hashlib.sha256(prepared.path("first/model/model.safetensors").read_bytes()).hexdigest()
+        assert f"- started from the weights in `model` (sha256 `{sha256}`), whose data and compute are not" in card
+    assert "started from the weights" not in prepared.path("first/model/README.md").read_text()
+
+
+def test_too_few_samples_and_another_extractor_are_told_in_the_card(scored: Experiment) -> None:
+    """64 samples have fewer dimensions than pixels of RGB images would; here the features are said to be many."""
+    features = scored.path("results", "features", "features.json")
+    info = {key: value for key, value in json.loads(features.read_text()).items() if key != "checksum"}
+    publish_description(features, {**info, "num_features": 192})
+    metrics = scored.path("results", "metrics", f"{ARM}-seed-0.json")
+    metrics.write_text(json.dumps({**json.loads(metrics.read_text()), "extractor": "dinov2-vit-s-14/dinov2"}))
+    export(scored, f"results/finetune/{ARM}/seed-0", "--out", "out")
+    card = scored.path("out", "README.md").read_text()
+    assert "caveat: The features are those of dinov2-vit-s-14, not Inception's" in card
+    assert "64 images are fewer than the 192 features" in card
 
 
 def test_another_format_is_no_choice(scored: Experiment) -> None:

@@ -812,6 +812,32 @@ class TestTuning:
         assert "how the hyperparameters of scratch came about is not known" in text and "save" not in text
         assert verdict_rows()["scratch"]["num_trials"] == "" and verdict_rows()["scratch"]["num_seeds"] == "3"
 
+    def test_trials_of_different_protocols_are_not_compared(self):
+        write_results(self.params)
+        edit_json(paths.trial("scratch", "high"), protocol={"num_samples": 5})
+        found = read_results(self.params)
+        assert list(found.choices) == ["patch-m50"]
+        (missing,) = found.missing
+        assert (
+            "high.json was scored by another protocol than that of trial low: num_samples: 5 and none" in missing.reason
+        )
+        assert (missing.arm, missing.command) == ("scratch", "maskdm tune --arm scratch --trial high")
+
+    def test_a_failed_trial_has_no_protocol_to_compare(self):
+        write_results(self.params)
+        edit_json(paths.trial("scratch", "high"), failed="loss", fid=None, kid=None, protocol={"num_samples": 5})
+        assert list(read_results(self.params).choices) == list(PAIR)
+
+    def test_trials_scored_otherwise_than_the_arms_say_nothing_of_them(self):
+        write_results(self.params)
+        for trial in TRIALS:
+            edit_json(paths.trial("scratch", trial), protocol={"num_samples": 5})
+        found = read_results(self.params)
+        assert list(found.choices) == ["patch-m50"] and len(found.runs) == 6
+        (missing,) = found.missing
+        assert "low.json was scored by another protocol than the arms': num_samples: 5 and none" in missing.reason
+        assert missing.command == "maskdm tune --arm scratch --trial low"
+
     def test_tuning_that_was_switched_off_leaves_stale_results(self):
         write_results(self.params)
         with pytest.raises(UserError, match=r"scratch-seed-0.json is stale: .* the arm's values have changed since"):
@@ -894,6 +920,15 @@ class TestFiles:
         for name in ("summary.csv", "verdicts.csv"):
             assert (paths.REPORT / name).read_bytes() == (report[0] / name).read_bytes()
         assert "patch-m99" not in (paths.REPORT / "report.html").read_text()
+
+    @pytest.mark.usefixtures("_no_figures")
+    def test_fewer_real_images_than_features_are_cautioned_against(self):
+        params = make_params({"scratch": ARMS["scratch"]})
+        write_results(params)
+        for num_real, is_told in ((129, False), (100, True)):
+            edit_json(paths.record("features"), num_features=128, num_real=num_real)
+            write_report(params)
+            assert ("100 images are fewer than the 128 features" in page_text()) == is_told
 
     @pytest.mark.usefixtures("_no_figures")
     def test_another_extractor_needs_no_classifier_caution(self):

@@ -28,7 +28,7 @@ from maskdm.checkpoint import load_tensors
 from maskdm.checksums import checked
 from maskdm.compute import build_model, count_image_flops, plan_arm
 from maskdm.config import Params, fingerprint, load_params
-from maskdm.publishing import one_writer
+from maskdm.publishing import one_writer, publish_description
 from maskdm.resume import StateStore
 
 if TYPE_CHECKING:
@@ -111,7 +111,8 @@ def test_files_are_those_and_no_others(finished_once: Experiment) -> None:
         expected |= {f"results/tuning/{arm}/{trial}.json" for trial in TRIALS}
         expected |= {f"results/records/tune-{arm}-trial-{trial}.json" for trial in TRIALS}
         expected |= {f"results/chosen/{arm}.json"}
-        expected |= {f"results/pretrain/{arm}/seed-0/{name}" for name in ("checkpoint.safetensors", "curve.csv")}
+        pretrained = ("checkpoint.safetensors", "curve.csv", "run.json")
+        expected |= {f"results/pretrain/{arm}/seed-0/{name}" for name in pretrained}
         finetuned = ["milestones.json", "run.json", "curve.csv", *(f"milestone-{m}.safetensors" for m in MILESTONES)]
         expected |= {f"results/finetune/{arm}/seed-0/{name}" for name in finetuned}
         drawn = ["samples.json", *(f"milestone-{m}.{kind}" for m in MILESTONES for kind in ("npy", "png"))]
@@ -694,6 +695,54 @@ def test_samples_of_other_weights_are_refused(scored: Experiment) -> None:
     folder = folder_of(scored, "finetune")
     shutil.copy(folder / f"milestone-{MILESTONES[0]}.safetensors", folder / f"milestone-{MILESTONES[1]}.safetensors")
     assert_refused(scored.stage("evaluate"), "was not drawn from the weights", f"maskdm sample --arm {ARM}")
+
+
+@pytest.mark.parametrize("change", [{"num_steps": 2}, {"sampler": "ddpm"}], ids=str)
+def test_samples_drawn_otherwise_than_params_say_are_refused(scored: Experiment, change: dict[str, Any]) -> None:
+    scored.change(sampling=change).succeed("scale")
+    before = scored.hashes(OUTPUTS["evaluate"])
+    assert_refused(
+        scored.run("evaluate", *OF_ARM),
+        f"results/samples/{ARM}/seed-0 was drawn with other values of sampling than params.yaml has",
+        f"run first: maskdm sample --arm {ARM} --seed 0",
+    )
+    assert scored.hashes(OUTPUTS["evaluate"]) == before
+    scored.succeed("sample", *OF_ARM)
+    scored.succeed("evaluate", *OF_ARM)
+
+
+def test_a_scale_of_an_earlier_version_is_refused(scored: Experiment) -> None:
+    file = scored.path("results/metrics/scale.json")
+    content = {
+        k: v for k, v in json_of(scored, "results/metrics/scale.json").items() if k not in ("protocol", "checksum")
+    }
+    publish_description(file, content)
+    assert_refused(scored.run("evaluate", *OF_ARM), "another protocol; run first: maskdm scale")
+
+
+def test_params_of_finetuning_are_none_of_pretrainings(prepared: Experiment) -> None:
+    """A finished pretraining of days survives them."""
+    prepared.succeed("pretrain", *OF_ARM)
+    before = json_of(prepared, f"results/pretrain/{ARM}/seed-0/run.json")
+    said = prepared.change(finetune={"lr": 1e-4}).succeed("pretrain", *OF_ARM).err
+    assert "done before with the same inputs" in said
+    prepared.change(pretrain={"lr": 1e-4}).succeed("pretrain", *OF_ARM)
+    after = json_of(prepared, f"results/pretrain/{ARM}/seed-0/run.json")
+    assert before["trained_with"] != after["trained_with"]
+    assert before["init_sha256"] is after["init_sha256"] is None
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_the_scale_needs_four_real_images(prepared: Experiment, count: int) -> None:
+    """Of which each half has a covariance, and each image another one beside it."""
+    small = {"kid_subset_size": 2, "kid_subsets": 2, "prc_neighborhood": 1, "features": "pixels"}
+    prepared.change(dataset={"limit": count}, evaluation=small, sampling={"num_samples": 3}).succeed("prepare")
+    if count == 3:
+        assert_refused(prepared.run("features"), "3 real images are fewer than the scale of the metrics needs: 4")
+        assert not prepared.path("results/features").exists()
+    else:
+        prepared.succeed("features")
+        assert json_of(prepared.run("scale") and prepared, "results/metrics/scale.json")["floor"]["num_samples"] == 2
 
 
 def test_a_second_process_of_a_stage_waits_for_the_first(scored_once: Experiment, tuned: Experiment) -> None:

@@ -291,6 +291,20 @@ def test_a_trial_of_other_values_is_refused_with_the_command(tuned: Experiment, 
     assert tuned.hashes("results/chosen") == before
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [("num_samples", 63, "num_samples: 64 and 63"), ("extractor_sha256", "f" * 64, "extractor_sha256: ")],
+)
+def test_trials_of_different_protocols_do_not_compete(tuned: Experiment, key: str, value: Any, says: str) -> None:
+    before = tuned.hashes("results/chosen")
+    protocol = trial_of(tuned, "lr-high", "scratch")["protocol"]
+    edit(tuned, paths.trial("scratch", "lr-high"), protocol={**protocol, key: value})
+    outcome = tuned.run("choose")
+    assert_refused(outcome, f"the trials of arm scratch were scored by different protocols ({says}")
+    assert "maskdm tune --arm scratch --trial TRIAL" in outcome.err
+    assert tuned.hashes("results/chosen") == before
+
+
 def test_a_trial_that_was_not_run_since_tuning_was_off_is_refused(prepared: Experiment) -> None:
     prepared.keep_arm(ARM)
     for trial in ("given", "lr-high"):
@@ -440,7 +454,7 @@ def test_every_arm_lies_on_the_scale(scored_once: Experiment) -> None:
 def test_a_scale_of_other_data_or_another_extractor_is_refused(scored: Experiment, key: str) -> None:
     before = scored.hashes(str(paths.metrics(ARM, 0)))
     edit(scored, paths.SCALE, **{key: "other"})
-    says = "results/metrics/scale.json is of other data or another extractor; run first: maskdm scale"
+    says = "results/metrics/scale.json is of other data, another extractor or another protocol; run first: maskdm scale"
     assert_refused(scored.stage("evaluate"), says)
     assert scored.hashes(str(paths.metrics(ARM, 0))) == before
 

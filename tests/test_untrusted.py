@@ -678,7 +678,10 @@ WEIGHTS: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: saved({"a": Payload()}, _use_new_zipfile_serialization=False),
         "it calls for posix mkdir",
     ),
-    "executes-protocol-4": (lambda: saved({"a": Payload()}, pickle_protocol=4), "it calls for None"),
+    "executes-protocol-4": (
+        lambda: saved({"a": Payload()}, pickle_protocol=4),
+        "it was saved with pickle protocol 4 or later",
+    ),
     "bytes": (lambda: weights_with(b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x3f\x85R."), "builtins bytearray"),
     "doubles": (lambda: weights_with(hexed(26)), "it calls for _codecs encode"),
     "compressed": (lambda: weights_with(b"\x80\x02N." + bytes(10**6), zipfile.ZIP_DEFLATED), "it is compressed"),

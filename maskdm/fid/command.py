@@ -14,9 +14,9 @@ from maskdm import device, references
 from maskdm.config import ComputeConfig, EvaluationConfig
 from maskdm.errors import UserError
 from maskdm.evaluation import Metrics, Reference, compute_metrics
-from maskdm.extractors import FeatureExtractor, open_classifier, open_fixed, save_classifier
+from maskdm.extractors import FeatureExtractor, open_classifier, open_fixed, write_classifier
 from maskdm.fid.sets import ImageSet, Wanted, open_pair
-from maskdm.protocol import Protocol, metrics_as
+from maskdm.protocol import Protocol, differences, metrics_as, shaping_of
 from maskdm.publishing import publish_json
 from maskdm.report.numbers import number_text
 from maskdm.report.prose import bias_note, extractor_caution, few_samples_caution
@@ -43,11 +43,12 @@ def run(options: argparse.Namespace) -> None:
         features = extractor.features(a.pixels, config.batch_size, f"features of {a.name}")
         scores = compute_metrics(features, reference, config)
         protocol = _protocol(a, b, extractor, config)
-        cautions = list(_cautions(protocol, features.shape[1]))
+        cautions = [*_shaping_cautions(a, b), *_cautions(protocol, features.shape[1])]
     _print(a, b, scores, protocol, cautions)
     if options.json is not None:
         content: dict[str, Any] = {"a": a.name, "b": b.name, **scores.as_dict(), "cautions": cautions}
-        publish_json(options.json.absolute(), {**content, "protocol": protocol.as_dict()})
+        weights = {"a_weights_sha256": a.weights_sha256, "b_weights_sha256": b.weights_sha256}
+        publish_json(options.json.absolute(), {**content, **weights, "protocol": protocol.as_dict()})
 
 
 def wanted_of(options: argparse.Namespace) -> Wanted:
@@ -110,11 +111,9 @@ def _extractor(
             f"--features classifier is trained on the labels of B, and {real.name} has none: give a prepared dataset "
             "with classes or class folders, --weights results/features/classifier.safetensors, or another extractor"
         )
-    from maskdm.classifier import train_classifier
-
-    trained = train_classifier(real.pixels, real.labels, real.num_classes, config.classifier_epochs)
-    save_classifier(folder / "classifier.safetensors", trained)
-    return open_classifier(folder / "classifier.safetensors", compute.device)
+    file = folder / "classifier.safetensors"
+    write_classifier(file, real.pixels, real.labels, real.num_classes, config.classifier_epochs)
+    return open_classifier(file, compute.device)
 
 
 def _check_fits(extractor: FeatureExtractor, real: ImageSet, path: Path) -> None:
@@ -149,6 +148,16 @@ def _protocol(a: ImageSet, b: ImageSet, extractor: FeatureExtractor, config: Eva
         drawn=a.drawn,
         metrics=metrics_as(config),
     )
+
+
+def _shaping_cautions(a: ImageSet, b: ImageSet) -> Iterator[str]:
+    """Where both sets are known to be made of files, they must have been made alike."""
+    one, other = shaping_of(a.about), shaping_of(b.about)
+    if one and other and (differing := list(differences(one, other))):
+        yield (
+            f"A and B were made of their files in different ways ({'; '.join(differing)}): FID counts that as a "
+            "difference of the images."
+        )
 
 
 def _cautions(protocol: Protocol, num_features: int) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from maskdm import device, exported
+from maskdm import device, exported, paths
 from maskdm.checkpoint import load_tensors
 from maskdm.config import MOST_BYTES, PARAMS_FILE, ComputeConfig, Params, load_params, parse_params
 from maskdm.device import Compute
@@ -47,12 +47,19 @@ def draw(place: Path, num_images: int, seed: int, machine: ComputeConfig) -> tup
         compute = _compute(params, machine)
         model = found.model.to(compute.device)
     else:
-        file = place / LOGGED_WEIGHTS if place.is_dir() else place
+        file = weights_file(place)
         params, num_classes, weights = _params_of(place), _num_classes(file), "ema"
         compute = _compute(params, machine)
         model = load_model(params, file, num_classes, compute)
     images = draw_images(params, model, num_classes, seed, num_images, compute, f"draw from {place}")
     return images, {**drawn_as(params.sampling), "weights": weights.upper() if weights == "ema" else weights}
+
+
+def weights_file(place: Path) -> Path:
+    """The file of the weights that `draw` draws from."""
+    if not place.is_dir():
+        return place
+    return place / (LOGGED_WEIGHTS if _is_logged(place) else exported.WEIGHTS)
 
 
 def _compute(params: Params, machine: ComputeConfig) -> Compute:
@@ -65,7 +72,10 @@ def _is_logged(place: Path) -> bool:
 
 
 def _params_of(place: Path) -> Params:
-    """The params beside a logged model's weights, or those of the experiment that a checkpoint lies in."""
+    """The params beside a logged model's weights, or those of the experiment that a checkpoint lies in.
+
+    Those of a pretrained checkpoint have the dataset that its arm was pretrained on.
+    """
     if place.is_dir():
         return _read_params(place / LOGGED_PARAMS)
     folders = place.absolute().parents
@@ -75,7 +85,11 @@ def _params_of(place: Path) -> Params:
             f"{place}: there is no {PARAMS_FILE} in any folder above it, which says how images are drawn; give a "
             "checkpoint where its experiment lies, or a folder of maskdm export"
         )
-    return load_params(file)
+    params = load_params(file)
+    match place.absolute().relative_to(file.parent).parts:
+        case (paths.RESULTS.name, "pretrain", arm, *_) if arm in params.arms:
+            return params.for_pretraining(arm)
+    return params
 
 
 def _read_params(path: Path) -> Params:

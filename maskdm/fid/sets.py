@@ -22,8 +22,8 @@ from maskdm.data.collection import Collection, Numbers
 from maskdm.data.decoding import FORMATS, BadImageError, decode
 from maskdm.data.opening import open_collection
 from maskdm.errors import UserError
-from maskdm.fid.drawn import draw, is_model
-from maskdm.protocol import images_of
+from maskdm.fid.drawn import draw, is_model, weights_file
+from maskdm.protocol import images_of, shaping_of
 from maskdm.stored_images import StoredImages
 
 SHARD_IMAGES = 8192
@@ -61,9 +61,10 @@ class ImageSet:
         pixels: uint8 (N, H, W, C).
         sha256: of them.
         about: how they came about, for the protocol.
-        drawn: how they were drawn from a model; else where they are from.
+        drawn: how they were drawn from a model; else where they are from, and how they were made of files.
         labels: (N,) int64, or None.
         num_classes: 0 without labels.
+        weights_sha256: of the file of the model that they were drawn from.
     """
 
     name: str
@@ -73,6 +74,7 @@ class ImageSet:
     drawn: dict[str, Any]
     labels: np.ndarray | None = None
     num_classes: int = 0
+    weights_sha256: str | None = None
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -87,7 +89,8 @@ class ImageSet:
     def text(self) -> str:
         """For people."""
         height, width, channels = self.shape
-        return f"{self.name}: {len(self):,} images, {height}×{width} {'grey' if channels == 1 else 'RGB'}"
+        weights = "" if self.weights_sha256 is None else f", drawn from weights of sha256 {self.weights_sha256[:12]}"
+        return f"{self.name}: {len(self):,} images, {height}×{width} {'grey' if channels == 1 else 'RGB'}{weights}"
 
 
 def is_files(place: Path) -> bool:
@@ -127,7 +130,8 @@ def _prepared(place: Path) -> ImageSet:
 
 def _stored(place: Path, arrays: ImageArrays, about: dict[str, Any]) -> ImageSet:
     pixels = StoredImages([arrays])
-    return ImageSet(str(place), pixels, pixels.sha256, about, {"from": str(place)}, arrays.labels, arrays.num_classes)
+    drawn = {"from": str(place), **shaping_of(about)}
+    return ImageSet(str(place), pixels, pixels.sha256, about, drawn, arrays.labels, arrays.num_classes)
 
 
 def _array(place: Path) -> ImageSet:
@@ -146,8 +150,10 @@ def _drawn(place: Path, wanted: Wanted) -> ImageSet:
     if wanted.num_samples is None:
         raise UserError(f"{place} is a model: say with --num-samples how many images to draw from it")
     images, drawn = draw(place, wanted.num_samples, wanted.seed, wanted.machine)
-    about = {"from": str(place), "seed": wanted.seed, **drawn}
-    return ImageSet(str(place), images, hashlib.sha256(images.tobytes()).hexdigest(), about, drawn)
+    weights = file_sha256(weights_file(place))
+    about = {"from": str(place), "seed": wanted.seed, "weights_sha256": weights, **drawn}
+    sha256 = hashlib.sha256(images.tobytes()).hexdigest()
+    return ImageSet(str(place), images, sha256, about, drawn, weights_sha256=weights)
 
 
 def _decoded(place: Path, wanted: Wanted, scratch: Path) -> ImageSet:

@@ -14,12 +14,12 @@ from maskdm import paths
 from maskdm.checkpoint import Which, architecture_of, load_weights
 from maskdm.checksums import file_sha256
 from maskdm.compute import plan_arm
-from maskdm.config import Params, load_params
+from maskdm.config import Params, load_params, parse_params
 from maskdm.data.arrays import ImageArrays
 from maskdm.errors import UserError
 from maskdm.exported import check_replaceable, publish_exported
 from maskdm.interchange.model_card import Training, exported_card
-from maskdm.stages import finetune, pretrain
+from maskdm.stages import features, finetune, pretrain
 from maskdm.stages.inputs import open_pretraining_data, read_json, require, with_chosen_values
 
 EXPORTED = Path("exported")  # where folders go that are not given a place
@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
     chosen = with_chosen_values(given, place.arm)
     require(place.file, place.stage, place.arm, place.seed)
     _check_params(chosen, place)
-    params = chosen if place.stage == "finetune" else chosen.for_pretraining(place.arm)
+    params = chosen if place.stage == "finetune" else _of_pretraining(chosen, place.arm)
     num_classes = _num_classes(chosen, place)
     weights, _ = load_weights(place.file, which, architecture_of(params, num_classes))
     source = {"file": place.file.as_posix(), "sha256": file_sha256(place.file), "arm": place.arm, "seed": place.seed}
@@ -112,15 +112,26 @@ def locate(path: Path, params: Params) -> Place:
 
 
 def _check_params(params: Params, place: Place) -> None:
-    """Finetuned weights say which params they were trained with."""
-    if place.stage == "pretrain":
-        return
-    made_with = read_json(place.file.parent / finetune.RUN, "finetune").get("trained_with")
-    if made_with != params.trained_with(place.arm):
+    """Weights say which params they were trained with."""
+    of_pretraining = place.stage == "pretrain"
+    asked = pretrain.trained_with(params, place.arm) if of_pretraining else params.trained_with(place.arm)
+    file = place.file.parent / (pretrain.RUN if of_pretraining else finetune.RUN)
+    if read_json(file, place.stage).get("trained_with") != asked:
         raise UserError(
             f"{place.file} was trained with other params than params.yaml has now: the model card would be wrong; put "
             f"params.yaml back, or run the stages of arm {place.arm} again"
         )
+
+
+def _of_pretraining(params: Params, arm: str) -> Params:
+    """The params of pretrained weights on their own: their dataset is `dataset`, and there is no other arm."""
+    content = params.for_pretraining(arm).model_dump(mode="json", exclude_unset=True)
+    own = content["arms"][arm]
+    for section in (content["pretrain"], own.get("pretrain", {})):
+        section.pop("dataset", None)
+    content["datasets"], content["arms"] = {}, {arm: own}
+    content["evaluation"]["reference"] = "train"
+    return parse_params(content, source=f"the params of arm {arm}'s pretraining")
 
 
 def _num_classes(params: Params, place: Place) -> int:
@@ -145,7 +156,25 @@ def _training(params: Params, place: Place, which: Which) -> Training:
         scores=scores,
         metrics=metrics,
         not_scored=not_scored,
+        started_from=params.pretrain_of(place.arm).checkpoint,
+        started_from_sha256=_init_sha256(place),
+        num_features=_num_features(metrics),
     )
+
+
+def _init_sha256(place: Place) -> str | None:
+    """Of the weights that pretraining started from, if it says so."""
+    run = _read_if_there(paths.pretrain(place.arm, place.seed) / pretrain.RUN, "pretrain")
+    return run.get("init_sha256")
+
+
+def _num_features(metrics: dict[str, Any]) -> int:
+    """D of the extractor that made the scores; 0 where it is not there any more."""
+    info = _read_if_there(paths.FEATURES / features.INFO_FILE, "features")
+    is_same = (
+        metrics.get("extractor_sha256") is not None and info.get("extractor_sha256") == metrics["extractor_sha256"]
+    )
+    return int(info.get("num_features", 0)) if is_same else 0
 
 
 def _read_if_there(path: Path, stage: str) -> dict[str, Any]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from maskdm.checkpoint import Which
 from maskdm.checksums import file_sha256
-from maskdm.config import Params, parse_params
+from maskdm.config import DiffusionConfig, Params, parse_params
 from maskdm.diffusion import make_betas
 from maskdm.errors import ParamsError, UserError
 from maskdm.exported import check_replaceable, publish_exported
@@ -22,6 +22,7 @@ from maskdm.printable import printable
 
 HEAD_DIM = 64  # of U-ViT's published networks
 BETAS_MAY_DIFFER = 1e-3  # codes cut the last variances of a cosine schedule at 0.999 or at 0.9999
+SCHEDULES: tuple[str, ...] = get_args(DiffusionConfig.model_fields["schedule"].annotation)
 CODES = {"maskdm": "MaskDM's code", "u-vit": "U-ViT's code"}
 
 
@@ -151,9 +152,18 @@ def _check_betas(checkpoint: Checkpoint, params: Params, file: Path) -> None:
             f"{file} was trained with {len(betas)} timesteps (its `betas`), not {config.num_timesteps}: "
             f"give --num-timesteps {len(betas)}"
         )
-    expected = make_betas(config.schedule, config.num_timesteps)
-    if not torch.allclose(betas.double(), expected, rtol=0.0, atol=BETAS_MAY_DIFFER):
-        raise ParamsError(f"the `betas` of {file} are not those of the schedule {config.schedule}: give --schedule")
+    fitting = [schedule for schedule in SCHEDULES if _is_of(betas, schedule)]
+    if not fitting:
+        raise ParamsError(f"the `betas` of {file} are of no schedule that maskdm has: it can't be imported")
+    if config.schedule not in fitting:
+        raise ParamsError(
+            f"the `betas` of {file} are not those of the schedule {config.schedule}: give --schedule {fitting[0]}"
+        )
+
+
+def _is_of(betas: torch.Tensor, schedule: str) -> bool:
+    """Whether variances β_t (T,) are those of a schedule."""
+    return torch.allclose(betas.double(), make_betas(schedule, len(betas)), rtol=0.0, atol=BETAS_MAY_DIFFER)
 
 
 def _told(checkpoint: Checkpoint, params: Params, file: Path, out: Path, which: Which, is_assumed: bool) -> list[str]:

@@ -108,7 +108,8 @@ def _read_maskdm(content: Mapping[Any, Any], most_bytes: int) -> Checkpoint:
             ignored += [f"{entry}: {name}" for name in _grouped(others)]
         elif entry in content:
             ignored.append(f"{entry} (no weights)")
-    betas = (content.get("model") or {}).get("betas")
+    model = content.get("model")
+    betas = model.get("betas") if isinstance(model, Mapping) else None
     return _checkpoint("maskdm", networks, tuple(ignored), most_bytes, betas)
 
 

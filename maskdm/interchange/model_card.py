@@ -16,6 +16,7 @@ from maskdm.config import Params
 from maskdm.interchange.layouts import Checkpoint
 from maskdm.printable import printable
 from maskdm.protocol import Protocol
+from maskdm.report.prose import bias_note, extractor_caution, few_samples_caution
 
 MOST_SHOWN = 20  # names of what an import has ignored
 PAPER = "[Masked Diffusion Models are Fast Distribution Learners](https://arxiv.org/abs/2306.11363)"
@@ -51,6 +52,9 @@ class Training:
         scores: of the checkpoint; None where it is not scored.
         metrics: the whole file that they come from.
         not_scored: why there are no scores.
+        started_from: the folder of other weights that pretraining started from; None if from scratch.
+        started_from_sha256: of those weights; None where it is not known.
+        num_features: D of the extractor that made the scores; 0 where it is not known.
     """
 
     what: str
@@ -61,6 +65,9 @@ class Training:
     scores: Mapping[str, Any] | None
     metrics: Mapping[str, Any]
     not_scored: str
+    started_from: str | None = None
+    started_from_sha256: str | None = None
+    num_features: int = 0
 
 
 def exported_card(name: str, params: Params, num_classes: int, which: Which, training: Training) -> str:
@@ -149,7 +156,18 @@ def _data(params: Params, training: Training) -> list[str]:
             f"- {purpose}: {manifest['count']:,} images, sha256 of their pixels `{manifest['sha256']}`",
             *(f"  - {part}: {_listed(manifest[part])}" for part in ("source", "protocol")),
         ]
-    return [*lines, f"- left-right flips in training: with probability {params.training.flip:g}"]
+    flips = f"- left-right flips in training: with probability {params.training.flip:g}"
+    return [*lines, *_start(training), flips]
+
+
+def _start(training: Training) -> list[str]:
+    """Weights of elsewhere that the network started from; the last part of a path says enough to strangers."""
+    if training.started_from is None:
+        return []
+    name = printable(training.started_from.rstrip("/").rsplit("/", 1)[-1])
+    known = training.started_from_sha256
+    sha256 = f" (sha256 `{known}`)" if known else ""
+    return [f"- started from the weights in `{name}`{sha256}, whose data and compute are not counted here"]
 
 
 def _listed(values: Mapping[str, Any]) -> str:
@@ -208,29 +226,36 @@ def _quality(which: Which, training: Training) -> list[str]:
         "",
         f"- extractor `{metrics['extractor']}`, sha256 `{metrics['extractor_sha256']}`; "
         f"{scores['num_samples']:,} samples, drawn from the {SETS[which]} weights with seed {metrics['seed']}",
-        *_protocol(metrics.get("protocol")),
+        *_protocol_lines(_protocol_of(metrics)),
     ]
     if "fid_floor" in metrics:
         lines.append(
             f"- scale: real images against real ones have FID {metrics['fid_floor']:.6g} (n = "
             f"{metrics['floor_num_samples']:,}), the untrained network {metrics['fid_untrained']:.6g}"
         )
-    if str(metrics["extractor"]).startswith("classifier"):
-        lines.append(
-            "- caveat: the extractor is a small classifier trained on this dataset: this is *not* Inception FID, and "
-            "comparable only with numbers of the same data and extractor"
-        )
-    return [
-        *lines,
-        "- caveat: FID is biased by the number of samples; compare it only between equal numbers, equal extractors and "
-        "equally prepared images",
-        "- caveat: one run with one seed; another seed gives another number",
+    protocol = _protocol_of(metrics)
+    num_samples = scores["num_samples"]
+    fewest = num_samples if protocol is None else min(num_samples, protocol.num_real)
+    caveats = [
+        extractor_caution(str(metrics["extractor"])),
+        few_samples_caution(fewest, training.num_features) if training.num_features else "",
+        bias_note(num_samples),
+        "One run with one seed: another seed gives another number.",
     ]
+    return [*lines, *(f"- caveat: {text}" for text in caveats if text)]
 
 
-def _protocol(content: Any) -> list[str]:
+def _protocol_of(metrics: Mapping[str, Any]) -> Protocol | None:
+    """What the scores are of; None where it was not recorded."""
     try:
-        return [f"- {line}" for line in Protocol.from_dict(content).text.splitlines()]
+        return Protocol.from_dict(metrics["protocol"])
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def _protocol_lines(protocol: Protocol | None) -> list[str]:
+    try:
+        return [] if protocol is None else [f"- {line}" for line in protocol.text.splitlines()]
     except (ValueError, TypeError, KeyError, AttributeError):
         return []
 

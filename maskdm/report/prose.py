@@ -32,12 +32,18 @@ def cautions(params: Params, results: Results, compared: list[Comparison]) -> li
         _untuned_caution(params, results),
         edge_caution(params, results),
         extractor_caution(str(results.features_record["extractor"])),
-        few_samples_caution(params.sampling.num_samples, results.features_record.get("num_features", 0)),
+        few_samples_caution(_fewest_images(params, results), results.features_record.get("num_features", 0)),
         _compute_caution(params, compared),
         _elsewhere_caution(params, compared),
         _rate_caution(params, compared),
     ]
     return [text for text in found if text]
+
+
+def _fewest_images(params: Params, results: Results) -> int:
+    """How many samples were scored, or real images compared with where those are fewer."""
+    num_samples = params.sampling.num_samples
+    return min(num_samples, int(results.features_record.get("num_real", num_samples)))
 
 
 def missing_lines(missing: list[Missing]) -> list[str]:

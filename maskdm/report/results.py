@@ -15,7 +15,7 @@ from maskdm.errors import UserError
 from maskdm.formats import ARM_STAGES, ORIGIN_KEYS, TRAINING_STAGES
 from maskdm.protocol import Protocol, differences
 from maskdm.report.files import UnusableError, open_images, read_curve, read_json, require
-from maskdm.report.tuning import Choice, read_choice, read_trial
+from maskdm.report.tuning import Choice, read_choice, read_trial, require_equal_protocols
 
 SCORES = ("fid", "kid", "kid_std", "precision", "recall", "num_samples")
 MILESTONE_KEYS = ("step", "flops", "images_seen", "tokens_seen", *SCORES)
@@ -144,6 +144,7 @@ def read_results(params: Params) -> Results:
     if not runs:
         raise UserError(_nothing_left(missed.found))
     protocol = _one_protocol(scale, runs)
+    choices = _comparable_choices(choices, protocol, missed)
     return Results(manifest, prepare, features, real, scale, runs, choices, missed.found, protocol)
 
 
@@ -188,6 +189,20 @@ def _read_choices(params: Params, origin: dict[str, Any], missed: _Missed) -> di
         except UnusableError as error:
             missed.add(error, arm)
     return choices
+
+
+def _comparable_choices(choices: dict[str, Choice], protocol: Protocol | None, missed: _Missed) -> dict[str, Choice]:
+    """The choices from trials that were scored as the arms were: the others say nothing of the arms' numbers."""
+    comparable = {}
+    for arm, choice in choices.items():
+        try:
+            for trial in choice.trials:
+                if trial.fid is not None:
+                    require_equal_protocols(trial, {} if protocol is None else protocol.as_dict(), "the arms'")
+            comparable[arm] = choice
+        except UnusableError as error:
+            missed.add(error, arm)
+    return comparable
 
 
 def _trial_names(params: Params) -> list[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from maskdm import paths
 from maskdm.config import Params
 from maskdm.formats import ORIGIN_KEYS
+from maskdm.protocol import differences
 from maskdm.report.files import UnusableError, read_json
 
 CHOICE_KEYS = ("trial", "values")
@@ -26,6 +27,7 @@ class Trial:
         fid: at the end of the trial's budget; None without scores.
         kid: likewise.
         wall_seconds: of training, sampling and scoring; None without a record.
+        protocol: what its scores are of; empty without scores, or where none was recorded.
     """
 
     arm: str
@@ -35,6 +37,7 @@ class Trial:
     fid: float | None
     kid: float | None
     wall_seconds: float | None
+    protocol: dict[str, Any] = field(default_factory=dict)
 
     def score(self, metric: str) -> float | None:
         """What trials are compared by; lower is better; None: it failed."""
@@ -81,8 +84,12 @@ def read_choice(params: Params, arm: str, trials: list[Trial]) -> Choice:
         trials: of the arm; empty without tuning.
 
     Raises:
-        UnusableError: it is missing, unreadable, or would be another with params.yaml and the trials as they are.
+        UnusableError: it is missing, unreadable, would be another with params.yaml and the trials as they are, or
+            the trials were scored by different protocols.
     """
+    scored = [trial for trial in trials if trial.fid is not None]
+    for trial in scored[1:]:
+        require_equal_protocols(trial, scored[0].protocol, f"that of trial {scored[0].name}")
     file = paths.chosen(arm)
     chosen = read_json(file, CHOOSE, CHOICE_KEYS)
     asked: dict[str, Any] = {"values": {}}
@@ -112,7 +119,27 @@ def read_trial(params: Params, arm: str, name: str, origin: dict[str, Any]) -> T
     _require_equal(file, found, asked, made_by)
     if found["fid"] is not None:
         _require_equal(file, found, {key: origin[key] for key in ORIGIN_KEYS}, made_by)
-    return Trial(arm, name, found["values"], found["failed"], found["fid"], found["kid"], _wall_seconds(arm, name))
+    protocol = {} if found["fid"] is None else dict(found.get("protocol") or {})
+    scores = (found["failed"], found["fid"], found["kid"])
+    return Trial(arm, name, found["values"], *scores, _wall_seconds(arm, name), protocol)
+
+
+def require_equal_protocols(trial: Trial, protocol: dict[str, Any], whose: str) -> None:
+    """A trial is comparable only with what was scored as it was.
+
+    Args:
+        trial: with scores.
+        protocol: as plain values; empty where none was recorded.
+        whose: for the message.
+
+    Raises:
+        UnusableError: they differ.
+    """
+    if differing := list(differences(trial.protocol, protocol)):
+        raise UnusableError(
+            f"{paths.trial(trial.arm, trial.name)} was scored by another protocol than {whose}: {differing[0]}",
+            f"maskdm tune --arm {trial.arm} --trial {trial.name}",
+        )
 
 
 def _wall_seconds(arm: str, name: str) -> float | None:

@@ -9,6 +9,7 @@ from maskdm import paths
 from maskdm.config import Params
 from maskdm.data.arrays import ImageArrays
 from maskdm.errors import UserError
+from maskdm.protocol import differences
 from maskdm.publishing import publish_description, publish_folder
 from maskdm.stages.inputs import read_json
 from maskdm.stages.session import stage_session
@@ -45,10 +46,11 @@ def _choose(params: Params, arm: str) -> dict[str, Any]:
         reasons = "; ".join(f"{trial}: {result['failed']}" for trial, result in tried.items())
         print(f"every trial of arm {arm} has failed: {reasons}", file=sys.stderr)
         return {"arm": arm, "trial": None, "values": {}, "failed": reasons}
-    if len({result["extractor_sha256"] for result in finished.values()}) > 1:
+    one, *rest = finished.values()
+    if differing := [text for other in rest for text in differences(one["protocol"] or {}, other["protocol"] or {})]:
         raise UserError(
-            f"the trials of arm {arm} were scored with different feature extractors; run first, for each of them: "
-            f"maskdm tune --arm {arm} --trial TRIAL"
+            f"the trials of arm {arm} were scored by different protocols ({differing[0]}); run first, for each of "
+            f"them: maskdm tune --arm {arm} --trial TRIAL"
         )
     best = min(finished, key=lambda trial: finished[trial][tuning.metric])
     return {"arm": arm, "trial": best, "values": tuning.trials[best]}

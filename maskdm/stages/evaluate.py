@@ -89,8 +89,18 @@ def _flat(scores: dict[str, Any]) -> dict[str, float]:
 
 
 def _check_samples(params: Params, arm: str, seed: int) -> dict[str, str]:
-    """Samples must be of these weights; the engines see to it, hands may not. Their files' sha256 by milestone."""
+    """Samples must be of these weights, and drawn as params say; the engines see to it, hands may not.
+
+    Returns:
+        their files' sha256 by milestone.
+    """
     info = read_json(paths.samples(arm, seed) / sample.INFO, "sample")
+    asked = params.sampling.model_dump(mode="json")
+    if any(info.get(key) != value for key, value in asked.items()):
+        raise UserError(
+            f"{paths.samples(arm, seed)} was drawn with other values of sampling than params.yaml has; "
+            f"run first: maskdm sample --arm {arm} --seed {seed}"
+        )
     for key, file in weights_of(params, arm, seed).items():
         if info["weights_sha256"].get(key) != file_sha256(file):
             raise UserError(
@@ -103,8 +113,10 @@ def _check_samples(params: Params, arm: str, seed: int) -> dict[str, str]:
 def _read_scale(scorer: Scorer) -> dict[str, float]:
     """The scale that stands beside the arm's scores."""
     scale = read_json(require(paths.SCALE, "scale"), "scale")
-    if any(scale[key] != value for key, value in scorer.origin.items()):
-        raise UserError(f"{paths.SCALE} is of other data or another extractor; run first: maskdm scale")
+    if any(scale.get(key) != value for key, value in scorer.origin.items()):
+        raise UserError(
+            f"{paths.SCALE} is of other data, another extractor or another protocol; run first: maskdm scale"
+        )
     floor, untrained = scale["floor"], scale["untrained"]
     return {
         "fid_floor": floor["fid"],

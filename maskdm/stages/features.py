@@ -11,8 +11,8 @@ from maskdm import device, paths, references
 from maskdm.checksums import file_sha256
 from maskdm.config import EvaluationConfig, Params
 from maskdm.errors import UserError
-from maskdm.evaluation import Reference, check_counts
-from maskdm.extractors import FeatureExtractor, open_classifier, open_fixed, save_classifier
+from maskdm.evaluation import FEWEST_REAL, Reference, check_counts
+from maskdm.extractors import FeatureExtractor, open_classifier, open_fixed, write_classifier
 from maskdm.protocol import images_of
 from maskdm.publishing import publish_description, publish_folder
 from maskdm.stages.real_images import Dataset, open_dataset
@@ -32,7 +32,10 @@ def run(params: Params) -> None:
     """
     compute = device.resolve(params.compute)
     dataset = open_dataset(params, verify=True)
-    check_counts(params.sampling.num_samples, len(dataset.reference(params.evaluation.reference)), params.evaluation)
+    num_real = len(dataset.reference(params.evaluation.reference))
+    check_counts(params.sampling.num_samples, num_real, params.evaluation)
+    if num_real < FEWEST_REAL:
+        raise UserError(f"{num_real} real images are fewer than the scale of the metrics needs: {FEWEST_REAL}")
     inputs = {
         "evaluation": params.evaluation,
         "compute": params.compute,
@@ -113,9 +116,4 @@ def _train_classifier(params: Params, images: StoredImages, path: Path) -> float
             "evaluation.features: classifier needs a dataset with labels of at least two classes, and this one has "
             "none: sort the images into class folders, or name a torch-fidelity extractor, e.g. inception-v3-compat"
         )
-    from maskdm.classifier import train_classifier
-
-    epochs = params.evaluation.classifier_epochs
-    trained = train_classifier(images, images.labels, images.num_classes, epochs)
-    save_classifier(path, trained)
-    return trained.accuracy
+    return write_classifier(path, images, images.labels, images.num_classes, params.evaluation.classifier_epochs)

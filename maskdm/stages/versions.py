@@ -13,7 +13,7 @@ STAGE_VERSIONS = {
     "scale": 4,
     "tune": 4,
     "choose": 2,
-    "pretrain": 3,
+    "pretrain": 4,
     "finetune": 4,
     "sample": 4,
     "evaluate": 3,
