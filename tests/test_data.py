@@ -12,36 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from maskdm.config import Params, parse_params
+from maskdm.config import Params
 from maskdm.data.arrays import ImageArrays, ShardWriter
 from maskdm.data.grids import GAP, save_grid
 from maskdm.data.prepare import prepare
 from maskdm.errors import UserError
+from tests.factories import data_params
 
 SHAPE = (2, 3, 3)
 
 
 def make_params(threads: int = 1, **dataset: Any) -> Params:
-    stage = {"lr": 1e-3, "batch_size": 8}
-    return parse_params(
-        {
-            "name": "test",
-            "seeds": [0],
-            "dataset": {"source": "digits", "image_size": 8, "channels": 3, **dataset},
-            "datasets": {},
-            "model": {"patch_size": 1, "dim": 8, "depth": 3, "num_heads": 2},
-            "diffusion": {},
-            "budget": {"unmasked_steps": 10},
-            "training": {},
-            "pretrain": stage,
-            "finetune": stage,
-            "sampling": {},
-            "evaluation": {},
-            "compute": {"threads": threads},
-            "tuning": {"enabled": False, "seed": 1, "budget_fraction": 0.5, "trials": {"given": {}}},
-            "arms": {"scratch": {"strategy": "none"}},
-        }
-    )
+    return data_params({"source": "digits", "image_size": 8, "channels": 3, **dataset}, threads=threads)
 
 
 def random_images(count: int) -> np.ndarray:

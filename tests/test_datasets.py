@@ -25,11 +25,12 @@ import pytest
 from PIL import Image
 
 from maskdm import paths
-from maskdm.config import Params, parse_params
+from maskdm.config import Params
 from maskdm.data.arrays import ImageArrays
 from maskdm.data.prepare import prepare
 from maskdm.errors import ParamsError, UserError
 from maskdm.publishing import one_writer
+from tests.factories import data_params
 
 OUT = Path("out")
 STANDING = {Path("results"), Path(".work"), Path(".work/locks"), Path(".work/locks/download.lock")}
@@ -41,26 +42,7 @@ def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def params(datasets: dict[str, Any] | None = None, threads: int = 1, **dataset: Any) -> Params:
-    stage = {"lr": 1e-3, "batch_size": 8}
-    return parse_params(
-        {
-            "name": "test",
-            "seeds": [0],
-            "dataset": {"channels": 3, **dataset},
-            "datasets": datasets or {},
-            "model": {"patch_size": 1, "dim": 8, "depth": 3, "num_heads": 2},
-            "diffusion": {},
-            "budget": {"unmasked_steps": 10},
-            "training": {},
-            "pretrain": stage,
-            "finetune": stage,
-            "sampling": {},
-            "evaluation": {},
-            "compute": {"threads": threads},
-            "tuning": {"enabled": False, "seed": 1, "budget_fraction": 0.5, "trials": {"given": {}}},
-            "arms": {"scratch": {"strategy": "none"}},
-        }
-    )
+    return data_params({"channels": 3, **dataset}, datasets, threads)
 
 
 def prepared(**given: Any) -> ImageArrays:

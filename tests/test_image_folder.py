@@ -19,13 +19,14 @@ import PIL
 import pytest
 from PIL import Image
 
-from maskdm.config import DatasetConfig, parse_params
+from maskdm.config import DatasetConfig
 from maskdm.data import bulk_decoding, sources
 from maskdm.data.arrays import ImageArrays
 from maskdm.data.decoding import BadImageError, decode
 from maskdm.data.image_folder import labels_from_folders
 from maskdm.data.prepare import prepare
 from maskdm.errors import UserError
+from tests.factories import data_params
 
 SIZE = 8
 
@@ -36,25 +37,8 @@ def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(root: str | Path, threads: int = 1, output: str = "out", **dataset: Any) -> dict[str, Any]:
-    stage = {"lr": 1e-3, "batch_size": 8}
-    content = {
-        "name": "test",
-        "seeds": [0],
-        "dataset": {"source": "image_folder", "root": str(root), "image_size": SIZE, "channels": 3, **dataset},
-        "datasets": {},
-        "model": {"patch_size": 1, "dim": 8, "depth": 3, "num_heads": 2},
-        "diffusion": {},
-        "budget": {"unmasked_steps": 10},
-        "training": {},
-        "pretrain": stage,
-        "finetune": stage,
-        "sampling": {},
-        "evaluation": {},
-        "compute": {"threads": threads},
-        "tuning": {"enabled": False, "seed": 1, "budget_fraction": 0.5, "trials": {"given": {}}},
-        "arms": {"scratch": {"strategy": "none"}},
-    }
-    return prepare(parse_params(content), Path(output))
+    given = {"source": "image_folder", "root": str(root), "image_size": SIZE, "channels": 3, **dataset}
+    return prepare(data_params(given, threads=threads), Path(output))
 
 
 def config(**changes: Any) -> DatasetConfig:
