@@ -56,12 +56,9 @@ def tiny_params(**changes: Any) -> Params:
 
 def data_params(dataset: dict[str, Any], datasets: dict[str, Any] | None = None, threads: int = 1) -> Params:
     """An experiment on images of any size, to prepare them."""
-    patch_1 = {"patch_size": 1, "dim": 8, "depth": 3, "num_heads": 2}
-    params = tiny_params(
-        model=patch_1, diffusion={}, compute={"device": "auto", "precision": "auto", "threads": threads}
-    )
-    content = params.model_dump(mode="json", exclude_unset=True)
-    return parse_params({**content, "dataset": dataset, "datasets": datasets or {}})
+    own = {"dataset": dataset, "datasets": datasets or {}, "arms": {"scratch": {"strategy": "none"}}}
+    content = tiny_params(model={"patch_size": 1}, compute={"threads": threads}).model_dump(exclude_unset=True)
+    return parse_params({**content, **own})
 
 
 def tiny_model(params: Params, seed: int = 0, num_classes: int = 10) -> UViT:
