@@ -253,6 +253,8 @@ def _validate(options: argparse.Namespace) -> None:
         f"params.yaml is valid: experiment {params.name!r}, {len(params.arms)} arms × {len(params.seeds)} seeds, "
         f"{params.grid.rows}×{params.grid.cols} patches"
     )
+    for missing in params.missing_files():
+        print(f"! {missing} yet")
 
 
 def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -40,6 +40,8 @@ ARM_KEY = re.compile(r"[a-z0-9][a-z0-9-]*")
 EMBEDDED = ("digits", "swissroll")
 HUGGING_FACE = re.compile(r"huggingface:(?!\.)[\w.-]+(/(?!\.)[\w.-]+)?(:[\w.-]+)?")  # owner/name:configuration
 SOURCES = (*EMBEDDED, "mnist", "fashion_mnist", "cifar10", "celeba", "lsun", "image_folder")
+SPLITS: dict[str, tuple[str, ...]] = dict.fromkeys(("mnist", "fashion_mnist", "cifar10"), ("train", "test", "all"))
+SPLITS["celeba"] = ("train", "valid", "test", "all")
 CELEBA_CROP = [57, 25, 128]  # top row, left column, side
 
 # The one that is trained on the dataset's own labels, the pixels as they are, and torch-fidelity's by name.
@@ -181,15 +183,22 @@ class DatasetConfig(Section):
         return content
 
     @model_validator(mode="after")
-    def _root_belongs_to_image_folder(self) -> Self:
+    def _source_is_complete(self) -> Self:
         if self.source == "image_folder" and not self.root:
             raise ValueError("source image_folder needs root: the folder, .zip or .tar with your images")
         if self.source in EMBEDDED and self.root:
             raise ValueError(f"source {self.source} is embedded and takes no root; did you mean source: image_folder?")
         if self.split is not None and self.source in (*EMBEDDED, "image_folder"):
             raise ValueError(f"source {self.source} has no split: name a part by fraction, limit, classes or held_out")
+        if self.split is not None and self.split not in SPLITS.get(self.source, (self.split,)):
+            known = ", ".join(SPLITS[self.source])
+            raise ValueError(f"source {self.source} has no split {self.split!r}; expected one of {known}")
         if self.source == "lsun" and self.split is None:
             raise ValueError("source lsun needs split: its category, such as church_outdoor or bedroom")
+        return self
+
+    @model_validator(mode="after")
+    def _images_can_be_made(self) -> Self:
         if (self.crop == "box") != (self.crop_box is not None):
             raise ValueError("crop_box (top row, left column, side) belongs to crop: box, and crop: box needs it")
         if self.crop == "box" and self.height != self.width:
@@ -532,6 +541,15 @@ class Params(Section):
         """What an arm is pretrained on."""
         name = self.pretrain_of(key).dataset
         return self.dataset if name is None else self.datasets[name]
+
+    def missing_files(self) -> list[str]:
+        """What params name that is not there, each with where it was looked for; nothing here is read."""
+        given = [("dataset.root", self.dataset.root), ("evaluation.weights", self.evaluation.weights)]
+        given += [(f"datasets.{name}.root", dataset.root) for name, dataset in self.datasets.items()]
+        given += [(f"arms.{arm}.pretrain.checkpoint", self.pretrain_of(arm).checkpoint) for arm in self.arms]
+        return [
+            f"{key}: there is no {Path(path).absolute()}" for key, path in given if path and not Path(path).exists()
+        ]
 
     def for_pretraining(self, key: str) -> Params:
         """The params with the dataset that an arm is pretrained on in the place of `dataset`."""

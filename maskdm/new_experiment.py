@@ -114,7 +114,7 @@ def _written(content: Any, source: Path, changes: Sequence[str], arms: Sequence[
     """The new params.yaml, with a line that says where it comes from."""
     given = [*changes, *([f"--arms {','.join(arms)}"] if arms else [])]
     changed = f", changed: {printable(' '.join(given), 2000)}" if given else ""
-    return f"# From {printable(str(source))}{changed}\n{_dumped(content)}"
+    return f"# From {printable(str(source))}{changed}; the comment below was written of that one.\n{_dumped(content)}"
 
 
 def _move_paths(content: Any, before: Path, after: Path, seen: set[int]) -> None:

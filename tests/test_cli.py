@@ -51,6 +51,14 @@ def test_validate_of_a_good_file_says_what_is_in_it(tiny: Experiment) -> None:
     assert [f.name for f in tiny.folder.iterdir()] == ["params.yaml"]
 
 
+def test_validate_says_which_files_are_not_there_yet(tiny: Experiment) -> None:
+    tiny.change(dataset={"source": "image_folder", "root": "nowhere"})
+    *_, line = tiny.succeed("validate").out.splitlines()
+    assert line == f"! dataset.root: there is no {tiny.folder.resolve() / 'nowhere'} yet"
+    tiny.path("nowhere").mkdir()
+    assert "!" not in tiny.succeed("validate").out
+
+
 @pytest.mark.parametrize("command", [*map(words_of, STAGES), ["validate"], ["plan"], ["summary"], ["ui"]], ids=" ".join)
 def test_bad_params_are_exit_2_before_anything_is_written(tiny: Experiment, command: list[str]) -> None:
     tiny.change(model={"depth": 4})

@@ -248,6 +248,12 @@ OTHER: dict[str, Any] = {"source": "digits", "image_size": 16, "channels": 1}
         ("dataset/source", "lsun", "dataset", "needs split: its category"),
         ("dataset/source", "swissroll", "dataset", "image_size: [1, 2]"),
         ("dataset/split", "test", "dataset", "has no split"),
+        (
+            "dataset",
+            OTHER | {"source": "mnist", "split": "valid"},
+            "dataset",
+            "'valid'; expected one of train, test, all",
+        ),
         ("dataset", OTHER | {"image_size": [16, 8], "crop": "box", "crop_box": [0, 0, 8]}, "dataset", "cuts a square"),
         ("dataset/fraction", 0.5, "dataset", "give limit (200) or fraction (0.5), not both"),
         ("dataset/image_size", [8, 9], "model.patch_size", "2 does not divide dataset.image_size [8, 9]"),

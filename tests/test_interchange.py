@@ -689,6 +689,11 @@ def test_what_is_no_checkpoint_of_the_experiment_is_refused(prepared: Experiment
     assert not prepared.path("exported").exists()
 
 
+def test_of_a_milestone_that_is_not_there_those_that_are_are_named(scored: Experiment) -> None:
+    with pytest.raises(UserError, match=r"milestone-0\.9\.safetensors; there are milestone-0\.600.*milestone-1\.000"):
+        export(scored, f"results/finetune/{ARM}/seed-0/milestone-0.9.safetensors")
+
+
 def test_weights_of_other_params_are_not_exported(scored: Experiment) -> None:
     scored.change(training={"ema_decay": 0.5})
     with pytest.raises(UserError, match="was trained with other params than"):

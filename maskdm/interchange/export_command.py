@@ -104,10 +104,13 @@ def locate(path: Path, params: Params) -> Place:
     params.arm(arm)
     if name is None:
         name = pretrain.CHECKPOINT if stage == "pretrain" else finetune.milestone_file(params.budget.milestones[-1])
+    folder = paths.pretrain(arm, seed) if stage == "pretrain" else paths.finetune(arm, seed)
+    if stage == "finetune" and name.startswith("milestone-") and folder.is_dir() and not (folder / name).is_file():
+        there = ", ".join(sorted(file.name for file in folder.glob("*.safetensors")))
+        raise UserError(f"there is no {folder / name}; there are {there or 'no weights at all'}")
     milestone = MILESTONE.fullmatch(name)
     if (stage == "finetune") != (milestone is not None) or (stage == "pretrain" and name != pretrain.CHECKPOINT):
         raise UserError(f"{path} is no checkpoint of the stage {stage}: {EXPECTED}")
-    folder = paths.pretrain(arm, seed) if stage == "pretrain" else paths.finetune(arm, seed)
     return Place(stage, arm, seed, milestone[1] if milestone else "", folder / name)
 
 

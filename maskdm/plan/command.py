@@ -82,6 +82,7 @@ def warnings(params: Params, compute: Compute, estimates: Estimates, outlook: Ou
     """What stands against the plan."""
     total = estimates.seeds
     found = [
+        *(f"{missing} yet" for missing in params.missing_files()),
         *warnings_of(params, compute, outlook.calibration),
         *launch_warnings(params, outlook.gpus, outlook.precision, outlook.utilisation),
         threads_warning(params.compute.threads, num_cores()),

@@ -26,7 +26,7 @@ def open_celeba(dataset: DatasetConfig) -> Iterator[Collection]:
     Raises:
         UserError: files are missing, or the partition and the images do not belong together.
     """
-    wanted = SPLITS[split_of(dataset, tuple(SPLITS))]
+    wanted = SPLITS[split_of(dataset)]
     needed = f"{IMAGES}.zip, or the folder {IMAGES} that is in it, and {PARTITION}"
     images, partition_file = find_or_download(dataset, _find, needed)
     partition = _read_partition(partition_file)

@@ -52,7 +52,7 @@ def open_cifar10(dataset: DatasetConfig) -> Iterator[Collection]:
     Raises:
         UserError: files are missing, damaged, or are not what they should be.
     """
-    names = SPLITS[split_of(dataset, tuple(SPLITS))]
+    names = SPLITS[split_of(dataset)]
     root = str(find_or_download(dataset, _find, f"{ARCHIVE}, or the folder {FOLDER} that is in it,"))
     with open_source(root) as source:
         parts = _read(source, names)

@@ -43,7 +43,7 @@ def open_mnist(dataset: DatasetConfig) -> Iterator[Collection]:
     Raises:
         UserError: files are missing, damaged, or do not belong together.
     """
-    parts = SPLITS[split_of(dataset, tuple(SPLITS))]
+    parts = SPLITS[split_of(dataset)]
     names = " and ".join(f"{part}-{kind}.gz" for part in parts for kind in KINDS)
     own = Path(DOWNLOADS[dataset.source][1])
     files = find_or_download(dataset, lambda root: _find(root, own, parts), f"{names} (or without .gz)")
