@@ -47,7 +47,6 @@ def new_experiment(folder: Path, source: Path, changes: Sequence[str], arms: Seq
     content["name"] = folder.resolve().name
     for change in changes:
         _change(content, change)
-    parse_params(_plain(content), source="the new params.yaml")
     _keep(content, arms)
     _name_roots(content, source.parent, folder)
     parse_params(_plain(content), source="the new params.yaml")
@@ -162,6 +161,8 @@ def _change(content: Any, change: str) -> None:
 
 def _keep(content: Any, arms: Sequence[str]) -> None:
     """Leave out all arms but these."""
+    if not isinstance(content["arms"], dict):
+        return  # the schema will say so
     if unknown := [arm for arm in arms if arm not in content["arms"]]:
         raise ParamsError(f"--arms: there is no arm {unknown[0]!r}; expected some of {', '.join(content['arms'])}")
     for arm in [arm for arm in content["arms"] if arms and arm not in arms]:

@@ -58,7 +58,14 @@ def assert_close_weights(got: dict[str, dict[str, Tensor]], expected: dict[str, 
 
 def no_others(of: int) -> bool:
     """Whether a process has no child of maskdm's left."""
-    return not [child for child in psutil.Process(of).children() if "maskdm" in child.cmdline()]
+    return not [child for child in psutil.Process(of).children() if _is_maskdm(child)]
+
+
+def _is_maskdm(process: psutil.Process) -> bool:
+    try:
+        return "maskdm" in process.cmdline()
+    except psutil.NoSuchProcess:  # it has ended, whether or not anybody has asked how
+        return False
 
 
 def when(is_so: Callable[[], bool], seconds: float = 120.0) -> None:
