@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from maskdm.config import EvaluationConfig, SamplingConfig
+from maskdm.differences import differing
 
 # Where the files lay makes no other images.
 NOT_OF_THE_PIXELS = ("root",)
@@ -92,13 +93,10 @@ def metrics_as(evaluation: EvaluationConfig) -> dict[str, int]:
     return evaluation.model_dump(include={"kid_subsets", "kid_subset_size", "prc_neighborhood"})
 
 
-def differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
+def differences(one: Any, other: Any) -> Iterator[str]:
     """What differs between two protocols as plain values, a line each: `crop: center and none`."""
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        for key in sorted({*one, *other}):
-            yield from differences(one.get(key), other.get(key), f"{path}.{key}" if path else str(key))
-    elif one != other:
-        yield f"{path or 'protocol'}: {_short(one)} and {_short(other)}"
+    for path, here, there in differing(one, other):
+        yield f"{path or 'protocol'}: {_short(here)} and {_short(there)}"
 
 
 def _short(value: Any) -> str:

@@ -20,6 +20,7 @@ from pydantic import BaseModel
 
 from maskdm import paths
 from maskdm.checksums import NOT_NOW, file_sha256, values_sha256
+from maskdm.differences import differing
 from maskdm.errors import UserError
 from maskdm.publishing import cannot_write, link_or_copy, publish_copy, replace_file
 
@@ -144,13 +145,10 @@ class Work:
             file.write_text(json.dumps({**owner, "key": self.key, "starts": self.starts}, indent=2), encoding="utf-8")
 
 
-def differences(before: Any, after: Any, path: str = "") -> Iterator[str]:
+def differences(before: Any, after: Any) -> Iterator[str]:
     """What differs between two nested plain values, as `pretrain.lr was 0.002, is 0.004`."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        for key in sorted({*before, *after}):
-            yield from differences(before.get(key), after.get(key), f"{path}.{key}" if path else str(key))
-    elif before != after:
-        yield f"{path} was {_short(before)}, is {_short(after)}"
+    for path, old, new in differing(before, after):
+        yield f"{path} was {_short(old)}, is {_short(new)}"
 
 
 def _read_owner(folder: Path) -> dict[str, Any]:
