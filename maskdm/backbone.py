@@ -24,6 +24,7 @@ from maskdm.config import ModelConfig
 AttentionChoice = Literal["auto", "plain", "fused"]
 # Up to so many tokens plain attention is the faster one on a CPU (`python -m benchmarks --only attention`).
 MOST_PLAIN_TOKENS = {torch.bfloat16: 512, torch.float32: 100}
+BF16_LANES, FP32_LANES = 32, 16  # numbers in a register of AVX-512, which CPUs with bfloat16 have
 
 
 class UViT(nn.Module):
@@ -193,7 +194,24 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     there are none of here; in bfloat16 that takes more than twice the time of this.
     """
     weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if widens_softmax(q.device.type, q.dtype, weights.shape[-1]):
+        return weights.float().softmax(-1).to(v.dtype) @ v
     return weights.softmax(-1) @ v
+
+
+def widens_softmax(device_type: str, dtype: torch.dtype, num_tokens: int) -> bool:
+    """Whether plain attention's softmax is taken in float32: a rule, never a timing.
+
+    On a CPU PyTorch's softmax of bfloat16 goes one by one through what is left of a row after whole registers. Where
+    that would fill a register of float32 (16 to 31 tokens, such as a tenth of 256 patches and the time token), float32
+    takes half the time and less (`python -m benchmarks --only attention`).
+
+    Args:
+        device_type: `cpu` or `cuda`.
+        dtype: of queries, keys and values.
+        num_tokens: S and the extra tokens.
+    """
+    return device_type == "cpu" and dtype == torch.bfloat16 and num_tokens % BF16_LANES >= FP32_LANES
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:

@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from maskdm import rng
-from maskdm.backbone import AttentionChoice, Block, UViT, plain_attention, timestep_embedding, uses_plain_attention
+from maskdm.backbone import (
+    AttentionChoice,
+    Block,
+    UViT,
+    plain_attention,
+    timestep_embedding,
+    uses_plain_attention,
+    widens_softmax,
+)
 from maskdm.compute import build_model
 from maskdm.config import ModelConfig
 from maskdm.mask_geometry import Grid
@@ -326,6 +334,25 @@ def test_attention_follows_a_rule_of_device_precision_and_tokens(
     assert uses_plain_attention(choice, device_type, dtype, num_tokens) == is_plain
 
 
+@pytest.mark.parametrize(
+    ("device_type", "dtype", "num_tokens", "is_wide"),
+    [
+        ("cpu", torch.bfloat16, 15, False),
+        ("cpu", torch.bfloat16, 16, True),
+        ("cpu", torch.bfloat16, 31, True),
+        ("cpu", torch.bfloat16, 32, False),
+        ("cpu", torch.bfloat16, 257, False),
+        ("cpu", torch.bfloat16, 48, True),
+        ("cpu", torch.float32, 17, False),
+        ("cuda", torch.bfloat16, 17, False),
+    ],
+)
+def test_the_softmax_is_wide_where_bfloat16_does_not_fill_registers(
+    device_type: str, dtype: torch.dtype, num_tokens: int, is_wide: bool
+) -> None:
+    assert widens_softmax(device_type, dtype, num_tokens) == is_wide
+
+
 def gradients_of(model: UViT, given: Inputs) -> list[Tensor]:
     model.zero_grad()
     model(**given).square().mean().backward()
@@ -341,8 +368,9 @@ def test_plain_attention_computes_what_the_fused_one_does(num_visible: int) -> N
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
 
 
-def test_plain_attention_in_bfloat16_is_within_its_rounding() -> None:
-    q, k, v = torch.randn(3, 2, 4, 65, 16, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("num_tokens", [17, 65])
+def test_plain_attention_in_bfloat16_is_within_its_rounding(num_tokens: int) -> None:
+    q, k, v = torch.randn(3, 2, 4, num_tokens, 16, generator=torch.Generator().manual_seed(0))
     exact = plain_attention(q.double(), k.double(), v.double())
     rounded = plain_attention(q.bfloat16(), k.bfloat16(), v.bfloat16())
     assert rounded.dtype == torch.bfloat16
