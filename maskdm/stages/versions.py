@@ -10,12 +10,12 @@ from __future__ import annotations
 STAGE_VERSIONS = {
     "prepare": 3,
     "features": 4,
-    "scale": 4,
-    "tune": 4,
+    "scale": 5,
+    "tune": 5,
     "choose": 2,
-    "pretrain": 4,
-    "finetune": 4,
-    "sample": 4,
-    "evaluate": 3,
+    "pretrain": 5,
+    "finetune": 5,
+    "sample": 5,
+    "evaluate": 4,
     "report": 3,
 }

@@ -74,4 +74,4 @@ rule scale:
     params:
         depends_on=depends_on("scale"),
     shell:
-        "maskdm scale --stage-version 4 > {log} 2>&1"
+        "maskdm scale --stage-version 5 > {log} 2>&1"

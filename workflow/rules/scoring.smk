@@ -17,7 +17,7 @@ rule sample:
     params:
         depends_on=depends_on("sample"),
     shell:
-        "maskdm sample --arm {wildcards.arm} --seed {wildcards.seed} --stage-version 4 > {log} 2>&1"
+        "maskdm sample --arm {wildcards.arm} --seed {wildcards.seed} --stage-version 5 > {log} 2>&1"
 
 
 rule evaluate:
@@ -40,7 +40,7 @@ rule evaluate:
     params:
         depends_on=depends_on("evaluate"),
     shell:
-        "maskdm evaluate --arm {wildcards.arm} --seed {wildcards.seed} --stage-version 3 > {log} 2>&1"
+        "maskdm evaluate --arm {wildcards.arm} --seed {wildcards.seed} --stage-version 4 > {log} 2>&1"
 
 
 rule report:

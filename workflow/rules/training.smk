@@ -16,7 +16,7 @@ rule pretrain:
     params:
         depends_on=depends_on("pretrain"),
     shell:
-        "maskdm pretrain --arm {wildcards.arm} --seed {wildcards.seed} --stage-version 4 > {log} 2>&1"
+        "maskdm pretrain --arm {wildcards.arm} --seed {wildcards.seed} --stage-version 5 > {log} 2>&1"
 
 
 rule finetune:
@@ -37,4 +37,4 @@ rule finetune:
     params:
         depends_on=depends_on("finetune"),
     shell:
-        "maskdm finetune --arm {wildcards.arm} --seed {wildcards.seed} --stage-version 4 > {log} 2>&1"
+        "maskdm finetune --arm {wildcards.arm} --seed {wildcards.seed} --stage-version 5 > {log} 2>&1"

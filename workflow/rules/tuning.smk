@@ -16,7 +16,7 @@ rule tune:
     params:
         depends_on=depends_on("tune"),
     shell:
-        "maskdm tune --arm {wildcards.arm} --trial {wildcards.trial} --stage-version 4 > {log} 2>&1"
+        "maskdm tune --arm {wildcards.arm} --trial {wildcards.trial} --stage-version 5 > {log} 2>&1"
 
 
 rule choose:
