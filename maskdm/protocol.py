@@ -93,6 +93,29 @@ def metrics_as(evaluation: EvaluationConfig) -> dict[str, int]:
     return evaluation.model_dump(include={"kid_subsets", "kid_subset_size", "prc_neighborhood"})
 
 
+def flips_text(flips: Mapping[str, float]) -> str:
+    """How training flipped images: no part of a protocol, for arms that differ in it are compared all the same.
+
+    Args:
+        flips: by arm, the probability of a left-right flip.
+
+    Returns:
+        a sentence that names the arms where they differ; empty where nothing is known.
+    """
+    arms: dict[float, list[str]] = {}
+    for arm, probability in flips.items():
+        arms.setdefault(probability, []).append(arm)
+    said = {flip_text(probability): ", ".join(of) for probability, of in arms.items()}
+    if len(said) < 2:
+        return "".join(f"Trained {how}." for how in said)
+    return f"Trained {'; '.join(f'{how}: {of}' for how, of in said.items())}."
+
+
+def flip_text(probability: float) -> str:
+    """How training flipped images, as a part of a sentence."""
+    return f"with left-right flips of probability {probability:g}" if probability else "without left-right flips"
+
+
 def differences(one: Any, other: Any) -> Iterator[str]:
     """What differs between two protocols as plain values, a line each: `crop: center and none`."""
     for path, here, there in differing(one, other):

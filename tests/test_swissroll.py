@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib.style
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,11 +20,23 @@ from maskdm.checksums import file_sha256
 from maskdm.config import DatasetConfig, Params, load_params, parse_params
 from maskdm.data.swissroll import NOISE, NUM_POINTS, RADIUS, TURNS, load_swissroll, on_roll, swissroll
 from maskdm.report import points as report
+from maskdm.report.figures.against_scratch import AGAINST_SCRATCH
+from maskdm.report.figures.fid_vs_compute import FID_VS_COMPUTE
+from maskdm.report.figures.heat_map import HEAT_MAP
 from maskdm.report.figures.kind import Shown
 from maskdm.report.figures.points import POINTS
 from maskdm.report.looks import STYLE
 from maskdm.report.results import Results
-from maskdm.report.tables import table_markdown
+from maskdm.report.tables import (
+    SUMMARY_COLUMNS,
+    TERMINAL_WIDTH,
+    VERDICT_COLUMNS,
+    display_table,
+    format_table,
+    table_markdown,
+    verdict_frame,
+)
+from maskdm.report.verdicts import answer, judge_arms
 from maskdm.stages.sample import PatchesAlone, has_primer
 from tests.made_up_results import compared, make_params, make_results
 from tests.test_figures import assert_is_printed_whole
@@ -366,6 +379,115 @@ def test_the_answer_goes_by_the_joint_distance() -> None:
     assert report.points_answer(params, made_up(params)) == f"{said}primer −5.50 [−6.74, −4.26]."
     digits = make_params()
     assert report.points_answer(digits, make_results(digits)) == ""
+
+
+def fid_against(results: Results) -> Results:
+    """The same, with a FID that orders the arms the other way round."""
+    fids = {"scratch": 1.0, "primer": 2.0}
+    runs = []
+    for run in results.runs:
+        milestones = {k: {**s, "fid": fids[run.arm]} for k, s in run.metrics["milestones"].items()}
+        runs.append(replace(run, metrics={**run.metrics, "milestones": milestones}))
+    return replace(results, runs=runs)
+
+
+def test_the_tables_in_files_have_the_distances_with_their_scale() -> None:
+    params = roll_params()
+    summary, arms = compared(params, made_up(params))
+    first = summary[(summary["arm"] == "primer") & (summary["seed"] == 1)].iloc[-1]
+    assert first["distance_sliced_wasserstein"] == pytest.approx(0.02 + 0.5 * 0.11 / 10)
+    assert first["distance_marginal_1"] == 0.02
+    assert (first["distance_energy_floor"], first["distance_energy_untrained"]) == (0.001, 1.001)
+    assert tuple(summary)[: len(SUMMARY_COLUMNS)] == SUMMARY_COLUMNS
+    row = verdict_frame(params, arms, judge_arms(params, arms, [])).set_index("arm").loc["primer"]
+    assert row["delta_distance_sliced_wasserstein"] == pytest.approx(-0.0055)
+    assert row["distance_sliced_wasserstein_std"] == pytest.approx(0.0005)
+    assert row["compute_ratio"] == pytest.approx(0.8**0.55, rel=0.01)
+    assert {"fid", "kid_std", "distance_marginal_0", "delta_distance_energy"} <= set(row.index)
+    assert "delta_fid" not in row.index
+
+
+def test_the_verdicts_go_by_the_joint_distance_whatever_fid_says() -> None:
+    params = roll_params()
+    _, arms = compared(params, fid_against(made_up(params)))
+    scratch, primer = judge_arms(params, arms, [])
+    assert scratch.text.startswith("what the others are compared with: sliced W₁×1000 31.00 (95 %: ")
+    assert primer.kind == "better"
+    assert primer.text.startswith("same sliced W₁ with 0.8")
+    assert "; sliced W₁×1000 −5.50 at equal compute (95 %: −6.74 to −4.26)" in primer.text
+    assert "FID" not in primer.text
+    assert answer(params, arms).startswith("1 of 1 masked arms had a clearly lower sliced W₁ than scratch")
+
+
+def test_the_energy_distance_is_the_second_opinion() -> None:
+    params = roll_params()
+    results = made_up(params)
+    for run in results.runs:
+        for scores in run.metrics["milestones"].values():
+            scores["distances"]["energy"] *= 100 if run.arm == "primer" else 1
+    _, arms = compared(params, results)
+    assert "energy orders it and scratch the other way round (energy×1000 +" in judge_arms(params, arms, [])[1].text
+
+
+def test_the_table_goes_by_the_joint_distance_and_fits_a_terminal() -> None:
+    params = roll_params()
+    summary, arms = compared(params, made_up(params))
+    verdicts = verdict_frame(params, arms, judge_arms(params, arms, []))
+    whole = display_table(verdicts, summary)
+    wanted = ["sliced W₁×1000 (n=3)", "Δsliced W₁×1000 (n=3)", "energy×1000 (n=3)", "FID (n=3)"]
+    assert [name for name in whole if name in wanted] == wanted
+    assert whole.set_index("arm").loc["primer", "Δsliced W₁×1000 (n=3)"] == "−5.50 [−6.74, −4.26]"
+    assert list(whole["sliced W₁×1000 (n=3)"])[-2:] == ["20.00", "1020.00"]
+    printed = format_table(verdicts, summary)
+    assert all(name in printed for name in (*wanted[:3], "same sliced W₁ at (n=3)"))
+    assert max(map(len, printed.splitlines())) <= TERMINAL_WIDTH
+
+
+def test_the_figures_against_scratch_go_by_the_joint_distance() -> None:
+    params = roll_params()
+    one = shown(params, fid_against(made_up(params)))
+    with matplotlib.style.context(STYLE, after_reset=True):
+        left, right = AGAINST_SCRATCH.draw(one).axes
+        (against,) = FID_VS_COMPUTE.draw(one).axes
+        texts = [text.get_text() for text in HEAT_MAP.draw(one).axes[0].texts]
+    assert (left.get_title(loc="left"), right.get_title(loc="left")) == (
+        "sliced W₁ at equal compute",
+        "compute at equal sliced W₁",
+    )
+    assert left.get_xlabel().startswith("sliced W₁ less scratch's")
+    assert "primer −0.0055" in AGAINST_SCRATCH.alt(one)
+    lines = {line.get_label(): line for line in against.get_lines()}
+    assert lines["primer"].get_ydata() == pytest.approx(
+        [0.02 + 0.5 * (1.11 - f) / 10 for f in params.budget.milestones]
+    )
+    assert against.get_ylabel() == "sliced W₁"
+    assert any("0.0200" in text for text in [*lines, *(t.get_text() for t in against.texts)])  # the floor
+    assert "0.0255\n−0.0055" in texts
+    for kind in (AGAINST_SCRATCH, FID_VS_COMPUTE, HEAT_MAP):
+        assert "FID" not in kind.caption(one) + kind.alt(one) + kind.title
+
+
+def test_the_report_of_a_run_goes_by_the_joint_distance(roll: Experiment, tmp_path: Path) -> None:
+    other = roll.copy_to(tmp_path)
+    printed = other.succeed("report").out
+    assert "patch-m50:" in printed
+    assert "sliced W₁×1000" in printed
+    assert printed in other.succeed("summary").out
+    found = read(other, "results/metrics/patch-m50-seed-0.json")["milestones"]["1.000"]["distances"]
+    rows = pd.read_csv(other.path("results/report/summary.csv"))
+    last = rows[(rows["arm"] == "patch-m50") & (rows["milestone"] == 1.0)].iloc[0]
+    assert {name: last[f"distance_{name}"] for name in found} == found
+    page = other.path("results/report/summary.md").read_text()
+    assert "### Sliced W₁ against training compute" in page
+    assert "### Final sliced W₁ by strategy and mask rate" in page
+    assert "The verdicts on the arms go by sliced W₁ instead" in page
+
+
+def test_images_have_no_columns_of_distances() -> None:
+    digits = make_params()
+    summary, arms = compared(digits, make_results(digits))
+    assert tuple(summary) == SUMMARY_COLUMNS
+    assert tuple(verdict_frame(digits, arms, judge_arms(digits, arms, []))) == VERDICT_COLUMNS
 
 
 def test_without_distances_nothing_is_said_of_them() -> None:

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from maskdm import paths, publishing, tracking
-from maskdm.checkpoint import architecture_of, save_tensors
+from maskdm.architecture import architecture_of
+from maskdm.checkpoint import save_tensors
 from maskdm.config import Params, load_params
 from maskdm.errors import UserError
 from maskdm.tracking import saved_view
@@ -88,6 +89,41 @@ def test_an_arm_carries_what_the_report_says_of_it(store: Store) -> None:
     }
     assert run.data.metrics.items() >= said.items()
     assert run.data.tags["verdict"] == "as told"
+
+
+def test_an_arm_of_points_carries_their_distances_by_milestone_and_what_the_report_says_of_them(store: Store) -> None:
+    write_results()
+    publish()
+    (run,) = arm_runs(store)
+    assert not [key for key in run.data.metrics if "distance" in key]
+
+    write_metrics(sliced=0.4)
+    key = "distance_sliced_wasserstein"
+    columns = f"arm,delta_{key},compute_ratio,flops_at_equal_{key},device_seconds_at_equal_{key},verdict"
+    publishing.publish_text(paths.REPORT / "verdicts.csv", f"{columns}\n{ARM},-0.1,0.5,5e11,12.5,as told\n")
+    publish_report(params_with(seeds=[0]))
+    (run,) = arm_runs(store)
+    assert history(store, run, key) == [(50, 0.5), (100, 0.4)]
+    assert history(store, run, "distance_marginal_0") == [(50, 0.02), (100, 0.02)]
+    assert run.data.metrics["distance_energy"] == pytest.approx(0.04)
+    said = {f"delta_{key}": -0.1, "compute_ratio": 0.5, f"flops_at_equal_{key}": 5e11}
+    assert run.data.metrics.items() >= {**said, f"device_seconds_at_equal_{key}": 12.5}.items()
+    assert "delta_fid" not in run.data.metrics
+
+
+def test_what_an_earlier_report_said_of_the_fid_of_points_is_gone(store: Store) -> None:
+    write_results()
+    write_metrics(sliced=0.4)
+    write_verdicts(patch_m50=0.61)
+    publish_report(params_with(seeds=[0]))
+    assert "delta_fid" in arm_runs(store)[0].data.metrics
+
+    columns = "arm,delta_distance_sliced_wasserstein,verdict"
+    publishing.publish_text(paths.REPORT / "verdicts.csv", f"{columns}\n{ARM},-0.1,as told\n")
+    publish_report(params_with(seeds=[0]))
+    (run,) = arm_runs(store)
+    assert run.data.metrics["delta_distance_sliced_wasserstein"] == -0.1
+    assert not {"delta_fid", "flops_at_equal_fid", "compute_ratio"} & set(run.data.metrics)
 
 
 def test_what_the_report_does_not_say_any_more_is_gone(store: Store) -> None:
@@ -299,6 +335,19 @@ def test_the_arms_are_a_saved_view_with_a_row_per_arm(store: Store) -> None:
     assert view_of(store)["groupsExpanded"] == {"param.arm.scratch": False}
 
 
+def test_the_view_of_points_goes_by_their_distances() -> None:
+    dataset = {"source": "swissroll", "image_size": [1, 2], "channels": 1}
+    model = {**CONTENT["model"], "patch_size": 1}
+    points = params_with(dataset=dataset, model=model, evaluation={"features": "pixels"})
+    view = saved_view.arms_view(points)
+    assert view["orderByKey"] == "metrics.`distance_sliced_wasserstein`"
+    assert "metrics.`delta_distance_sliced_wasserstein`" in view["selectedColumns"]
+    assert {"distance_sliced_wasserstein", "distance_energy"} <= {c["metricKey"] for c in view["compareRunCharts"]}
+    assert "fid" not in json.dumps(view)
+    assert "best sliced W₁ first" in json.loads(saved_view.experiment_tags(points)[saved_view.VIEW_TAG])["name"]
+    assert saved_view.arms_view(PARAMS)["orderByKey"] == "metrics.`fid`"
+
+
 def test_the_views_fit_into_a_tag() -> None:
     arms = {f"patch-m{i}": {"strategy": "patch", "mask_rate": i / 100} for i in range(10, 70)}
     tags = saved_view.experiment_tags(params_with(arms=arms, tuning=TUNED.tuning.model_dump()))
@@ -405,6 +454,18 @@ def test_the_best_arm_is_the_best_over_all_seeds(store: Store) -> None:
     paths.metrics("scratch", 1).unlink()  # an arm with a seed missing is not compared
     publish_report(PARAMS)
     assert aliases(store)["best"] == aliases(store)[ARM]
+
+
+def test_the_best_arm_of_points_is_that_of_the_least_distance(store: Store) -> None:
+    for arm, fid, sliced in (("scratch", 18.0, 0.4), (ARM, 20.0, 0.2)):
+        write_results(arm)
+        write_metrics(arm, fid=fid, sliced=sliced)
+        write_weights(arm)
+    publish_report(ONE_SEED)
+    assert aliases(store)["best"] == aliases(store)[ARM]
+    key = "distance_sliced_wasserstein"
+    tags = store.client.get_model_version_by_alias(PARAMS.name, ARM).tags
+    assert tags.items() >= {key: "0.2", f"mean_{key}": "0.2"}.items()
 
 
 def test_an_arm_that_is_gone_loses_its_alias_and_a_reserved_name_gets_none(store: Store) -> None:

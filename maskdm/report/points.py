@@ -179,8 +179,7 @@ def points_caution(params: Params) -> str:
         return ""
     return (
         "FID on two coordinates is the distance of two Gaussians with the points' means and covariances: it is blind "
-        "to the shape that the points lie on. The verdicts on the arms go by it all the same; go by the distances of "
-        "the points instead, as the answer above does."
+        "to the shape that the points lie on. The verdicts on the arms go by sliced W₁ instead, as the answer does."
     )
 
 

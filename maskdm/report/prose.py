@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from maskdm.config import Params
+from maskdm.headline import FID, Headline
+from maskdm.protocol import flips_text
 from maskdm.report.comparison import Comparison, reference_of
 from maskdm.report.numbers import number_text, rate_text
 from maskdm.report.points import points_caution
@@ -71,7 +73,7 @@ def _seed_caution(compared: list[Comparison]) -> str:
 
 
 def _many_arms_caution(compared: list[Comparison]) -> str:
-    tests = sum(arm.against is not None and arm.against.fid.difference.has_interval for arm in compared)
+    tests = sum(arm.against is not None and arm.against.score.difference.has_interval for arm in compared)
     if tests < 2:
         return ""
     return (
@@ -170,20 +172,25 @@ def table_note(results: Results, compared: list[Comparison]) -> str:
     """What the table's columns are."""
     counts = {arm.num_seeds for arm in compared if arm.seeds}
     with_delta = any(arm.against is not None for arm in compared)
-    with_interval = max(counts) >= ENOUGH
-    return " ".join(
+    with_interval, headline = max(counts) >= ENOUGH, compared[0].headline
+    return _joined(
         [
             f"{_what_a_cell_is(counts)}, at the end of the budget.",
-            "Lower FID and KID, higher precision and recall are better.",
+            f"Lower {headline.name} and {headline.second.name}, higher precision and recall are better.",
             *([] if results.scale is None else [_SCALE_ROWS]),
-            *(["FID SD: standard deviation of the seeds."] if max(counts) > 1 else []),
-            *(_delta_notes(with_interval) if with_delta else []),
+            *([f"{headline.label} SD: standard deviation of the seeds."] if max(counts) > 1 else []),
+            *(_delta_notes(headline, with_interval) if with_delta else []),
             "Asked and realised are mask rates; tuned: from how many trials the hyperparameters were chosen.",
             "TFLOPs (10¹² operations), images seen and device seconds include pretraining.",
             "Device seconds are those in training steps; they compare only on one idle machine.",
             *([] if results.protocol is None else [results.protocol.text]),
+            flips_text(results.flips),
         ]
     )
+
+
+def _joined(sentences: Iterable[str]) -> str:
+    return " ".join(sentence for sentence in sentences if sentence)
 
 
 def _what_a_cell_is(counts: set[int]) -> str:
@@ -194,23 +201,25 @@ def _what_a_cell_is(counts: set[int]) -> str:
     return "Mean over seeds [95 % interval by Student's t]"
 
 
-def _delta_notes(with_interval: bool) -> list[str]:
+def _delta_notes(headline: Headline, with_interval: bool) -> list[str]:
+    name = headline.name
     notes = [
-        "ΔFID is each seed's FID less scratch's with that seed; negative is better.",
-        "Same FID at: the part of scratch's compute at which the arm's FID curve falls to scratch's final FID "
-        "for good; never: not within the budget.",
+        f"Δ{headline.label} is each seed's {name} less scratch's with that seed; negative is better.",
+        f"Same {name} at: the part of scratch's compute at which the arm's {name} curve falls to scratch's final "
+        f"{name} for good; never: not within the budget.",
     ]
     if with_interval:
         notes.append("… is an open end: the interval reaches beyond the first or the last milestone.")
-        notes.append("p (Holm): of ΔFID being zero, adjusted for the number of arms.")
+        notes.append(f"p (Holm): of Δ{name} being zero, adjusted for the number of arms.")
     return notes
 
 
 def notes(params: Params, results: Results, compared: list[Comparison]) -> list[str]:
     """What the metrics can and can't tell."""
-    samples = params.sampling.num_samples
+    samples, headline = params.sampling.num_samples, compared[0].headline
+    both = "the two" if headline == FID else f"{headline.name} and {headline.second.name}"
     return [
-        f"{bias_note(samples)} Where the two disagree about the order of two arms, the verdict says so: believe "
+        f"{bias_note(samples)} Where {both} disagree about the order of two arms, the verdict says so: believe "
         "neither.",
         *_scale_notes(results.scale, samples),
         "Precision is how many samples look real; recall is how much of the real data's variety they cover.",
@@ -251,8 +260,9 @@ def _scores_text(scores: dict[str, Any]) -> str:
 def _method_notes(compared: list[Comparison]) -> list[str]:
     if all(arm.against is None for arm in compared):
         return []
+    name = compared[0].headline.name
     text = (
-        "Compute at equal FID: each seed's FID is interpolated linearly in log compute between milestones; the "
+        f"Compute at equal {name}: each seed's {name} is interpolated linearly in log compute between milestones; the "
         "estimate is the compute from which on the mean over seeds stays at or below scratch's final mean. A curve "
         "that is there at its first milestone already is said to need at most that much."
     )
@@ -271,6 +281,7 @@ def facts(params: Params, results: Results) -> list[tuple[str, str]]:
         ("arms", f"{len(params.arms)}: {', '.join(params.arms)}"),
         ("seeds", ", ".join(map(str, params.seeds))),
         *_method_facts(params),
+        ("flips in training", _flips_fact(params, results.flips)),
         ("samples scored", f"{params.sampling.num_samples:,} per arm and seed, against {_reference_text(params)}"),
         ("feature extractor", _extractor_text(results.features_record)),
         *([] if results.protocol is None else [("FID's protocol", " ".join(results.protocol.text.split("\n")))]),
@@ -308,8 +319,14 @@ def _method_facts(params: Params) -> list[tuple[str, str]]:
         ("diffusion", f"{process}, predicts {diffusion.prediction}"),
         ("sampler", f"{sampling.sampler}, {sampling.num_steps} steps{eta}"),
         ("weights sampled", f"EMA weights, decay {params.training.ema_decay:g}"),
-        ("flips in training", f"with probability {params.training.flip:g}"),
     ]
+
+
+def _flips_fact(params: Params, flips: dict[str, float]) -> str:
+    """Tuning may have chosen another value for some arm than params.yaml has."""
+    given = params.training.flip
+    others = [f"{arm} {flip:g}" for arm, flip in flips.items() if flip != given]
+    return f"with probability {given:g}" + (f", but {', '.join(others)}" if others else "")
 
 
 def _pretraining_facts(params: Params) -> list[tuple[str, str]]:

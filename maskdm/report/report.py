@@ -6,8 +6,10 @@ import json
 import re
 import sys
 import textwrap
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pandas as pd
 
@@ -15,7 +17,7 @@ from maskdm import paths
 from maskdm.checksums import checked
 from maskdm.config import Params
 from maskdm.errors import UserError
-from maskdm.protocol import Protocol
+from maskdm.protocol import Protocol, flips_text
 from maskdm.publishing import publish_description, publish_folder
 from maskdm.report.comparison import Comparison, compare_arms
 from maskdm.report.figures import draw_figures
@@ -27,7 +29,10 @@ from maskdm.report.sensitivity import trials_table, tuning_note
 from maskdm.report.tables import TERMINAL_WIDTH, display_table, format_table, summary_frame, verdict_frame, write_csv
 from maskdm.report.verdicts import Verdict, answer, judge_arms
 
-SUMMARY, VERDICTS, PAGE, PROTOCOL = "summary.csv", "verdicts.csv", "report.html", "protocol.json"
+SUMMARY, VERDICTS, PAGE = "summary.csv", "verdicts.csv", "report.html"
+PROTOCOL, TRAINING = "protocol.json", "training.json"
+FLIP = "flip"  # in training.json
+Described = TypeVar("Described")
 
 
 @dataclass(frozen=True)
@@ -39,12 +44,14 @@ class Report:
         verdicts: a row per arm, as in verdicts.csv.
         missing: what it does without, a line each.
         protocol: what FID is of, as in protocol.json; None where that was not recorded.
+        flips: by arm, the probability of a left-right flip in training, as in training.json.
     """
 
     summary: pd.DataFrame
     verdicts: pd.DataFrame
     missing: list[str]
     protocol: Protocol | None = None
+    flips: dict[str, float] = field(default_factory=dict)
 
 
 def write_report(params: Params, output: Path = paths.REPORT) -> Report:
@@ -67,11 +74,13 @@ def write_report(params: Params, output: Path = paths.REPORT) -> Report:
         write_csv(verdicts, folder / VERDICTS)
         if results.protocol is not None:
             publish_description(folder / PROTOCOL, results.protocol.as_dict())
+        if results.flips:
+            publish_description(folder / TRAINING, {FLIP: results.flips})
         pictures = draw_figures(params, results, summary, compared, folder)
         content = _content(params, results, compared, judged, display_table(verdicts, summary), pictures)
         _write(folder / "summary.md", render_markdown(content))
         _write(folder / PAGE, render_page(content, folder))
-    return Report(summary, verdicts, content.missing, results.protocol)
+    return Report(summary, verdicts, content.missing, results.protocol, results.flips)
 
 
 def print_report(report: Report) -> None:
@@ -81,8 +90,9 @@ def print_report(report: Report) -> None:
     for _, row in report.verdicts.iterrows():
         print(_wrapped(f"{row['arm']}: {row['verdict']}"))
     print(f"\n{format_table(report.verdicts, report.summary)}")
-    if report.protocol is not None:
-        print("\n" + "\n".join(map(_wrapped, report.protocol.text.splitlines())))
+    said = "" if report.protocol is None else report.protocol.text
+    if lines := [*said.splitlines(), *flips_text(report.flips).splitlines()]:
+        print("\n" + "\n".join(map(_wrapped, lines)))
     print(f"\nreport: {(paths.REPORT / PAGE).resolve()}")
 
 
@@ -97,18 +107,27 @@ def print_summary(params: Params) -> None:
             raise UserError(f"{paths.REPORT / name} is missing; run first: dvc repro")
     print(f"experiment {params.name}\n")
     summary, verdicts = (pd.read_csv(paths.REPORT / name) for name in (SUMMARY, VERDICTS))
-    print_report(Report(summary, verdicts, [], _read_protocol()))
+    protocol, flips = _read(PROTOCOL, Protocol.from_dict), _read(TRAINING, _flips_of) or {}
+    in_order = {arm: flips[arm] for arm in verdicts["arm"] if arm in flips}  # as the report printed them
+    print_report(Report(summary, verdicts, [], protocol, in_order))
 
 
-def _read_protocol() -> Protocol | None:
-    """The protocol of a report that was written before; None where it has none."""
-    file = paths.REPORT / PROTOCOL
+def _read(name: str, meaning: Callable[[dict[str, Any]], Described]) -> Described | None:
+    """What a description of a report that was written before means; None where there is none."""
+    file = paths.REPORT / name
     if not file.is_file():
         return None
     try:
-        return Protocol.from_dict(checked(json.loads(file.read_text(encoding="utf-8"))))
+        return meaning(checked(json.loads(file.read_text(encoding="utf-8"))))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} can't be read ({error}); run first: maskdm report") from None
+
+
+def _flips_of(content: dict[str, Any]) -> dict[str, float]:
+    try:
+        return {arm: float(flip) for arm, flip in content[FLIP].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"no flips by arm: {error}") from None
 
 
 def _wrapped(text: str) -> str:

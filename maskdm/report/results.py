@@ -13,6 +13,7 @@ from maskdm import paths
 from maskdm.config import Params
 from maskdm.errors import UserError
 from maskdm.formats import ARM_STAGES, ORIGIN_KEYS, TRAINING_STAGES
+from maskdm.headline import DISTANCE, flat_scores
 from maskdm.protocol import Protocol, differences
 from maskdm.report.files import UnusableError, open_images, read_curve, read_json, require
 from maskdm.report.tuning import Choice, read_choice, read_trial, require_equal_protocols
@@ -105,6 +106,26 @@ class Results:
         """The records that say what made the numbers."""
         of_runs = [r for run in self.runs for r in (run.pretrain_record, run.finetune_record)]
         return [self.prepare_record, self.features_record, *of_runs]
+
+    @property
+    def flips(self) -> dict[str, float]:
+        """By arm, the probability with which training flipped images; without the arms of which it is not known."""
+        return {run.arm: float(run.metrics["flip"]) for run in self.runs if "flip" in run.metrics}
+
+    @property
+    def distances(self) -> list[str]:
+        """The columns of the distances of points, which all runs have; none where no points are scored."""
+        scored = [flat_scores(scores) for run in self.runs for scores in run.metrics["milestones"].values()]
+        return [name for name in scored[0] if name.startswith(DISTANCE) and all(name in one for one in scored)]
+
+    def scale_of(self, name: str) -> dict[str, float]:
+        """What both ends of the scale get of a score: `floor` and `untrained`; empty where that is not known."""
+        if self.scale is None:
+            return {}
+        points: dict[str, Any] = self.scale.get("distances", {})
+        of_points = {"floor": points.get("floor", {}).get("mean", {}), "untrained": points.get("untrained", {})}
+        ends = {end: flat_scores({**self.scale[end], "distances": of_points[end]}) for end in of_points}
+        return {end: float(scores[name]) for end, scores in ends.items() if name in scores}
 
     @property
     def tuning_wall_seconds(self) -> dict[str, float]:

@@ -42,6 +42,10 @@ class Estimate:
         """Whether there is an interval, with zero outside."""
         return self.low > 0 or self.high < 0
 
+    def times(self, factor: float) -> Estimate:
+        """The estimate of values so many times as large; `factor` is above 0."""
+        return Estimate(factor * self.mean, factor * self.std, factor * self.low, factor * self.high, self.n)
+
 
 @dataclass(frozen=True)
 class Paired:

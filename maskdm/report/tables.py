@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pandas as pd
 
 from maskdm.config import Params
 from maskdm.formats import ORIGIN_KEYS
+from maskdm.headline import FID, Headline, Score, flat_scores, headline_of
 from maskdm.report.comparison import Against, Comparison
 from maskdm.report.numbers import decimals, number_text, rate_text, ratio_text, signed
 from maskdm.report.results import MILESTONE_KEYS, Results, Run, milestone_key
@@ -28,17 +29,31 @@ SUMMARY_COLUMNS = (
     *ORIGIN_KEYS,
     *("trial", "num_trials"),
 )
-VERDICT_COLUMNS = (
-    *ARM_COLUMNS,
-    "num_seeds",
-    *("fid", "fid_std", "fid_low", "fid_high"),
-    *("delta_fid", "delta_fid_low", "delta_fid_high", "p_value", "p_holm"),
-    *("kid", "kid_std", "delta_kid", "delta_kid_low", "delta_kid_high"),
-    *("precision", "precision_std", "recall", "recall_std"),
-    *("flops", "images_seen", "device_seconds"),
-    *("compute_ratio", "compute_ratio_low", "compute_ratio_high", "flops_at_equal_fid", "device_seconds_at_equal_fid"),
-    *("trial", "num_trials", "verdict"),
-)
+
+
+def summary_columns(distances: Sequence[str]) -> tuple[str, ...]:
+    """Those of summary.csv, where points are scored with their distances and both ends of these."""
+    return *SUMMARY_COLUMNS, *distances, *(f"{name}_{end}" for end in SCALES for name in distances)
+
+
+def verdict_columns(headline: Headline, others: Sequence[str]) -> tuple[str, ...]:
+    """Those of verdicts.csv; `others` are the scores besides the headline's two."""
+    key, second = headline.key, headline.second.key
+    return (
+        *ARM_COLUMNS,
+        "num_seeds",
+        *(key, f"{key}_std", f"{key}_low", f"{key}_high"),
+        *(f"delta_{key}", f"delta_{key}_low", f"delta_{key}_high", "p_value", "p_holm"),
+        *(second, f"{second}_std", f"delta_{second}", f"delta_{second}_low", f"delta_{second}_high"),
+        *(column for name in others for column in (name, f"{name}_std")),
+        *("flops", "images_seen", "device_seconds"),
+        *("compute_ratio", "compute_ratio_low", "compute_ratio_high"),
+        *(f"flops_at_equal_{key}", f"device_seconds_at_equal_{key}"),
+        *("trial", "num_trials", "verdict"),
+    )
+
+
+VERDICT_COLUMNS = verdict_columns(FID, ("precision", "recall"))
 WHOLE_COLUMNS = (
     *("seed", "block_size", "num_visible", "step", "images_seen", "tokens_seen", "num_samples", "floor_num_samples"),
     *("num_trials", "num_seeds"),
@@ -46,22 +61,18 @@ WHOLE_COLUMNS = (
 TEXT_COLUMNS = ("arm", "strategy", *ORIGIN_KEYS, "trial", "verdict")
 LEFT_COLUMNS = ("arm", "strategy", "trial", "values", "what", "value", "")  # of tables of text
 TERMINAL_WIDTH = 110
-# What a terminal table leaves out, in this order, until it fits; arm, FID and ΔFID always stay.
-DISPENSABLE = (
-    *("images seen", "strategy", "TFLOPs", "FID SD", "asked", "tuned", "recall", "precision", "device s", "realised"),
-    *("p (Holm)", "same FID at", "KID×1000", "seeds"),
-)
 
 
 def summary_frame(params: Params, results: Results) -> pd.DataFrame:
     """One row per arm, seed and milestone, in the order of params.yaml; seconds and memory are those until then."""
-    scale = _scale_columns(results.scale)
+    distances = results.distances
+    scale = _scale_columns(results, distances)
     rows = [
-        {**_run_columns(params, results, run), **_milestone_columns(run, fraction), **scale}
+        {**_run_columns(params, results, run), **_milestone_columns(run, fraction, distances), **scale}
         for run in results.runs
         for fraction in params.budget.milestones
     ]
-    return _typed(rows, SUMMARY_COLUMNS)
+    return _typed(rows, summary_columns(distances))
 
 
 def _typed(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> pd.DataFrame:
@@ -70,11 +81,12 @@ def _typed(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> pd.DataFrame
     return pd.DataFrame(rows, columns=list(columns)).astype(kinds)
 
 
-def _scale_columns(scale: dict[str, Any] | None) -> dict[str, Any]:
-    if scale is None:
-        return dict.fromkeys(SCALE_COLUMNS)
-    scores = {f"{key}_{name}": scale[name][key] for name in SCALES for key in ("fid", "kid")}
-    return scores | {"floor_num_samples": scale["floor"]["num_samples"]}
+def _scale_columns(results: Results, distances: Sequence[str]) -> dict[str, Any]:
+    if results.scale is None:
+        return {}
+    scales = {name: results.scale_of(name) for name in ("fid", "kid", *distances)}
+    scores = {f"{name}_{end}": value for name, ends in scales.items() for end, value in ends.items()}
+    return scores | {"floor_num_samples": results.scale["floor"]["num_samples"]}
 
 
 def _run_columns(params: Params, results: Results, run: Run) -> dict[str, Any]:
@@ -89,13 +101,13 @@ def _run_columns(params: Params, results: Results, run: Run) -> dict[str, Any]:
     }
 
 
-def _milestone_columns(run: Run, fraction: float) -> dict[str, Any]:
-    milestone = run.metrics["milestones"][milestone_key(fraction)]
+def _milestone_columns(run: Run, fraction: float, distances: Sequence[str]) -> dict[str, Any]:
+    milestone = flat_scores(run.metrics["milestones"][milestone_key(fraction)])
     timing = run.finetune_curve[run.finetune_curve["step"] == milestone["step"]].iloc[0]
     seconds = float(timing["device_seconds"])
     return {
         "milestone": fraction,
-        **{key: milestone[key] for key in MILESTONE_KEYS},
+        **{key: milestone[key] for key in (*MILESTONE_KEYS, *distances)},
         "device_seconds": seconds,
         "data_wait_share": float(timing["data_wait_seconds"]) / seconds if seconds > 0 else math.nan,
         "peak_memory_gib": float(timing["peak_memory_gib"]),
@@ -105,7 +117,9 @@ def _milestone_columns(run: Run, fraction: float) -> dict[str, Any]:
 def verdict_frame(params: Params, compared: list[Comparison], verdicts: list[Verdict]) -> pd.DataFrame:
     """One row per arm, in the order of params.yaml; empty where there is nothing to say."""
     rows = [_verdict_row(params, c, verdict) for c, verdict in zip(compared, verdicts, strict=True)]
-    return _typed(rows, VERDICT_COLUMNS)
+    headline = compared[0].headline
+    others = [name for name in compared[0].scores if name not in (headline.key, headline.second.key)]
+    return _typed(rows, verdict_columns(headline, others))
 
 
 def _verdict_row(params: Params, arm: Comparison, verdict: Verdict) -> dict[str, Any]:
@@ -123,23 +137,23 @@ def _verdict_row(params: Params, arm: Comparison, verdict: Verdict) -> dict[str,
     }
     for name, score in arm.scores.items():
         row |= {name: score.mean, f"{name}_std": score.std, f"{name}_low": score.low, f"{name}_high": score.high}
-    return row | ({} if arm.against is None else _against_columns(arm.against))
+    return row | ({} if arm.against is None else _against_columns(arm.headline, arm.against))
 
 
-def _against_columns(against: Against) -> dict[str, Any]:
+def _against_columns(headline: Headline, against: Against) -> dict[str, Any]:
     crossed = against.crossing
     row: dict[str, Any] = {
-        "p_value": against.fid.p_value,
-        "p_holm": against.fid_p_holm,
+        "p_value": against.score.p_value,
+        "p_holm": against.p_holm,
         "compute_ratio": against.ratio(crossed.at),
         "compute_ratio_low": against.ratio(crossed.low),
         "compute_ratio_high": against.ratio(crossed.high),
-        "flops_at_equal_fid": crossed.at,
-        "device_seconds_at_equal_fid": against.seconds_at_equal_fid,
+        f"flops_at_equal_{headline.key}": crossed.at,
+        f"device_seconds_at_equal_{headline.key}": against.seconds_at_equal_score,
     }
-    for name, pair in (("delta_fid", against.fid), ("delta_kid", against.kid)):
+    for name, pair in ((headline.key, against.score), (headline.second.key, against.second)):
         gap: Estimate = pair.difference
-        row |= {name: gap.mean, f"{name}_low": gap.low, f"{name}_high": gap.high}
+        row |= {f"delta_{name}": gap.mean, f"delta_{name}_low": gap.low, f"delta_{name}_high": gap.high}
     return row
 
 
@@ -155,20 +169,19 @@ def display_table(verdicts: pd.DataFrame, summary: pd.DataFrame) -> pd.DataFrame
     the heading where it is the same for all arms, else in the cell.
     """
     arms = verdicts[verdicts["num_seeds"] > 0]
-    counts, scales = arms["num_seeds"].unique(), _scale_rows(summary)
+    headline = headline_of(summary)
+    counts, scales = arms["num_seeds"].unique(), _scale_rows(summary, headline)
     common = int(counts[0]) if len(counts) == 1 else None
     suffix = "" if common is None else f" (n={common})"
     first_flops = summary.groupby("arm")["flops"].min()
-    frame = pd.concat([verdicts.assign(kid=verdicts["kid"] * 1000), scales], ignore_index=True)
-    for column in ("kid_std", "delta_kid", "delta_kid_low", "delta_kid_high"):
-        frame[column] *= 1000
+    frame = _in_units(pd.concat([verdicts, scales], ignore_index=True), headline)
     table = {
         "arm": list(frame["arm"]),
         "strategy": [_strategy(row) for _, row in frame.iterrows()],
         "asked": _each(frame["mask_rate"], rate_text),
         "realised": _each(frame["realised_mask_rate"], rate_text),
-        **_score_columns(frame, common, suffix),
-        f"same FID at{suffix}": [_ratio_cell(row, first_flops) for _, row in frame.iterrows()],
+        **_score_columns(frame, headline, common, suffix),
+        f"same {headline.name} at{suffix}": [_ratio_cell(row, headline, first_flops) for _, row in frame.iterrows()],
         "TFLOPs": _each(frame["flops"] / 1e12, number_text),
         "images seen": _each(frame["images_seen"], lambda count: f"{count:,.0f}"),
         f"device s{suffix}": _each(frame["device_seconds"], number_text),
@@ -177,26 +190,38 @@ def display_table(verdicts: pd.DataFrame, summary: pd.DataFrame) -> pd.DataFrame
     return pd.DataFrame(_only_useful(table))
 
 
-def _scale_rows(summary: pd.DataFrame) -> pd.DataFrame:
-    first = summary.iloc[0]
+def _scale_rows(summary: pd.DataFrame, headline: Headline) -> pd.DataFrame:
+    first, keys = summary.iloc[0], [score.key for score in headline.shown]
     rows = [
-        {"arm": title, "fid": first[f"fid_{name}"], "kid": first[f"kid_{name}"] * 1000}
-        for name, title in SCALES.items()
-        if pd.notna(first[f"fid_{name}"])
+        {"arm": title, **{key: first[f"{key}_{end}"] for key in keys}}
+        for end, title in SCALES.items()
+        if pd.notna(first[f"fid_{end}"])
     ]
-    return pd.DataFrame(rows, columns=list(VERDICT_COLUMNS)).astype({"fid": "float64", "kid": "float64"})
+    return pd.DataFrame(rows, columns=["arm", *keys]).astype(dict.fromkeys(keys, "float64"))
 
 
-def _score_columns(frame: pd.DataFrame, common: int | None, suffix: str) -> dict[str, list[str]]:
-    """FID, KID, precision and recall, the number of seeds in the heading or a column of its own."""
-    places = {name: decimals(frame[name]) for name in ("fid", "kid")} | {"precision": 3, "recall": 3}
+def _in_units(frame: pd.DataFrame, headline: Headline) -> pd.DataFrame:
+    """The frame with the scores as they are shown, their spread and differences, too."""
+    names = {column: score.times for score in headline.shown for column in _columns_of(score) if column in frame}
+    return frame.assign(**{column: frame[column] * times for column, times in names.items()})
+
+
+def _columns_of(score: Score) -> list[str]:
+    key = score.key
+    return [key, f"{key}_std", f"delta_{key}", f"delta_{key}_low", f"delta_{key}_high"]
+
+
+def _score_columns(frame: pd.DataFrame, headline: Headline, common: int | None, suffix: str) -> dict[str, list[str]]:
+    """The headline, other scores, precision and recall, the number of seeds in the heading or a column of its own."""
+    key, label, others = headline.key, headline.label, headline.shown[1:]
+    places = decimals(frame[key])
     columns = {
         "seeds": ["–" if pd.isna(count) else str(int(count)) for count in frame["num_seeds"]] if common is None else [],
-        f"FID{suffix}": _scores(frame, "fid", places["fid"], common),
-        f"FID SD{suffix}": _each(frame["fid_std"], lambda std: f"{std:.{places['fid']}f}"),
-        f"ΔFID{suffix}": [_delta_cell(row, places["fid"], common) for _, row in frame.iterrows()],
+        f"{label}{suffix}": _scores(frame, key, places, common),
+        f"{label} SD{suffix}": _each(frame[f"{key}_std"], lambda std: f"{std:.{places}f}"),
+        f"Δ{label}{suffix}": [_delta_cell(row, key, places, common) for _, row in frame.iterrows()],
         "p (Holm)": _each(frame["p_holm"], p_text),
-        f"KID×1000{suffix}": _scores(frame, "kid", places["kid"], common),
+        **{f"{one.label}{suffix}": _scores(frame, one.key, decimals(frame[one.key]), common) for one in others},
         f"precision{suffix}": _scores(frame, "precision", 3, common),
         f"recall{suffix}": _scores(frame, "recall", 3, common),
     }
@@ -225,26 +250,26 @@ def _few(count: int, common: int | None) -> str:
     return f" (n={count})" if common is None else ""
 
 
-def _delta_cell(row: pd.Series, places: int, common: int | None) -> str:
-    if pd.isna(row["delta_fid"]):
+def _delta_cell(row: pd.Series, key: str, places: int, common: int | None) -> str:
+    if pd.isna(row[f"delta_{key}"]):
         return "–"
-    text, low, high = (signed(row[f"delta_fid{end}"], places) for end in ("", "_low", "_high"))
-    if pd.notna(row["delta_fid_low"]):
+    text, low, high = (signed(row[f"delta_{key}{end}"], places) for end in ("", "_low", "_high"))
+    if pd.notna(row[f"delta_{key}_low"]):
         return f"{text} [{low}, {high}]"
     count = int(row["num_seeds"])
     return text + (_few(count, common) if count < ENOUGH else f" (n<{ENOUGH})")
 
 
-def _ratio_cell(row: pd.Series, first_flops: pd.Series) -> str:
-    """The compute at equal FID in units of scratch's, open ends of its interval as ellipses."""
-    if pd.isna(row["delta_fid"]):
+def _ratio_cell(row: pd.Series, headline: Headline, first_flops: pd.Series) -> str:
+    """The compute at an equal score in units of scratch's, open ends of its interval as ellipses."""
+    if pd.isna(row[f"delta_{headline.key}"]):
         return "–"
     if pd.isna(row["compute_ratio"]):
         text = "never"
     else:
-        at_most = row["flops_at_equal_fid"] <= first_flops[row["arm"]]
+        at_most = row[f"flops_at_equal_{headline.key}"] <= first_flops[row["arm"]]
         text = f"{'≤ ' if at_most else ''}{ratio_text(row['compute_ratio'])}"
-    if pd.isna(row["delta_fid_low"]):
+    if pd.isna(row[f"delta_{headline.key}_low"]):
         return text
     low, high = (_open_end(row[f"compute_ratio_{end}"]) for end in ("low", "high"))
     return f"{text} [{low}, {high}]"
@@ -298,19 +323,30 @@ def format_table(verdicts: pd.DataFrame, summary: pd.DataFrame, width: int = TER
         summary: as in summary.csv.
         width: columns of the terminal.
     """
-    texts = [_tabulate(table, "simple") for table in _ever_leaner(display_table(verdicts, summary))]
+    texts = [
+        _tabulate(table, "simple") for table in _ever_leaner(display_table(verdicts, summary), headline_of(summary))
+    ]
     return next((text for text in texts if max(map(len, text.splitlines())) <= width), texts[-1])
 
 
-def _ever_leaner(table: pd.DataFrame) -> Iterator[pd.DataFrame]:
+def _dispensable(headline: Headline) -> list[str]:
+    """What a terminal table leaves out, in this order, until it fits; arm, headline and its difference always stay."""
+    return [
+        *("images seen", "strategy", "TFLOPs", f"{headline.label} SD", "asked", "tuned", "recall", "precision"),
+        *(*(score.label for score in headline.also), "device s", "realised"),
+        *("p (Holm)", f"same {headline.name} at", headline.second.label, "seeds"),
+    ]
+
+
+def _ever_leaner(table: pd.DataFrame, headline: Headline) -> Iterator[pd.DataFrame]:
     """The table as it is, then with shorter cells, then with ever fewer columns."""
     yield table
     names = [arm if len(arm) <= 24 else arm[:23] + "…" for arm in table["arm"]]
     table = _without_intervals(table.assign(arm=names), ("precision", "recall"))
     yield table
-    for name in DISPENSABLE:
-        if name == "same FID at":  # worth more than the interval of the KID
-            table = _without_intervals(table, ("KID×1000",))
+    for name in _dispensable(headline):
+        if name == f"same {headline.name} at":  # worth more than the interval of the second opinion
+            table = _without_intervals(table, (headline.second.label,))
             yield table
         table = table[[column for column in table if _name(column) != name]]
         yield table

@@ -46,14 +46,14 @@ def _judge(
     if not arm.seeds:
         return Verdict(arm.arm, _missing_text(missing), "missing")
     if reference is None:
-        parts = [fid_text(arm), "there is no arm without pretraining to compare with"]
+        parts = [score_text(arm), "there is no arm without pretraining to compare with"]
         return Verdict(arm.arm, _sentence([*parts, _seeds_missing(params, arm)]), "undecided")
     if arm is reference:
-        parts = [f"what the others are compared with: {fid_text(arm)}", _origin(arm, reference)]
+        parts = [f"what the others are compared with: {score_text(arm)}", _origin(arm, reference)]
         return Verdict(arm.arm, _sentence([*parts, _seeds_missing(params, arm)]), "baseline")
     if arm.against is None:
         why = "no seed in common with it" if reference.seeds else "which is missing"
-        parts = [fid_text(arm), f"not compared with {reference.arm}, {why}"]
+        parts = [score_text(arm), f"not compared with {reference.arm}, {why}"]
         return Verdict(arm.arm, _sentence([*parts, _seeds_missing(params, arm)]), "undecided")
     return Verdict(arm.arm, _against_text(params, arm, arm.against, reference, tests), _kind(arm.against))
 
@@ -61,7 +61,7 @@ def _judge(
 def _kind(against: Against) -> Kind:
     if not against.is_clear:
         return "undecided"
-    return "better" if against.fid.difference.mean < 0 else "worse"
+    return "better" if against.score.difference.mean < 0 else "worse"
 
 
 def _against_text(params: Params, arm: Comparison, against: Against, reference: Comparison, tests: int) -> str:
@@ -69,7 +69,7 @@ def _against_text(params: Params, arm: Comparison, against: Against, reference: 
         [
             *_result_parts(params, arm, against, reference),
             _correction(against, tests),
-            _kid_text(arm, against, reference.arm),
+            _second_text(arm, against, reference.arm),
             _origin(arm, reference),
             _seeds_missing(params, arm),
         ]
@@ -82,29 +82,27 @@ def _sentence(parts: Iterable[str]) -> str:
 
 def _result_parts(params: Params, arm: Comparison, against: Against, reference: Comparison) -> list[str]:
     """What the numbers say, the strongest statement that they allow first."""
-    gap, name = against.fid.difference, reference.arm
-    at_equal = matched_text(params, against)
+    score, name, at_equal = arm.headline, reference.arm, matched_text(params, against)
+    gap = against.score.difference.times(score.times)
+    difference = f"{score.label} {_difference(gap)}"
     if not gap.has_interval:
-        return _without_interval(against, name, at_equal)
+        return _without_interval(arm, against, name, f"{difference} {at_equal}")
     if gap.high < 0:
         saves = _saves(arm, against, reference)
-        return [f"{saves}{_crossing_text(against)}", f"FID {_difference(gap)} {at_equal} {_interval(gap)}"]
-    said = f"FID {_difference(gap)} {at_equal} {_interval(gap, with_n=True)}"
+        return [f"{saves}{_crossing_text(against, f'same {score.name}')}", f"{difference} {at_equal} {_interval(gap)}"]
     if gap.low > 0:
-        return [f"{_worse(against, name)}: {said}"]
-    text = f"not distinguishable from {name} {at_equal}: FID {_difference(gap)} {_interval(gap, with_n=True)}"
+        return [f"{_worse(against, name)}: {difference} {at_equal} {_interval(gap, with_n=True)}"]
+    text = f"not distinguishable from {name} {at_equal}: {difference} {_interval(gap, with_n=True)}"
     if against.crossing.at is not None:
-        return [text, _crossing_text(against, f"its mean reaches {name}'s FID")]
+        return [text, _crossing_text(against, f"its mean reaches {name}'s {score.name}")]
     never = all(gap >= 0 for gap in against.at_milestones.values())
     return [text, "on average no better at any budget tried"] if never else [text]
 
 
-def _without_interval(against: Against, name: str, at_equal: str) -> list[str]:
-    gap = against.fid.difference
-    said = f"FID {_difference(gap)} {at_equal}"
+def _without_interval(arm: Comparison, against: Against, name: str, said: str) -> list[str]:
     if against.crossing.at is not None:
-        return [_crossing_text(against), said]
-    return [f"{_worse(against, name)}: {said} ({seeds_text(gap.n)}: no interval)"]
+        return [_crossing_text(against, f"same {arm.headline.name}"), said]
+    return [f"{_worse(against, name)}: {said} ({seeds_text(against.score.difference.n)}: no interval)"]
 
 
 def _worse(against: Against, name: str) -> str:
@@ -134,9 +132,9 @@ def _saves(arm: Comparison, against: Against, reference: Comparison) -> str:
     return f"saves {most}{100 * (1 - ratio):.0f} % of the compute: "
 
 
-def _crossing_text(against: Against, claim: str = "same FID") -> str:
-    """Compute at equal FID, in units of scratch's."""
-    at, seconds = against.ratio(against.crossing.at), against.seconds_at_equal_fid
+def _crossing_text(against: Against, claim: str) -> str:
+    """Compute at an equal score, in units of scratch's."""
+    at, seconds = against.ratio(against.crossing.at), against.seconds_at_equal_score
     assert at is not None and seconds is not None
     most = "at most " if against.crossing.at_most else ""
     text = f"{claim} with {most}{ratio_text(at)} the compute ({_ratio_interval(against)})"
@@ -170,29 +168,29 @@ def _interval(gap: Estimate, with_n: bool = False) -> str:
     return f"(95 %: {signed(gap.low, places)} to {signed(gap.high, places)}{n})"
 
 
-def fid_text(arm: Comparison) -> str:
-    """An arm's final FID with its interval, or why it has none."""
-    fid = arm.scores["fid"]
-    places = places_of(fid)
-    if not fid.has_interval:
-        return f"FID {fid.mean:.{places}f} ({seeds_text(fid.n)}: no interval)"
-    return f"FID {fid.mean:.{places}f} (95 %: {fid.low:.{places}f} to {fid.high:.{places}f}, n = {fid.n})"
+def score_text(arm: Comparison) -> str:
+    """An arm's final score with its interval, or why it has none."""
+    score, label = arm.scores[arm.headline.key].times(arm.headline.times), arm.headline.label
+    places = places_of(score)
+    if not score.has_interval:
+        return f"{label} {score.mean:.{places}f} ({seeds_text(score.n)}: no interval)"
+    return f"{label} {score.mean:.{places}f} (95 %: {score.low:.{places}f} to {score.high:.{places}f}, n = {score.n})"
 
 
 def _correction(against: Against, tests: int) -> str:
     """A difference that is clear by itself and not among all that were looked at."""
-    if not against.fid.difference.excludes_zero or against.is_clear:
+    if not against.score.difference.excludes_zero or against.is_clear:
         return ""
-    return f"with {tests} arms compared chance cannot be ruled out (Holm-adjusted p = {against.fid_p_holm:.2f})"
+    return f"with {tests} arms compared chance cannot be ruled out (Holm-adjusted p = {against.p_holm:.2f})"
 
 
-def _kid_text(arm: Comparison, against: Against, name: str) -> str:
-    parts = []
-    if against.kid_disagrees:
-        gap = against.kid.difference.mean * 1000
-        parts.append(f"KID orders it and {name} the other way round (KID×1000 {signed(gap, 2)})")
+def _second_text(arm: Comparison, against: Against, name: str) -> str:
+    parts, second = [], arm.headline.second
+    if against.second_disagrees:
+        gap = against.second.difference.mean * second.times
+        parts.append(f"{second.name} orders it and {name} the other way round ({second.label} {signed(gap, 2)})")
     if arm.disputed:
-        parts.append(f"FID and KID dispute its order with {_names(arm.disputed)}")
+        parts.append(f"{arm.headline.name} and {second.name} dispute its order with {_names(arm.disputed)}")
     return _sentence(parts)
 
 
@@ -239,9 +237,9 @@ def answer(params: Params, compared: list[Comparison]) -> str:
     found = [(c.arm, c.against) for c in pretrained if c.against is not None]
     if not found:
         return f"No comparison is possible yet: {name} or every {kind} arm is missing."
-    equal = f"at equal {MATCHED_BY[params.budget.match]}"
-    sure = [(arm, against) for arm, against in found if against.fid.difference.has_interval]
-    said = [_sure_answer(sure, kind, name, equal) if sure else _unsure_answer(found, kind, name, equal)]
+    equal, score = f"at equal {MATCHED_BY[params.budget.match]}", compared[0].headline.name
+    sure = [(arm, against) for arm, against in found if against.score.difference.has_interval]
+    said = [_sure_answer(sure, kind, score, name, equal) if sure else _unsure_answer(found, kind, score, name, equal)]
     if sure and len(found) > len(sure):
         said.append(f"{len(found) - len(sure)} more had too few seeds to tell.")
     if len(pretrained) > len(found):
@@ -249,20 +247,20 @@ def answer(params: Params, compared: list[Comparison]) -> str:
     return " ".join(said)
 
 
-def _sure_answer(found: list[tuple[str, Against]], kind: str, name: str, equal: str) -> str:
+def _sure_answer(found: list[tuple[str, Against]], kind: str, score: str, name: str, equal: str) -> str:
     """With intervals: what is clear among all arms."""
-    clear = {arm: against.fid.difference.mean < 0 for arm, against in found if against.is_clear}
+    clear = {arm: against.score.difference.mean < 0 for arm, against in found if against.is_clear}
     better, worse = ([arm for arm, is_better in clear.items() if is_better == wanted] for wanted in (True, False))
     count = f"{len(better)} of {len(found)}" if better else f"None of {len(found)}"
     rest = [
         f"{len(worse)} had a clearly higher one" if worse else "",
         f"{len(found) - len(clear)} could not be distinguished from it" if len(found) > len(clear) else "",
     ]
-    seeds = f"{seeds_text(min(against.fid.difference.n for _, against in found))}"
+    seeds = f"{seeds_text(min(against.score.difference.n for _, against in found))}"
     return (
         _sentence(
             [
-                f"{count} {kind} arms had a clearly lower FID than {name} {equal}{_listed(better)} "
+                f"{count} {kind} arms had a clearly lower {score} than {name} {equal}{_listed(better)} "
                 f"({seeds}, Holm-adjusted p < {SIGNIFICANT:g})",
                 *rest,
             ]
@@ -271,14 +269,14 @@ def _sure_answer(found: list[tuple[str, Against]], kind: str, name: str, equal: 
     )
 
 
-def _unsure_answer(found: list[tuple[str, Against]], kind: str, name: str, equal: str) -> str:
+def _unsure_answer(found: list[tuple[str, Against]], kind: str, score: str, name: str, equal: str) -> str:
     """Without intervals for all: what was seen, and that chance may be the reason."""
-    better = [arm for arm, against in found if against.fid.difference.mean < 0]
+    better = [arm for arm, against in found if against.score.difference.mean < 0]
     count = f"{len(better)} of {len(found)}" if better else f"None of {len(found)}"
-    seeds = seeds_text(max(against.fid.difference.n for _, against in found))
+    seeds = seeds_text(max(against.score.difference.n for _, against in found))
     return (
         f"{seeds[0].upper()}{seeds[1:]} cannot tell a difference from chance. What was seen: {count} {kind} arms had a "
-        f"lower FID than {name} {equal}{_listed(better)}."
+        f"lower {score} than {name} {equal}{_listed(better)}."
     )
 
 

@@ -11,6 +11,7 @@ from maskdm.checksums import file_sha256
 from maskdm.compute import plan_arm
 from maskdm.config import Params
 from maskdm.errors import UserError
+from maskdm.headline import flat_scores
 from maskdm.publishing import publish_json
 from maskdm.resume import Pieces
 from maskdm.stages import finetune, sample
@@ -55,7 +56,8 @@ def run(params: Params, arm: str, seed: int) -> None:
                 title = f"score {arm} at {title_of(key)}"
                 found.update(_score(params, scorer, drawn[key], title, kept, name_of(key)))
                 if key not in PRIMERS:
-                    session.tracked.log(round(100 * float(key)), **_flat(found))
+                    flat = flat_scores(found)
+                    session.tracked.log(round(100 * float(key)), **{k: v for k, v in flat.items() if k != "step"})
             primers = {key: scored.pop(key) for key in PRIMERS if key in scored}
             publish_json(output, {**about, **_final(scored), "milestones": scored, **primers})
             session.record.update(compute.describe_device())
@@ -80,12 +82,6 @@ def _score(params: Params, scorer: Scorer, drawn: np.ndarray, title: str, kept: 
         scores["distances"] = distances.distances(distances.points_of(drawn), scorer.real)
     kept.save(name, {}, {"scores": scores})
     return scores
-
-
-def _flat(scores: dict[str, Any]) -> dict[str, float]:
-    """Scores by one name each, the step left out."""
-    of_points = {f"distance_{name}": value for name, value in scores.get("distances", {}).items()}
-    return {**{k: v for k, v in scores.items() if k not in ("step", "distances")}, **of_points}
 
 
 def _check_samples(params: Params, arm: str, seed: int) -> dict[str, str]:

@@ -17,5 +17,5 @@ STAGE_VERSIONS = {
     "finetune": 5,
     "sample": 5,
     "evaluate": 4,
-    "report": 3,
+    "report": 4,
 }

@@ -10,6 +10,7 @@ from typing import Any
 from maskdm import paths
 from maskdm.config import Params
 from maskdm.formats import ARM_STAGES, TRAINING_STAGES
+from maskdm.headline import DISTANCE, HEADLINES, flat_scores
 from maskdm.tracking.dataset import read_dataset
 from maskdm.tracking.run_content import Points, RunContent, finite, only_numbers, read_json, read_rows
 
@@ -17,8 +18,9 @@ REPORT = "report"  # not of an arm, but the last that says something of it
 SECTIONS = {"dataset", "model", "diffusion", "budget", "training", "sampling", "evaluation", "compute"}
 SCORES = ("fid", "kid", "precision", "recall", "flops", "images_seen", "tokens_seen")
 SCALES = ("fid_floor", "kid_floor", "fid_untrained", "kid_untrained")
-# What only the report knows of an arm: it compares with scratch, over all seeds.
-VERDICTS = ("delta_fid", "compute_ratio", "flops_at_equal_fid", "device_seconds_at_equal_fid")
+# What only the report knows of an arm: it compares with scratch, over all seeds, by the headline of the experiment.
+OF_A_SCORE = ("delta_{}", "flops_at_equal_{}", "device_seconds_at_equal_{}")
+VERDICTS = ("compute_ratio", *(name.format(headline.key) for headline in HEADLINES for name in OF_A_SCORE))
 
 
 def read_arm(params: Params, arm: str, seed: int, through: str = "evaluate", base: Path = Path()) -> RunContent:
@@ -104,7 +106,9 @@ def _add_metrics(content: RunContent, metrics: dict[str, Any]) -> None:
     """Scores at the milestones; steps are percents of the budget, so that arms share their abscissae."""
     for fraction, scores in metrics.get("milestones", {}).items():
         percent = round(100 * float(fraction))
-        found = only_numbers({key: scores.get(key) for key in SCORES})
+        flat = flat_scores(scores)
+        of_points = [key for key in flat if key.startswith(DISTANCE)]
+        found = only_numbers({key: flat.get(key) for key in (*SCORES, *of_points)})
         content.points |= {(key, percent): value for key, value in found.items()}
         content.status = "FINISHED"
     scales = only_numbers({key: metrics.get(key) for key in SCALES})

@@ -1,7 +1,8 @@
 """The final models of the arms in MLflow's registry: a version per arm, under the experiment's name.
 
 A version is made of the first seed's last averaged weights. Equal weights and params make no new version. Every arm
-has an alias of its name, and the arm with the best mean FID, of those whose seeds are all there, is `best`.
+has an alias of its name, and the arm with the best mean of the headline's score, FID as a rule, of those whose seeds
+are all there, is `best`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from maskdm import paths
 from maskdm.checksums import file_sha256
 from maskdm.config import Params, parse_params
+from maskdm.headline import Headline, flat_scores, headline_of
 from maskdm.tracking.logged_model import save_model
 from maskdm.tracking.run_content import finite, read_json
 from maskdm.tracking.store import ArmKey, Store
@@ -39,22 +41,24 @@ class Candidate:
     Attributes:
         params: that it was trained with.
         weights: the checkpoint of the last milestone.
-        fid: of the first seed.
-        fids: of all seeds that there are.
+        headline: the score that arms are compared by.
+        score: of the first seed.
+        scores: of all seeds that there are.
         num_seeds: how many there should be.
     """
 
     key: ArmKey
     params: Params
     weights: Path
-    fid: float
-    fids: list[float]
+    headline: Headline
+    score: float
+    scores: list[float]
     num_seeds: int
 
     @property
-    def mean_fid(self) -> float:
+    def mean_score(self) -> float:
         """Over the seeds."""
-        return sum(self.fids) / len(self.fids)
+        return sum(self.scores) / len(self.scores)
 
     @property
     def digest(self) -> str:
@@ -68,9 +72,9 @@ class Candidate:
         return {
             "arm": self.key.arm,
             "seed": str(self.key.seed),
-            "fid": f"{self.fid:.6g}",
-            "mean_fid": f"{self.mean_fid:.6g}",
-            "num_seeds": str(len(self.fids)),
+            self.headline.key: f"{self.score:.6g}",
+            f"mean_{self.headline.key}": f"{self.mean_score:.6g}",
+            "num_seeds": str(len(self.scores)),
         }
 
 
@@ -94,18 +98,20 @@ def publish_models(store: Store, event: dict[str, Any]) -> None:
 
 
 def _candidate(entry: dict[str, Any], seeds: list[int], base: Path) -> Candidate | None:
-    """The model of an arm; None where its weights or its FID are not there."""
+    """The model of an arm; None where its weights or its score are not there."""
     key = ArmKey(**entry["arm"])
     milestones = {seed: read_json(base / paths.metrics(key.arm, seed)).get("milestones", {}) for seed in seeds}
     last = max(milestones[key.seed], default=None)
     if last is None:
         return None
-    fids = {seed: finite(scores.get(last, {}).get("fid")) for seed, scores in milestones.items()}
-    weights, fid = base / paths.finetune(key.arm, key.seed) / f"milestone-{last}.safetensors", fids[key.seed]
-    if fid is None or not weights.is_file():
+    finals = {seed: flat_scores(of_seed.get(last, {})) for seed, of_seed in milestones.items()}
+    headline = headline_of(finals[key.seed])
+    scores = {seed: finite(final.get(headline.key)) for seed, final in finals.items()}
+    weights, score = base / paths.finetune(key.arm, key.seed) / f"milestone-{last}.safetensors", scores[key.seed]
+    if score is None or not weights.is_file():
         return None
-    known = [value for value in fids.values() if value is not None]
-    return Candidate(key, parse_params(entry["params"]), weights, fid, known, len(seeds))
+    known = [value for value in scores.values() if value is not None]
+    return Candidate(key, parse_params(entry["params"]), weights, headline, score, known, len(seeds))
 
 
 def _ensure_registered(store: Store, name: str) -> None:
@@ -176,8 +182,8 @@ def _note_output(store: Store, run_id: str, model_id: str) -> None:
 
 def _aliases(candidates: list[Candidate], versions: dict[str, str]) -> dict[str, str]:
     wanted = {arm: version for arm, version in versions.items() if not RESERVED_ALIAS.fullmatch(arm)}
-    complete = [candidate for candidate in candidates if len(candidate.fids) == candidate.num_seeds]
-    best = min(complete, key=lambda candidate: candidate.mean_fid, default=None)
+    complete = [candidate for candidate in candidates if len(candidate.scores) == candidate.num_seeds]
+    best = min(complete, key=lambda candidate: candidate.mean_score, default=None)
     return wanted if best is None else {**wanted, BEST: versions[best.key.arm]}
 
 

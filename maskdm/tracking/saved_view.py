@@ -9,6 +9,7 @@ import json
 from typing import Any
 
 from maskdm.config import Params
+from maskdm.headline import FID, SLICED_WASSERSTEIN, Headline
 from maskdm.tracking.trial_content import tuned_paths
 
 VIEW_NAME = "arms"
@@ -18,52 +19,68 @@ VIEW_TAG = SHARED_VIEW + VIEW_NAME
 TRIALS_VIEW_TAG = SHARED_VIEW + TRIALS_VIEW_NAME
 # The kind of experiment whose page shows runs; MLflow infers it from runs, of an empty experiment it asks.
 KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
-# The table's columns with their widths in pixels; MLflow shows the first two always.
+# Columns with their widths in pixels; MLflow shows these two always.
 NAME_COLUMNS = {"attributes.`Run Name`": 200, "runDateAndNestInfo": 110}
-COLUMNS = {
-    "params.`strategy`": 85,
-    "params.`mask_rate`": 95,
-    "metrics.`fid`": 120,
-    "metrics.`compute_ratio`": 125,
-    "metrics.`device_seconds`": 125,
-    "metrics.`delta_fid`": 110,
-    "metrics.`kid`": 110,
-    "metrics.`precision`": 110,
-    "metrics.`recall`": 110,
-}
 TRIAL_COLUMNS = {"params.`arm`": 110, "params.`trial`": 90}
 TRIAL_SCORES = {"metrics.`kid`": 110, "metrics.`fid`": 110, "metrics.`precision`": 110, "metrics.`recall`": 110}
 STEP, BAR = "step", "bar"
-# The charts' sections: (metric, what it is drawn against: the step, another metric, or a bar per arm).
-# MLflow's own section must be listed to be kept; it holds all other metrics.
 Charts = tuple[tuple[str, str], ...]
-SECTIONS: dict[str, Charts] = {
-    "Quality against compute": (("fid", "flops"), ("kid", "flops")),
-    "Compute for scratch's FID; device seconds": (
-        ("compute_ratio", BAR),
-        ("device_seconds", BAR),
-    ),
-    "Loss by step": (("pretrain/loss", STEP), ("finetune/loss", STEP)),
-    "Images per second by step": (("pretrain/images_per_second", STEP), ("finetune/images_per_second", STEP)),
-    "Precision and recall against compute": (("precision", "flops"), ("recall", "flops")),
-    "Model metrics": (),
-}
+
+
+def _columns(headline: Headline) -> dict[str, int]:
+    """The columns of the table of arms with their widths."""
+    return {
+        "params.`strategy`": 85,
+        "params.`mask_rate`": 95,
+        f"metrics.`{headline.key}`": 120,
+        "metrics.`compute_ratio`": 125,
+        "metrics.`device_seconds`": 125,
+        f"metrics.`delta_{headline.key}`": 110,
+        f"metrics.`{headline.second.key}`": 110,
+        "metrics.`precision`": 110,
+        "metrics.`recall`": 110,
+    }
+
+
+def _sections(headline: Headline) -> dict[str, Charts]:
+    """The charts by section: (metric, what it is drawn against: the step, another metric, or a bar per arm).
+
+    MLflow's own section must be listed to be kept; it holds all other metrics.
+    """
+    return {
+        "Quality against compute": ((headline.key, "flops"), (headline.second.key, "flops")),
+        f"Compute for scratch's {headline.name}; device seconds": (
+            ("compute_ratio", BAR),
+            ("device_seconds", BAR),
+        ),
+        "Loss by step": (("pretrain/loss", STEP), ("finetune/loss", STEP)),
+        "Images per second by step": (("pretrain/images_per_second", STEP), ("finetune/images_per_second", STEP)),
+        "Precision and recall against compute": (("precision", "flops"), ("recall", "flops")),
+        "Model metrics": (),
+    }
 
 
 def experiment_tags(params: Params) -> dict[str, str]:
     """What an experiment carries for the UI."""
-    tags = {KIND_TAG: KIND, VIEW_TAG: _saved("Arms, best FID first", arms_view(params))}
+    tags = {KIND_TAG: KIND, VIEW_TAG: _saved(f"Arms, best {_headline(params).name} first", arms_view(params))}
     if params.tuning.enabled:
         tags[TRIALS_VIEW_TAG] = _saved("Trials of the tuning, best first", trials_view(params))
     return tags
 
 
+def _headline(params: Params) -> Headline:
+    from maskdm import distances  # NumPy, which nothing else here needs
+
+    return SLICED_WASSERSTEIN if distances.apply_to(params) else FID
+
+
 def arms_view(params: Params) -> dict[str, Any]:
-    """A row per arm, best FID first, its seeds folded; a line per arm, the mean of its seeds."""
+    """A row per arm, the best first, its seeds folded; a line per arm, the mean of its seeds."""
+    headline = _headline(params)
     group = {"aggregateFunction": "average", "groupByKeys": [{"mode": "param", "groupByData": "arm"}]}
     return {
-        **_table("arm", "fid", COLUMNS),
-        **_charts(SECTIONS),
+        **_table("arm", headline.key, _columns(headline)),
+        **_charts(_sections(headline)),
         "groupBy": group if len(params.seeds) > 1 else None,  # a group's row has no text, such as the strategy
         "groupsExpanded": {f"param.arm.{arm}": False for arm in params.arms},  # unfolded unless it is said of each
         "useGroupedValuesInCharts": True,

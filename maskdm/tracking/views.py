@@ -14,7 +14,7 @@ LOCAL_UI = "http://127.0.0.1:5000"
 
 
 def compare_url(params: Params, base: str = LOCAL_UI) -> str:
-    """The table of arms, best FID first, a row per arm.
+    """The table of arms, the best first, a row per arm.
 
     Args:
         params: their `name` is the experiment.

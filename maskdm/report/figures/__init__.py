@@ -57,4 +57,5 @@ def _save(figure: Figure, file: Path) -> None:
 
 
 def _picture(kind: Kind, shown: Shown) -> Picture:
-    return Picture(kind.file, kind.title, kind.caption(shown), kind.alt(shown))
+    title = kind.title.format(score=shown.headline.name)
+    return Picture(kind.file, title[0].upper() + title[1:], kind.caption(shown), kind.alt(shown))

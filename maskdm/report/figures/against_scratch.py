@@ -1,4 +1,4 @@
-"""Each arm against scratch, and how sure that is: the FID at equal compute, and the compute at equal FID."""
+"""Each arm against scratch, and how sure that is: the score at equal compute, and the compute at an equal score."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -30,7 +29,7 @@ def _draw(shown: Shown) -> Figure:
     places = _places(shown, reference)
     figure = Figure(figsize=(WIDTH, ROW_HEIGHT * (max(places.values()) + 1) + 1.35), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
-    looks, deltas = arm_looks(shown.params), _seed_deltas(shown.final, reference)
+    looks, deltas = arm_looks(shown.params), _seed_deltas(shown, reference)
     _scale_ratios(right, shown)
     for arm, place in places.items():
         against = shown.compared[arm].against
@@ -38,10 +37,10 @@ def _draw(shown: Shown) -> Figure:
             note = "missing" if arm not in shown.arms else f"no seed in common with {short(reference)}"
             row_text(left, 0.02, place, note, style="italic", color=MISSING)
             continue
-        _draw_delta(left, place, against.fid.difference, deltas[arm], looks[arm])
+        _draw_delta(left, place, against.score.difference, deltas[arm], looks[arm])
         _draw_ratio(right, place, against, looks[arm])
     left.set_yticks(list(places.values()), [_row_name(shown, arm) for arm in places])
-    _finish(left, right, places, reference)
+    _finish(left, right, places, reference, shown.headline.name)
     _legend(figure, shown)
     return figure
 
@@ -59,10 +58,10 @@ def _places(shown: Shown, reference: str) -> dict[str, float]:
     return places
 
 
-def _seed_deltas(final: pd.DataFrame, reference: str) -> dict[str, list[float]]:
-    """By arm, every seed's FID less scratch's with that seed."""
-    fids = final.pivot(index="arm", columns="seed", values="fid")
-    return {arm: row.dropna().tolist() for arm, row in (fids - fids.loc[reference]).iterrows()}
+def _seed_deltas(shown: Shown, reference: str) -> dict[str, list[float]]:
+    """By arm, every seed's score less scratch's with that seed."""
+    scores = shown.final.pivot(index="arm", columns="seed", values=shown.headline.key)
+    return {arm: row.dropna().tolist() for arm, row in (scores - scores.loc[reference]).iterrows()}
 
 
 def _draw_delta(axes: Axes, place: float, difference: Estimate, deltas: list[float], look: Look) -> None:
@@ -117,17 +116,17 @@ def _scale_ratios(axes: Axes, shown: Shown) -> None:
 def _row_name(shown: Shown, arm: str) -> str:
     """The arm, and the number of its seeds where it is fewer than asked for."""
     against = shown.compared[arm].against
-    seeds = len(shown.params.seeds) if against is None else against.fid.difference.n
+    seeds = len(shown.params.seeds) if against is None else against.score.difference.n
     return short(arm) if seeds == len(shown.params.seeds) else f"{short(arm)} (n={seeds})"
 
 
-def _finish(left: Axes, right: Axes, places: dict[str, float], reference: str) -> None:
+def _finish(left: Axes, right: Axes, places: dict[str, float], reference: str, score: str) -> None:
     name = short(reference)
     left.set_ylim(max(places.values()) + 0.6, -0.6)
     left.axvline(0, color="black", linestyle="--", linewidth=0.9)
     right.axvline(1, color="black", linestyle="--", linewidth=0.9)
-    left.set(title="FID at equal compute", xlabel=f"FID less {name}'s\n(left is better)")
-    right.set(title="compute at equal FID", xlabel=f"part of {name}'s compute\n(left is better)")
+    left.set(title=f"{score} at equal compute", xlabel=f"{score} less {name}'s\n(left is better)")
+    right.set(title=f"compute at equal {score}", xlabel=f"part of {name}'s compute\n(left is better)")
     left.xaxis.set_major_locator(MaxNLocator(6))
     left.xaxis.set_major_formatter(FuncFormatter(_signed))
     for axes in (left, right):
@@ -153,7 +152,7 @@ def _entry(label: str, **look: Any) -> Line2D:
 
 
 def _caption(shown: Shown) -> str:
-    reference = shown.reference
+    reference, score = shown.reference, shown.headline.name
     several = {
         1: "One seed: there is no interval, and another seed may turn any sign around.",
         2: "Two seeds: there is no interval.",
@@ -163,16 +162,16 @@ def _caption(shown: Shown) -> str:
         "end outside the budget."
     )
     return (
-        f"Left: the final FID less {reference}'s with the same seed. Right: the compute from which on the arm's FID "
-        f"stays at or below {reference}'s final one, divided by {reference}'s compute; “never”: not within the budget; "
-        f"“≤”: at its first milestone already. {several.get(shown.num_seeds, many)}"
+        f"Left: the final {score} less {reference}'s with the same seed. Right: the compute from which on the arm's "
+        f"{score} stays at or below {reference}'s final one, divided by {reference}'s compute; “never”: not within the "
+        f"budget; “≤”: at its first milestone already. {several.get(shown.num_seeds, many)}"
     )
 
 
 def _alt(shown: Shown) -> str:
     found = ((arm, one.against) for arm, one in shown.compared.items())
-    texts = (f"{arm} {_signed(round(a.fid.difference.mean, 4))}" for arm, a in found if a is not None)
-    return f"Difference in final FID to {shown.reference}, a row per arm: {', '.join(texts)}."
+    texts = (f"{arm} {_signed(round(a.score.difference.mean, 4))}" for arm, a in found if a is not None)
+    return f"Difference in final {shown.headline.name} to {shown.reference}, a row per arm: {', '.join(texts)}."
 
 
 def _applies(shown: Shown) -> bool:

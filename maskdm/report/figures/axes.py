@@ -1,4 +1,4 @@
-"""Axes that several figures share: compute, FID with its two scales, and one legend for all panels."""
+"""Axes that several figures share: compute, scores with their two scales, and one legend for all panels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from maskdm.report.figures.kind import Shown
 from maskdm.report.looks import FLOOR, MISSING, WIDTH, short
 from maskdm.report.numbers import decimals
 
-LOG_FROM = 3.0  # a FID axis whose values differ by more than this factor is logarithmic
+LOG_FROM = 3.0  # an axis of scores whose values differ by more than this factor is logarithmic
 LOG_COMPUTE_FROM = 4.0
 REMARK = "#444444"
 FEW_TICKS = 5.0  # a factor
@@ -68,21 +68,21 @@ def is_wide(values: pd.Series) -> bool:
     return bool(values.min() > 0 and values.max() > LOG_FROM * values.min())
 
 
-def scale_fid(axes: Axes, fids: pd.Series, scale: dict | None) -> None:
-    """The FID axis fitted to the arms, with the floor dotted and the untrained network.
+def scale_scores(axes: Axes, scores: pd.Series, ends: dict[str, float]) -> None:
+    """The axis of scores fitted to the arms, with the floor dotted and the untrained network.
 
     The differences between the arms are the question: a scale far from them is named at the edge instead of
     flattening them.
     """
-    low, high = float(fids.min()), float(fids.max())
-    if is_wide(fids):
+    low, high = float(scores.min()), float(scores.max())
+    if is_wide(scores):
         axes.set_yscale("log")
         log_values(axes.yaxis)
     else:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-    if scale is None:
+    if not ends:
         return
-    floor, untrained = float(scale["floor"]["fid"]), float(scale["untrained"]["fid"])
+    floor, untrained = ends["floor"], ends["untrained"]
     room = max(high - low, 0.1 * high)
     axes.margins(y=0.12)  # for the notes
     if floor > low / LOG_FROM if axes.get_yscale() == "log" else low - floor <= 0.6 * room:
@@ -101,7 +101,7 @@ def _note(axes: Axes, text: str, height: float, side: str) -> None:
 
 
 def fid_text(value: float) -> str:
-    """A FID with three digits."""
+    """A FID, or another score, with three digits."""
     return f"{value:,.{decimals(pd.Series([value]))}f}"
 
 

@@ -1,4 +1,4 @@
-"""FID against the compute spent: what equal compute buys, and where an arm crosses scratch's final FID."""
+"""The headline's score, FID as a rule, against the compute spent, and where an arm crosses scratch's final one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from maskdm.report.figures.axes import (
     legend_below,
     panel_figure,
     scale_compute,
-    scale_fid,
+    scale_scores,
 )
 from maskdm.report.figures.kind import Kind, Shown
 from maskdm.report.looks import BASELINES, NO_MASKING, Look, arm_looks, families, short
@@ -27,19 +27,19 @@ def _draw(shown: Shown) -> Figure:
     reference = shown.reference
     groups = _panel_groups(shown, reference)
     figure, panels = panel_figure(len(groups), height=2.6 if len(groups) > 1 else 3.6)
-    looks, bands = arm_looks(shown.params), _bands(shown.summary)
+    looks, bands, score = arm_looks(shown.params), _bands(shown), shown.headline
     size, unit = compute_unit(bands["flops"])
     for axes, (title, arms) in zip(panels, groups.items(), strict=True):
         for arm in arms:
-            _draw_arm(axes, bands.loc[[arm]], shown.summary[shown.summary["arm"] == arm], looks[arm], size)
+            _draw_arm(axes, bands.loc[[arm]], shown.summary[shown.summary["arm"] == arm], score.key, looks[arm], size)
         if reference is not None:
-            _draw_target(axes, reference, float(bands.loc[[reference], "mean"].iloc[-1]))
+            _draw_target(axes, reference, score.name, float(bands.loc[[reference], "mean"].iloc[-1]))
         axes.set_title(title)
         scale_compute(axes, bands["flops"] / size)
-        scale_fid(axes, shown.summary["fid"], shown.results.scale)
+        scale_scores(axes, shown.summary[score.key], shown.results.scale_of(score.key))
     label_below(panels, compute_label(unit))
     for axes in panels[::3]:
-        axes.set_ylabel("FID")
+        axes.set_ylabel(score.name)
     legend_below(figure, shown)
     return figure
 
@@ -53,11 +53,11 @@ def _panel_groups(shown: Shown, reference: str | None) -> dict[str, list[str]]:
     return {n: ([] if reference is None or reference in arms else [reference]) + arms for n, arms in groups.items()}
 
 
-def _bands(summary: pd.DataFrame) -> pd.DataFrame:
-    """By arm, a row per milestone: flops, the mean FID, and the band around it."""
+def _bands(shown: Shown) -> pd.DataFrame:
+    """By arm, a row per milestone: flops, the mean score, and the band around it."""
     rows = []
-    for (arm, _), at in summary.groupby(["arm", "milestone"], sort=True):
-        mean, low, high = band(at["fid"])
+    for (arm, _), at in shown.summary.groupby(["arm", "milestone"], sort=True):
+        mean, low, high = band(at[shown.headline.key])
         rows.append({"arm": arm, "flops": at["flops"].mean(), "mean": mean, "low": low, "high": high})
     return pd.DataFrame(rows).set_index("arm")
 
@@ -70,18 +70,18 @@ def band(values: pd.Series) -> tuple[float, float, float]:
     return found.mean, float(values.min()), float(values.max())
 
 
-def _draw_arm(axes: Axes, points: pd.DataFrame, rows: pd.DataFrame, look: Look, size: float) -> None:
+def _draw_arm(axes: Axes, points: pd.DataFrame, rows: pd.DataFrame, key: str, look: Look, size: float) -> None:
     front = 3 if look.color == BASELINES[0] else 2  # scratch is what the others are compared with
     flops, name = points["flops"] / size, short(str(points.index[0]))
     axes.plot(flops, points["mean"], marker=look.marker, label=name, zorder=front, **look.line)
     axes.fill_between(flops, points["low"], points["high"], color=look.color, alpha=0.10, linewidth=0)
     if rows["seed"].nunique() > 1:
-        axes.plot(rows["flops"] / size, rows["fid"], look.marker, color=look.color, markersize=2.2, alpha=0.7)
+        axes.plot(rows["flops"] / size, rows[key], look.marker, color=look.color, markersize=2.2, alpha=0.7)
 
 
-def _draw_target(axes: Axes, reference: str, fid: float) -> None:
-    label = f"{short(reference)}'s final FID ({fid_text(fid)})"
-    axes.axhline(fid, color="black", linestyle="--", linewidth=0.9, label=label)
+def _draw_target(axes: Axes, reference: str, name: str, score: float) -> None:
+    label = f"{short(reference)}'s final {name} ({fid_text(score)})"
+    axes.axhline(score, color="black", linestyle="--", linewidth=0.9, label=label)
 
 
 def _caption(shown: Shown) -> str:
@@ -93,7 +93,7 @@ def _caption(shown: Shown) -> str:
     crossing = (
         ""
         if reference is None
-        else f" Where a line goes below the dashed one, its arm has reached {reference}'s final FID."
+        else f" Where a line goes below the dashed one, its arm has reached {reference}'s final {shown.headline.name}."
     )
     return (
         "Each point is a milestone, its compute that of pretraining and finetuning together. "
@@ -102,9 +102,9 @@ def _caption(shown: Shown) -> str:
 
 
 def _alt(shown: Shown) -> str:
-    means = shown.final.groupby("arm", sort=False)["fid"].mean()
-    ends = ", ".join(f"{arm} {fid_text(fid)}" for arm, fid in means.items())
-    return f"Lines of FID against training compute, one per arm. At the end of the budget: {ends}."
+    means = shown.final.groupby("arm", sort=False)[shown.headline.key].mean()
+    ends = ", ".join(f"{arm} {fid_text(score)}" for arm, score in means.items())
+    return f"Lines of {shown.headline.name} against training compute, one per arm. At the end of the budget: {ends}."
 
 
-FID_VS_COMPUTE = Kind("fid_vs_compute.png", "FID against training compute", _draw, _caption, _alt)
+FID_VS_COMPUTE = Kind("fid_vs_compute.png", "{score} against training compute", _draw, _caption, _alt)

@@ -1,4 +1,4 @@
-"""The final FID as strategy × mask rate: where masking helps at a glance."""
+"""The final score as strategy × mask rate: where masking helps at a glance."""
 
 from __future__ import annotations
 
@@ -90,17 +90,17 @@ def _level(shown: Shown, arm: str, rates: dict[str, float]) -> int:
 
 
 def _colors(shown: Shown) -> ScalarMappable | None:
-    """Symmetric around scratch; at most as far as from scratch to a perfect FID. None without scratch."""
+    """Symmetric around scratch; at most as far as from scratch to a perfect score. None without scratch."""
     if shown.reference is None:
         return None
-    limit = min(_largest(shown), shown.compared[shown.reference].scores["fid"].mean) or 1.0
+    limit = min(_largest(shown), shown.compared[shown.reference].scores[shown.headline.key].mean) or 1.0
     return ScalarMappable(Normalize(-limit, limit), COLORS)
 
 
 def _largest(shown: Shown) -> float:
     """The largest difference to scratch, better or worse."""
     found = (one.against for one in shown.compared.values())
-    return max((abs(against.fid.difference.mean) for against in found if against is not None), default=0.0)
+    return max((abs(against.score.difference.mean) for against in found if against is not None), default=0.0)
 
 
 def _box(axes: Axes, column: float, row: float, width: float, **look: Any) -> None:
@@ -126,14 +126,15 @@ def _cell_text(shown: Shown, arm: str, between: str) -> tuple[str | None, float 
     one = shown.compared[arm]
     if not one.num_seeds:
         return None, None
-    fid, delta = one.scores["fid"].mean, None if one.against is None else one.against.fid.difference.mean
-    lines = [fid_text(fid)]
+    score = one.scores[shown.headline.key].mean
+    delta = None if one.against is None else one.against.score.difference.mean
+    lines = [fid_text(score)]
     if delta is not None:
-        lines.append(signed(delta, decimals(pd.Series([fid]))))
+        lines.append(signed(delta, decimals(pd.Series([score]))))
     if one.num_seeds == 1 or one.num_seeds < len(shown.params.seeds):
         lines.append(f"n={one.num_seeds}")
     if between != "\n":
-        lines[0] = f"FID {lines[0]}"
+        lines[0] = f"{shown.headline.name} {lines[0]}"
     return between.join(lines), delta
 
 
@@ -156,7 +157,7 @@ def _color_bar(figure: Figure, axes: Axes, colors: ScalarMappable, shown: Shown)
     place: dict[str, Any] = {"orientation": "horizontal", "aspect": 50, "pad": 0.02, "fraction": 0.06, "shrink": 0.6}
     is_clipped = _largest(shown) > (colors.get_clim()[1] or 0.0)
     bar = figure.colorbar(colors, ax=axes, extend="max" if is_clipped else "neither", **place)
-    bar.set_label(f"FID less {short(str(shown.reference))}'s (negative, purple: better)")
+    bar.set_label(f"{shown.headline.name} less {short(str(shown.reference))}'s (negative, purple: better)")
     bar.outline.set_visible(False)
     bar.ax.xaxis.set_major_locator(MaxNLocator(5))
     bar.ax.xaxis.set_major_formatter(FuncFormatter(_signed_tick))
@@ -168,7 +169,7 @@ def _signed_tick(value: float, _: int) -> str:
 
 def _caption(shown: Shown) -> str:
     reference = shown.reference
-    parts = ["Mean FID at the end of the budget"]
+    parts = [f"Mean {shown.headline.name} at the end of the budget"]
     if reference is not None:
         parts.append(f", and under it the difference to {reference}, paired by seed; colours follow the difference")
     parts.append(". Hatched: no such arm.")
@@ -181,11 +182,12 @@ def _caption(shown: Shown) -> str:
 
 def _alt(shown: Shown) -> str:
     texts = ((arm, _cell_text(shown, arm, ", ")[0] or "missing") for arm in shown.params.arms)
-    return "Table of final FIDs by strategy and mask rate: " + "; ".join(f"{arm}: {text}" for arm, text in texts) + "."
+    said = "; ".join(f"{arm}: {text}" for arm, text in texts)
+    return f"Table of final {shown.headline.name}s by strategy and mask rate: {said}."
 
 
 def _applies(shown: Shown) -> bool:
     return any(arm.strategy != "none" for arm in shown.params.arms.values())
 
 
-HEAT_MAP = Kind("fid_heat_map.png", "Final FID by strategy and mask rate", _draw, _caption, _alt, _applies)
+HEAT_MAP = Kind("fid_heat_map.png", "Final {score} by strategy and mask rate", _draw, _caption, _alt, _applies)

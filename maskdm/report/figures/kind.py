@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from maskdm.config import Params
+from maskdm.headline import Headline, headline_of
 from maskdm.report.comparison import Comparison, reference_of
 from maskdm.report.results import Results
 
@@ -28,6 +29,11 @@ class Shown:
     results: Results
     summary: pd.DataFrame
     compared: dict[str, Comparison]
+
+    @property
+    def headline(self) -> Headline:
+        """The score that arms are compared by."""
+        return headline_of(self.summary)
 
     @property
     def reference(self) -> str | None:
@@ -63,7 +69,7 @@ class Kind:
 
     Attributes:
         file: its name.
-        title: a short one.
+        title: a short one; `{score}` in it stands for the headline's name.
         draw: draws it.
         caption: what it shows, and what it doesn't.
         alt: what it says, for those who can't see it.

@@ -100,10 +100,11 @@ def _stacked(images: list[np.ndarray]) -> np.ndarray:
 
 def _caption(shown: Shown) -> str:
     grid, size = shown.params.grid, shown.params.model.patch_size
+    elsewhere = any(shown.params.pretrain_of(arm).dataset for arm in _masked(shown.params))
     return (
         f"Two real images in patches of {size}×{size} pixels ({grid.rows}×{grid.cols} of them), and what each arm's "
-        "pretraining sees of them; striped grey is masked. Every step draws anew. The rate is the one that the grid "
-        "gives."
+        f"pretraining {'would see' if elsewhere else 'sees'} of them{', were they its data' if elsewhere else ''}; "
+        "striped grey is masked. Every step draws anew. The rate is the one that the grid gives."
     )
 
 
