@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from maskdm.checksums import NOT_NOW
-from maskdm.config import Params
 from maskdm.errors import UserError
 
 FORMAT = "maskdm-tensors/2"
@@ -34,17 +33,6 @@ class DamagedError(UserError):
     def __init__(self, message: str, reason: str) -> None:
         super().__init__(message)
         self.reason = reason
-
-
-def architecture_of(params: Params, num_classes: int) -> dict[str, Any]:
-    """What two checkpoints must share to be exchangeable."""
-    return {
-        **params.model.model_dump(),
-        "image_size": params.dataset.image_size,
-        "channels": params.dataset.channels,
-        "num_classes": num_classes if params.model.class_conditional else 0,
-        **params.diffusion.model_dump(),
-    }
 
 
 def save_tensors(path: Path, sets: Sets, info: dict[str, Any]) -> None:

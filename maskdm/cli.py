@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from maskdm import __version__, formats, interchange, interrupts
+from maskdm import __version__, formats, interchange, interrupts, preflight
 from maskdm.config import Params, load_params
 from maskdm.errors import ParamsError, UserError
 from maskdm.fid.options import add_export_images, add_fid
@@ -249,6 +249,7 @@ def _which(params: Params, stage: str, options: argparse.Namespace) -> tuple[str
 
 def _validate(options: argparse.Namespace) -> None:
     params = load_params()
+    preflight.check(params)
     print(
         f"params.yaml is valid: experiment {params.name!r}, {len(params.arms)} arms × {len(params.seeds)} seeds, "
         f"{params.grid.rows}×{params.grid.cols} patches"
@@ -340,6 +341,7 @@ def _utilisation(text: str) -> float:
 
 def _plan(options: argparse.Namespace) -> None:
     params = load_params()
+    preflight.check(params)
     _prepare_libraries(params.compute.threads)
     # beside other work, threads that spin while they wait make a step thirty times as long, and here that is measured
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

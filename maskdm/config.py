@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -43,6 +43,15 @@ SOURCES = (*EMBEDDED, "mnist", "fashion_mnist", "cifar10", "celeba", "lsun", "im
 SPLITS: dict[str, tuple[str, ...]] = dict.fromkeys(("mnist", "fashion_mnist", "cifar10"), ("train", "test", "all"))
 SPLITS["celeba"] = ("train", "valid", "test", "all")
 CELEBA_CROP = [57, 25, 128]  # top row, left column, side
+LSUN_SCENES = (
+    *("bedroom", "bridge", "church_outdoor", "classroom", "conference_room", "dining_room", "kitchen"),
+    *("living_room", "restaurant", "tower"),
+)
+LSUN_OBJECTS = (
+    *("airplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining_table", "dog"),
+    *("horse", "motorbike", "person", "potted_plant", "sheep", "sofa", "train", "tv-monitor"),
+)
+LSUN_CATEGORIES = (*LSUN_SCENES, *LSUN_OBJECTS, "test")  # the test images of all scenes are one database
 
 # The one that is trained on the dataset's own labels, the pixels as they are, and torch-fidelity's by name.
 Extractor = Literal[
@@ -94,6 +103,18 @@ def _known_source(source: str) -> str:
     raise ValueError(
         f"unknown dataset {source!r}{_suggest(source, [*SOURCES])}, or huggingface:NAME for a dataset there"
     )
+
+
+def _check_lsun_category(split: str | None) -> None:
+    """Raises: ValueError, if it is no name of a category, of its database or of that one's folder."""
+    if split is None:
+        raise ValueError("source lsun needs split: its category, such as church_outdoor or bedroom")
+    category = re.sub(r"(_train|_val)?(_lmdb)?$", "", split)
+    if category not in LSUN_CATEGORIES:
+        close = difflib.get_close_matches(category, LSUN_CATEGORIES, n=1)
+        known = f"{', '.join(LSUN_SCENES)}, or an object such as cat"
+        hint = f"did you mean {close[0]!r}?" if close else f"expected one of {known}"
+        raise ValueError(f"source lsun has no category {category!r}; {hint}")
 
 
 # What PyYAML raises for values that can't be what their tags say, such as a date with a thirteenth month.
@@ -193,8 +214,8 @@ class DatasetConfig(Section):
         if self.split is not None and self.split not in SPLITS.get(self.source, (self.split,)):
             known = ", ".join(SPLITS[self.source])
             raise ValueError(f"source {self.source} has no split {self.split!r}; expected one of {known}")
-        if self.source == "lsun" and self.split is None:
-            raise ValueError("source lsun needs split: its category, such as church_outdoor or bedroom")
+        if self.source == "lsun":
+            _check_lsun_category(self.split)
         return self
 
     @model_validator(mode="after")
@@ -384,6 +405,24 @@ class EvaluationConfig(Section):
     prc_neighborhood: Count = 3
     classifier_epochs: Count = 20
 
+    def shortage(self, count: int, what: str) -> str | None:
+        """Whether there are fewer samples, or fewer real images, than the metrics need.
+
+        Args:
+            count: how many there are.
+            what: they are.
+
+        Returns:
+            one line for people; None if they suffice.
+        """
+        needed = max(self.kid_subset_size, self.prc_neighborhood + 1)
+        if count >= needed:
+            return None
+        return (
+            f"{count} {what} are fewer than the metrics need: {needed} (evaluation.kid_subset_size "
+            f"{self.kid_subset_size}, and prc_neighborhood + 1)"
+        )
+
     @model_validator(mode="after")
     def _weights_are_for_a_pretrained_extractor(self) -> Self:
         if self.features == "classifier" and self.weights:
@@ -546,10 +585,16 @@ class Params(Section):
         """What params name that is not there, each with where it was looked for; nothing here is read."""
         given = [("dataset.root", self.dataset.root), ("evaluation.weights", self.evaluation.weights)]
         given += [(f"datasets.{name}.root", dataset.root) for name, dataset in self.datasets.items()]
-        given += [(f"arms.{arm}.pretrain.checkpoint", self.pretrain_of(arm).checkpoint) for arm in self.arms]
+        given += [(key, checkpoint) for key, _, checkpoint in self.checkpoints()]
         return [
             f"{key}: there is no {Path(path).absolute()}" for key, path in given if path and not Path(path).exists()
         ]
+
+    def checkpoints(self) -> Iterator[tuple[str, str, str]]:
+        """The folders of weights that training starts from, each with its dotted path and its arm."""
+        for arm in self.arms:
+            if checkpoint := self.pretrain_of(arm).checkpoint:
+                yield f"arms.{arm}.pretrain.checkpoint", arm, checkpoint
 
     def for_pretraining(self, key: str) -> Params:
         """The params with the dataset that an arm is pretrained on in the place of `dataset`."""
@@ -634,13 +679,8 @@ class Params(Section):
             raise ValueError("evaluation.reference: held_out needs dataset.held_out, the part of the images held out")
 
     def _samples_suffice(self) -> None:
-        num_samples, evaluation = self.sampling.num_samples, self.evaluation
-        needed = max(evaluation.kid_subset_size, evaluation.prc_neighborhood + 1)
-        if num_samples < needed:
-            raise ValueError(
-                f"sampling.num_samples {num_samples} is fewer than the metrics need: {needed} "
-                "(evaluation.kid_subset_size, and prc_neighborhood + 1)"
-            )
+        if shortage := self.evaluation.shortage(self.sampling.num_samples, "samples"):
+            raise ValueError(f"sampling.num_samples: {shortage}; draw more, or lower kid_subset_size")
 
     def _arm_is_possible(self, key: str) -> None:
         if not ARM_KEY.fullmatch(key):

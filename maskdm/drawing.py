@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from maskdm import device
+from maskdm.architecture import architecture_of
 from maskdm.backbone import UViT
-from maskdm.checkpoint import architecture_of, load_into, load_weights
+from maskdm.checkpoint import load_into, load_weights
 from maskdm.compute import build_model
 from maskdm.config import Params
 from maskdm.data.batches import to_uint8

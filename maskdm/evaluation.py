@@ -217,10 +217,6 @@ def floor_metrics(real: np.ndarray, num_samples: int, config: EvaluationConfig) 
 
 def check_counts(num_samples: int, num_real: int, config: EvaluationConfig) -> None:
     """Raises: UserError, if there are fewer samples or real images than the metrics need."""
-    needed = max(config.kid_subset_size, config.prc_neighborhood + 1)
     for what, count in (("samples", num_samples), ("real images", num_real)):
-        if count < needed:
-            raise UserError(
-                f"{count} {what} are fewer than the metrics need: {needed} (evaluation.kid_subset_size "
-                f"{config.kid_subset_size}, and prc_neighborhood + 1); lower kid_subset_size or use more {what}"
-            )
+        if shortage := config.shortage(count, what):
+            raise UserError(f"{shortage}; lower kid_subset_size or use more {what}")

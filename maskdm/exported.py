@@ -1,12 +1,8 @@
 """A trained network as a folder for use elsewhere: plain safetensors, a config.json and a model card.
 
-    model.safetensors        the weights, by the bare names of `UViT.named_parameters`
-    model-raw.safetensors    the other set, where there are both: ema here and raw there, or the other way round
-    config.json              {"format", "params": a whole params.yaml, "num_classes", "which", "weights", "source"}
-    README.md                the model card
-
-`maskdm export` and `maskdm import-checkpoint` write it. It may come from anybody: nothing in it is executed, and no
-network is built before its tensors are known to be those that its params describe.
+`exported_config` says which file is what; `maskdm export` and `maskdm import-checkpoint` write them. A folder may come
+from anybody: nothing in it is executed, and no network is built before its tensors are known to be those that its
+params describe.
 """
 
 from __future__ import annotations
@@ -14,59 +10,25 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from maskdm import device
 from maskdm.backbone import UViT
-from maskdm.checkpoint import Sets, Which, architecture_of, load_into
+from maskdm.checkpoint import Sets, Which, load_into
 from maskdm.checksums import file_sha256
 from maskdm.compute import build_model
 from maskdm.config import Params, parse_params
 from maskdm.drawing import draw_images
 from maskdm.errors import UserError
+from maskdm.exported_config import CARD, CONFIG, FORMAT, NAMES, SECOND, WEIGHTS, Config, misfits, read_config
 from maskdm.printable import printable
 from maskdm.publishing import publish_folder
 from maskdm.uvit_shape import described_by, read_shape
-
-FORMAT = "maskdm-model/1"
-WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
-SECOND: dict[Which, str] = {"raw": "model-raw.safetensors", "ema": "model-ema.safetensors"}
-NAMES = {WEIGHTS, CONFIG, CARD, *SECOND.values()}
-MOST_BYTES = 2**20  # of config.json
-
-
-class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class _WeightsFile(_Entry):
-    file: Literal["model.safetensors", "model-raw.safetensors", "model-ema.safetensors"]
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-class Config(_Entry):
-    """What config.json holds.
-
-    Attributes:
-        params: the content of a whole params.yaml.
-        num_classes: of the dataset; counts only for a class-conditional network.
-        which: the set of weights that model.safetensors holds.
-        weights: by set, its file.
-        source: where the weights come from, for people.
-    """
-
-    format: Literal["maskdm-model/1"]
-    params: dict[str, Any]
-    num_classes: Annotated[int, Field(ge=0)]
-    which: Which
-    weights: Annotated[dict[Which, _WeightsFile], Field(min_length=1)]
-    source: dict[str, Any]
 
 
 class Exported(NamedTuple):
@@ -191,36 +153,10 @@ def weights_for(
     """
     config = read_config(folder)
     own = parse_params(config.params, source=f"{folder / CONFIG}: params")
-    there, here = architecture_of(own, config.num_classes), architecture_of(params, num_classes)
-    if differing := [
-        f"{key} is {there[key]!r} there and {here[key]!r} here" for key in here if there[key] != here[key]
-    ]:
+    if differing := list(misfits(config, own, params, num_classes)):
         raise UserError(f"the model in {folder} does not fit the experiment: {'; '.join(differing)}")
     which = config.which if which is None else which
     return read_weights(folder, config, own, which), config.weights[which].sha256
-
-
-def read_config(folder: Path) -> Config:
-    """The config.json of an exported folder.
-
-    Raises:
-        UserError: there is none, or it is not what was written.
-    """
-    path = folder / CONFIG
-    if not path.is_file():
-        raise UserError(f"{folder} is no folder of maskdm export or maskdm import-checkpoint: it has no {CONFIG}")
-    try:
-        with path.open("rb") as file:
-            text = file.read(MOST_BYTES + 1)
-        if len(text) > MOST_BYTES:
-            raise ValueError(f"it is larger than {MOST_BYTES} bytes")
-        return Config.model_validate(json.loads(text))
-    except ValidationError as error:
-        first = error.errors()[0]
-        reason = f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
-    except (OSError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-    raise UserError(f"{path} does not describe a model in the format {FORMAT} ({printable(reason)}); export it again")
 
 
 def read_weights(folder: Path, config: Config, params: Params, which: Which) -> dict[str, Tensor]:

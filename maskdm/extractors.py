@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,24 @@ from maskdm.errors import UserError
 from maskdm.plain_pickles import load_plain
 from maskdm.progress import Progress
 from maskdm.torchvision_compat import declare_missing_operators
+
+# What torch-fidelity downloads for the extractors whose weights may also be a local file of plain tensors.
+PUBLISHED = {"inception-v3-compat": "weights-inception-2015-12-05-6726825d.pth", "vgg16": "vgg16-397923af.pth"}
+
+
+class Knobs(NamedTuple):
+    """How messages call the user's knobs.
+
+    Attributes:
+        features: what stands before an extractor's name.
+        weights: the local file.
+    """
+
+    features: str = "evaluation.features: "
+    weights: str = "evaluation.weights"
+
+
+IN_PARAMS = Knobs()
 
 
 @dataclass(frozen=True)
@@ -78,13 +96,18 @@ class FeatureExtractor:
         bar.close()
 
 
-def open_fixed(config: EvaluationConfig, device: torch.device) -> FeatureExtractor:
+def open_fixed(config: EvaluationConfig, device: torch.device, knobs: Knobs = IN_PARAMS) -> FeatureExtractor:
     """The extractor that the config names, if it is none that is trained on the dataset.
+
+    Args:
+        config: names it.
+        device: where it computes.
+        knobs: what the user calls what the config says.
 
     Raises:
         UserError: its weights can't be had, or hold more than plain tensors.
     """
-    return open_pixels(device) if config.features == "pixels" else open_pretrained(config, device)
+    return open_pixels(device) if config.features == "pixels" else open_pretrained(config, device, knobs)
 
 
 def open_pixels(device: torch.device) -> FeatureExtractor:
@@ -138,16 +161,21 @@ def _sizes_of(state: dict[str, Tensor]) -> dict[str, int] | None:
     return {"channels": first.shape[1], "num_classes": head.shape[0]}
 
 
-def open_pretrained(config: EvaluationConfig, device: torch.device) -> FeatureExtractor:
+def open_pretrained(config: EvaluationConfig, device: torch.device, knobs: Knobs = IN_PARAMS) -> FeatureExtractor:
     """One of torch-fidelity's extractors, with its own weights (downloaded once) or a local file.
+
+    Args:
+        config: names it.
+        device: where it computes.
+        knobs: what the user calls what the config says.
 
     Raises:
         UserError: the weights can't be had, or hold more than plain tensors.
     """
     weights = None if config.weights is None else Path(config.weights)
     if weights is not None:
-        _check_weights(config.features, weights)
-    model, layer = _create(config.features, weights)
+        _check_weights(config.features, weights, knobs)
+    model, layer = _create(config.features, weights, knobs)
     model.to(device)
 
     def embed(images: Tensor) -> Tensor:
@@ -158,7 +186,7 @@ def open_pretrained(config: EvaluationConfig, device: torch.device) -> FeatureEx
     return FeatureExtractor(f"{config.features}/{layer}", _state_sha256(model), embed, device, file)
 
 
-def _create(name: str, weights: Path | None) -> tuple[nn.Module, str]:
+def _create(name: str, weights: Path | None, knobs: Knobs) -> tuple[nn.Module, str]:
     declare_missing_operators()
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
@@ -169,12 +197,12 @@ def _create(name: str, weights: Path | None) -> tuple[nn.Module, str]:
         return extractor(name, [layer], feature_extractor_weights_path=path), layer
     except (OSError, HTTPException) as error:
         raise UserError(
-            f"the weights of {name} can't be downloaded ({_reason(error)}); {_offline(name)}, "
-            "or use evaluation.features: classifier"
+            f"the weights of {name} can't be downloaded ({_reason(error)}); {_offline(name, knobs)}, "
+            f"or use {knobs.features}classifier"
         ) from None
     except (RuntimeError, KeyError, AttributeError, TypeError, EOFError, UnpicklingError) as error:
         file = f"the downloaded file in torch's hub folder {torch.hub.get_dir()}" if path is None else path
-        again = "; delete it and try again" if path is None else ""
+        again = "; delete it and try again" if path is None else _expected(name, knobs)
         raise UserError(f"{file} does not hold the weights of {name}: {_reason(error)}{again}") from None
 
 
@@ -183,29 +211,29 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _offline(name: str) -> str:
+def _offline(name: str, knobs: Knobs) -> str:
     """How to have an extractor where there is no network."""
     if name.startswith("dinov2"):
         return f"load it once where there is a network and copy its folder {torch.hub.get_dir()} here"
-    return "give a local file in evaluation.weights"
+    return f"give a local file in {knobs.weights}"
 
 
-def _check_weights(name: str, path: Path) -> None:
+def _check_weights(name: str, path: Path, knobs: Knobs) -> None:
     """Refuse a file that is not what the extractor reads, before it is unpickled."""
     if not path.is_file():
-        raise UserError(f"evaluation.weights: there is no file {path}")
+        raise UserError(f"{knobs.weights}: there is no file {path}{_expected(name, knobs)}")
     if name.startswith("dinov2"):
         raise UserError(
-            f"evaluation.weights: torch-fidelity reads {name} from torch.hub's folder alone, not from {path}: remove "
-            f"evaluation.weights, and {_offline(name)}"
+            f"{knobs.weights}: torch-fidelity reads {name} from torch.hub's folder alone, not from {path}: remove "
+            f"{knobs.weights}, and {_offline(name, knobs)}"
         )
     if name.startswith("clip"):
-        _check_is_published(name, path)
+        _check_is_published(name, path, knobs)
     else:
-        _check_is_plain(path)
+        _check_is_plain(name, path, knobs)
 
 
-def _check_is_published(name: str, path: Path) -> None:
+def _check_is_published(name: str, path: Path, knobs: Knobs) -> None:
     """CLIP comes as a program (TorchScript): only the very file that was published is opened."""
     declare_missing_operators()
     from torch_fidelity.feature_extractor_clip import MODEL_METADATA, MODEL_URLS
@@ -213,17 +241,27 @@ def _check_is_published(name: str, path: Path) -> None:
     expected, found = MODEL_METADATA[name]["hash"], file_sha256(path)
     if found != expected:
         raise UserError(
-            f"evaluation.weights: {path} is not the published file of {name}, {Path(MODEL_URLS[name]).name}: its "
+            f"{knobs.weights}: {path} is not the published file of {name}, {Path(MODEL_URLS[name]).name}: its "
             f"sha256 is {found}, expected {expected}"
         )
 
 
-def _check_is_plain(path: Path) -> None:
+def _check_is_plain(name: str, path: Path, knobs: Knobs) -> None:
     """Refuse a file that would execute code, or fill the memory, when torch-fidelity unpickles it."""
     try:
         load_plain(path)
     except ValueError as error:
-        raise UserError(f"evaluation.weights: {path} is not a plain PyTorch weights file: {error}") from None
+        raise UserError(
+            f"{knobs.weights}: {path} is not a plain PyTorch weights file: {error}{_expected(name, knobs)}"
+        ) from None
+
+
+def _expected(name: str, knobs: Knobs) -> str:
+    """What a local file should have been."""
+    if name not in PUBLISHED:
+        return ""
+    file = PUBLISHED[name]
+    return f"; expected the file that torch-fidelity downloads, {file}: give that, or no {knobs.weights} to download it"
 
 
 def _state_sha256(model: nn.Module) -> str:

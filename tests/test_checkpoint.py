@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from maskdm.architecture import architecture_of
 from maskdm.checkpoint import (
     FORMAT,
-    architecture_of,
     load_into,
     load_tensors,
     load_weights,

@@ -30,7 +30,14 @@ from maskdm.evaluation import (
     floor_metrics,
     mean_and_covariance,
 )
-from maskdm.extractors import FeatureExtractor, open_classifier, open_fixed, open_pretrained, save_classifier
+from maskdm.extractors import (
+    PUBLISHED,
+    FeatureExtractor,
+    open_classifier,
+    open_fixed,
+    open_pretrained,
+    save_classifier,
+)
 from maskdm.fid.export import write_pngs
 from maskdm.fid.sets import Wanted, open_set
 from maskdm.torchvision_compat import declare_missing_operators
@@ -456,13 +463,25 @@ def not_weights(folder: Path, kind: str) -> Path:
     return path
 
 
+def test_published_weights_are_called_by_the_names_that_they_are_downloaded_by() -> None:
+    declare_missing_operators()
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+    from torchvision.models import VGG16_Weights
+
+    urls = {"inception-v3-compat": URL_INCEPTION_V3, "vgg16": VGG16_Weights.IMAGENET1K_V1.url}
+    assert {name: url.rpartition("/")[2] for name, url in urls.items()} == PUBLISHED
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
         ("missing", "there is no file"),
-        ("empty", "is not a plain PyTorch weights file"),
-        ("text", "is not a plain PyTorch weights file"),
-        ("other network", "does not hold the weights of inception-v3-compat"),
+        (
+            "empty",
+            r"it is empty; expected the file that torch-fidelity downloads, weights-inception-\S+\.pth",
+        ),
+        ("text", "it is a text that begins with '<html>Not found</html>'; expected the file that torch-fidelity"),
+        ("other network", "does not hold the weights of inception-v3-compat.*; expected the file that torch-fidelity"),
         pytest.param(
             "tensor",
             "does not hold the weights of inception-v3-compat",

@@ -18,15 +18,15 @@ import torch
 from PIL import Image
 
 from maskdm import references
-from maskdm.config import EvaluationConfig
+from maskdm.config import EvaluationConfig, load_params
 from maskdm.data.arrays import ImageArrays, ShardWriter
 from maskdm.errors import UserError
 from maskdm.evaluation import Reference
 from maskdm.exported import publish_exported
 from maskdm.extractors import FeatureExtractor, open_pixels
-from maskdm.fid import command, export
+from maskdm.fid import command, export, sets
 from maskdm.fid.options import add_export_images, add_fid
-from maskdm.protocol import Protocol, differences, drawn_as, images_of, metrics_as
+from maskdm.protocol import Protocol, differences, drawn_as, flips_text, images_of, metrics_as
 from maskdm.publishing import publish_description, publish_json
 from maskdm.stored_images import StoredImages
 from tests.conftest import ARM, Experiment
@@ -366,6 +366,33 @@ def test_the_numbers_are_the_pipelines_for_samples_in_every_form(
     assert found["protocol"]["drawn"] == expected["protocol"]["drawn"]
 
 
+def test_images_drawn_from_a_model_come_with_the_flips_of_its_training(
+    scored_once: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, words = scored_once.path("results/data"), ("--features", "pixels", "--num-samples", "60", *SMALL)
+    trained, flipped = (scored_once.copy_to(tmp_path / name) for name in ("trained", "flipped"))
+    flipped.change(training={"flip": 0.5})  # not what its weights were trained with
+    for stage in (f"pretrain/{ARM}/seed-0/checkpoint", f"finetune/{ARM}/seed-0/milestone-1.000"):
+        place = f"results/{stage}.safetensors"
+        assert ", trained without left-right flips\n" in fid(trained.path(place), data, *words)
+        assert "flips" not in fid(flipped.path(place), data, *words)
+    monkeypatch.chdir(trained.path("."))
+    trained.succeed("export", f"results/finetune/{ARM}/seed-0", "--out", "model")
+    assert ", trained without left-right flips\n" in fid("model", data, *words)
+
+
+def test_the_trial_that_a_checkpoint_was_trained_with_tells_its_flips(scored_once: Experiment, tmp_path: Path) -> None:
+    tuned = scored_once.copy_to(tmp_path)
+    trials = {"given": {}, "flipped": {"training.flip": 0.25}}
+    tuned.change(tuning={"enabled": True, "trials": trials})
+    params = load_params(tuned.path("params.yaml"))
+    trained_with = params.with_values(ARM, trials["flipped"]).trained_with(ARM)
+    publish_description(tuned.path(f"results/finetune/{ARM}/seed-0/run.json"), {"trained_with": trained_with})
+    place = tuned.path(f"results/finetune/{ARM}/seed-0/milestone-1.000.safetensors")
+    words = ("--features", "pixels", "--num-samples", "60", *SMALL)
+    assert ", trained with left-right flips of probability 0.25\n" in fid(place, tuned.path("results/data"), *words)
+
+
 def test_the_numbers_come_with_what_they_are_of_and_the_reports_cautions() -> None:
     np.save("a.npy", colour(60))
     save_pngs(Path("b"), colour(80, seed=1))
@@ -375,6 +402,7 @@ def test_the_numbers_come_with_what_they_are_of_and_the_reports_cautions() -> No
         *("Features: pixels, sha256", "these are not Inception FIDs", "FID is biased", "covariance has not full rank"),
     ):
         assert said in text
+    assert "trained" not in text.replace("trained on", ""), "of files nothing is known of a training"
 
 
 @pytest.mark.parametrize("place", ["folder", "zip", "tar", "array", "dataset"])
@@ -408,7 +436,7 @@ def test_an_exported_model_is_drawn_from() -> None:
     assert scores_of(*words, "--seed", "1")["fid"] != first["fid"]
     weights_sha256 = hashlib.sha256(Path("model/model.safetensors").read_bytes()).hexdigest()
     assert (first["a_weights_sha256"], first["b_weights_sha256"]) == (weights_sha256, None)
-    assert f"drawn from weights of sha256 {weights_sha256[:12]}" in fid(*words)
+    assert f"drawn from weights of sha256 {weights_sha256[:12]}\n" in fid(*words), "its training is not known"
 
 
 def test_how_files_were_made_is_told_of_both_sets() -> None:
@@ -444,6 +472,67 @@ def test_files_take_the_channels_of_the_other_set() -> None:
     save_pngs(Path("png"), np.repeat(grey, 3, axis=3))
     assert scores_of("png", "grey.npy", "--features", "pixels", *SMALL)["protocol"]["shape"] == [8, 8, 1]
     assert scores_of("png", "png", "--features", "pixels", *SMALL)["protocol"]["shape"] == [8, 8, 3]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "I;16"])
+def test_grey_files_are_read_with_one_channel_and_that_is_said(mode: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, seed in (("a", 0), ("b", 1)):
+        for number, image in enumerate(colour(60, seed)[..., :1]):
+            path = save_pngs(Path(name) / str(number), image[None]) / "0000.png"
+            if mode == "I;16":
+                Image.fromarray(image[..., 0].astype(np.uint16)).save(path)
+            else:
+                Image.open(path).convert(mode).save(path)
+    words = ["--features", "pixels", *SMALL]
+    assert scores_of("a", "b", *words)["protocol"]["shape"] == [6, 6, 1]
+    assert "the images of A and B are grey: read with one channel (--channels 3" in capsys.readouterr().err
+    assert scores_of("a", "b", *words, "--channels", "3")["protocol"]["shape"] == [6, 6, 3]
+    assert "grey" not in capsys.readouterr().err
+
+
+def test_one_image_in_colour_makes_all_rgb(capsys: pytest.CaptureFixture[str]) -> None:
+    grey = digits().pixels[:60]
+    for name in "abc":
+        save_pngs(Path(name), grey)
+    Image.new("RGB", (8, 8), "red").save("b/0059.png")
+    words = ["--features", "pixels", *SMALL]
+    assert scores_of("a", "b", *words)["protocol"]["shape"] == [8, 8, 3]
+    assert "the images of a are grey, not all of b are: both are read as RGB (--channels 1" in capsys.readouterr().err
+    assert scores_of("b", "b", *words)["protocol"]["shape"] == [8, 8, 3]
+    assert "grey" not in capsys.readouterr().err, "both are in colour"
+    assert scores_of("b", "c", *words, "--channels", "1")["protocol"]["shape"] == [8, 8, 1]
+
+
+def test_a_set_in_colour_is_known_by_its_first_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are opened once, to be decoded."""
+    opened: list[bool] = []
+    looked = sets.is_grey
+    monkeypatch.setattr(sets, "is_grey", lambda *a: opened.append(True) or looked(*a))
+    save_pngs(Path("a"), colour(60))
+    fid("a", "a", "--features", "pixels", *SMALL)
+    assert len(opened) == 2
+
+
+def test_inception_sees_the_same_in_grey_and_in_rgb_of_grey(tmp_path: Path) -> None:
+    """So that reading grey folders as they are leaves the numbers those of torch-fidelity's `fidelity`."""
+    write_inception_weights(tmp_path / "weights.pth")
+    for name, first in (("a", 0), ("b", 100)):
+        save_pngs(Path(name), digits().pixels[first : first + 12])
+    words = ["--weights", "weights.pth", "--kid-subset-size", "10", "--kid-subsets", "2", "--threads", "1"]
+    grey, rgb = scores_of("a", "b", *words), scores_of("a", "b", *words, "--channels", "3")
+    assert (grey["protocol"]["shape"], rgb["protocol"]["shape"]) == ([8, 8, 1], [8, 8, 3])
+    assert grey["fid"] > 1
+    assert {k: grey[k] for k in SCORES} == {k: rgb[k] for k in SCORES}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_exported_files_are_as_grey_as_those_they_were_made_of(channels: int) -> None:
+    images = colour(3)[..., :channels]
+    save_pngs(Path("a"), images)
+    export_images("a", "--out", "png")
+    np.testing.assert_array_equal(
+        np.stack([np.array(Image.open(f)) for f in sorted(Path("png").iterdir())]).reshape(images.shape), images
+    )
 
 
 def test_sizes_that_differ_are_resized_if_asked() -> None:
@@ -487,6 +576,11 @@ def _good() -> None:
     np.save("a.npy", colour(60))
 
 
+def _text() -> None:
+    _good()
+    Path("text").write_text("some text")
+
+
 def _larger() -> None:
     np.save("a.npy", colour(60, size=7))
 
@@ -511,7 +605,13 @@ def _checkpoint() -> None:
         (_checkpoint, "a.safetensors", ["--num-samples", "60"], r"no params\.yaml in any folder above it"),
         (_good, "a.npy", ["--features", "classifier"], r"trained on the labels of B, and b\.npy has none"),
         (_good, "a.npy", ["--features", "pixels", "--weights", "w"], "--features pixels takes no --weights"),
-        (_good, "a.npy", ["--features", "inception-v3-compat", "--weights", "b.npy"], "not a plain PyTorch weights"),
+        (
+            _good,
+            "a.npy",
+            ["--features", "inception-v3-compat", "--weights", "b.npy"],
+            "^--weights: b.npy is not a plain",
+        ),
+        (_text, "a.npy", ["--features", "inception-v3-compat", "--weights", "text"], "it is a text .* or no --weights"),
         (_good, "a.npy", ["--features", "classifier", "--weights", "b.npy"], "not a readable safetensors file"),
         (_good, "a.npy", ["--features", "dinov2-vit-s-14", "--weights", "b.npy"], "weights"),
     ],
@@ -571,6 +671,51 @@ def test_nothing_is_left_of_an_export_that_fails(monkeypatch: pytest.MonkeyPatch
 
 
 # --- the report
+
+
+@pytest.mark.parametrize(
+    ("flips", "text"),
+    [
+        ({}, ""),
+        ({"scratch": 0.0, ARM: 0.0}, "Trained without left-right flips."),
+        ({"scratch": 0.5, ARM: 0.5}, "Trained with left-right flips of probability 0.5."),
+        (
+            {"scratch": 0.5, ARM: 0.0, "b": 0.5},
+            f"Trained with left-right flips of probability 0.5: scratch, b; without left-right flips: {ARM}.",
+        ),
+    ],
+)
+def test_flips_are_told_by_arm_where_they_differ(flips: dict[str, float], text: str) -> None:
+    assert flips_text(flips) == text
+
+
+def test_the_report_shows_the_flips_of_training_wherever_it_shows_fid(finished: Experiment) -> None:
+    folder = finished.path("results/report")
+    said = "Trained without left-right flips."
+    for printed in (
+        finished.succeed("summary").out,
+        *((folder / f).read_text() for f in ("summary.md", "report.html")),
+    ):
+        assert said in printed
+    path = finished.path(f"results/metrics/{ARM}-seed-0.json")
+    publish_json(path, {**json.loads(path.read_text()), "flip": 0.25})
+    said = f"Trained without left-right flips: scratch, block2-m75; with left-right flips of probability 0.25: {ARM}."
+    assert said in " ".join(finished.succeed("report").out.split()), "no part of the protocol: still one table"
+    assert said in " ".join(finished.succeed("summary").out.split())
+    assert f"with probability 0, but {ARM} 0.25" in (folder / "summary.md").read_text()
+
+
+@pytest.mark.parametrize("content", ["{", '{"flip": 1}', '{"flip": {"scratch": "often"}}', "{}"])
+def test_flips_that_can_not_be_read_are_told(finished: Experiment, content: str) -> None:
+    place = finished.path("results/report/training.json")
+    if content == "{":
+        place.write_text(content)
+    else:
+        publish_description(place, json.loads(content))
+    outcome = finished.run("summary")
+    assert outcome.code == 1
+    assert "training.json can't be read" in outcome.err
+    assert "run first: maskdm report" in outcome.err
 
 
 def edit_protocol(experiment: Experiment, file: str, **images: Any) -> None:

@@ -8,7 +8,9 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ import torch.nn.functional as F
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from maskdm import interchange
@@ -470,6 +472,34 @@ def test_a_file_that_is_cut_off_is_refused(tmp_path: Path, size: int) -> None:
     refused(tmp_path, file, "not a plain PyTorch checkpoint")
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "it is empty"),
+        (b"\n<!DOCTYPE html>\n<html>", "it is a text that begins with '<!DOCTYPE html>'"),
+        ("wörter".encode() * 200, "it is a text that begins with 'wörter"),
+        (pickle.dumps({"model": 1}), "it is a pickle of a dict, and none of torch.save"),
+        (pickle.dumps([1], protocol=2), "it is a pickle of a list, and none"),
+        (pickle.dumps(Path("x")), r"it is a pickle of pathlib\.PosixPath, and none"),
+        (pickle.dumps(Path("x"), protocol=2), r"it is a pickle of pathlib\.PosixPath, and none"),
+        (pickle.dumps(1), "it is a pickle, but none of torch.save"),
+        (b"\x80\x02\xff", "its pickle is damaged or cut off"),
+        (save({"a": torch.zeros(2)}), "it is a safetensors file"),
+        (bytes(range(256)), "it is none of the files that torch.save writes"),
+    ],
+)
+def test_what_is_no_checkpoint_at_all_is_called_by_its_name(tmp_path: Path, content: bytes, reason: str) -> None:
+    (tmp_path / "a.pt").write_bytes(content)
+    expected = "; expected one that MaskDM's code or U-ViT's code wrote with torch.save: give that one, or download it"
+    refused(tmp_path, tmp_path / "a.pt", reason + ".*" + expected)
+
+
+def test_an_archive_of_something_else_is_told(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+        archive.writestr("a.txt", "text")
+    refused(tmp_path, tmp_path / "a.pt", "it is a .zip archive, but none of torch.save")
+
+
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.pt")
     refused(tmp_path, tmp_path / "a.pt", "there is no file")
@@ -676,7 +706,12 @@ def test_a_class_conditional_network_draws_every_class_in_turn_as_the_pipeline_d
     ("checkpoint", "reason"),
     [
         ("results/finetune/patch-m99/seed-0", "there is no arm 'patch-m99'"),
-        ("results/finetune/scratch/seed-0", r"is missing; run first: maskdm (choose|finetune)"),
+        (
+            "results/finetune/scratch/seed-0",
+            r"nothing to export yet: there is no .*milestone-1\.000\.safetensors, which",
+        ),
+        ("results/pretrain/scratch/seed-0", r"the weights of arm scratch, seed 0, after .*; run the experiment first"),
+        ("results/finetune/scratch/seed-9", r"seed 9 is not in `seeds` of params\.yaml: \[0\]"),
         ("results/finetune/scratch/seed-0/curve.csv", "is no checkpoint of the stage finetune: expected"),
         ("results/pretrain/scratch/seed-0/milestone-1.000.safetensors", "is no checkpoint of the stage pretrain"),
         ("results/samples/scratch/seed-0", "is no checkpoint of the experiment in"),

@@ -55,6 +55,7 @@ def content(jobs: int, **dataset: Any) -> dict[str, Any]:
         "dataset": {**photos, "shard_images": 7, "held_out": 0.2, **dataset},
         "datasets": {"digits": digits},
         "data": {"prepare_jobs": jobs},
+        "evaluation": {**given["evaluation"], "kid_subset_size": 20},
         "tracking": {"enabled": False},
     }
 

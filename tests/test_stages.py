@@ -770,8 +770,10 @@ def test_one_writer_says_for_whom_it_waits(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_fewer_samples_than_the_metrics_need_are_refused(scored: Experiment) -> None:
-    scored.change(dataset={"limit": 55}, evaluation={"kid_subset_size": 60}).succeed("prepare")
-    assert_refused(scored.run("features"), "55 real images are fewer than the metrics need: 60")
+    scored.change(dataset={"limit": 55}).succeed("prepare")
+    scored.change(evaluation={"kid_subset_size": 60})
+    for stage in ("prepare", "features"):
+        assert_refused(scored.run(stage), "55 real images are fewer than the metrics need: 60")
 
 
 def test_samples_of_another_count_than_params_say_are_scored_as_they_are(scored: Experiment) -> None:
@@ -795,11 +797,11 @@ def test_bad_jpeg_stops_prepare_and_leaves_the_old_data(prepared: Experiment, ki
 
 
 def test_bad_jpeg_is_left_out_when_params_say_so(prepared: Experiment) -> None:
-    write_images(prepared.path("images"), 3, "jpg")
+    write_images(prepared.path("images"), 61, "jpg")
     prepared.path("images/001.jpg").write_bytes(b"no picture")
     prepared.change(dataset={"source": "image_folder", "root": "images", "on_bad_image": "skip"}).succeed("prepare")
     manifest = json_of(prepared, "results/data/manifest.json")
-    assert manifest["count"] == 2
+    assert manifest["count"] == 60
     assert [Path(s["file"]).name for s in manifest["skipped"]] == ["001.jpg"]
 
 

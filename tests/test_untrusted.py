@@ -91,7 +91,8 @@ def prepare(folder: Path, root: str = "photos", alone: bool = False) -> dict[str
     """Prepare all good images; the reasons of the bad ones by their names."""
     write_params(folder, root, on_bad_image="skip")
     outcome = victim(folder, "prepare", alone=alone)
-    assert outcome.code == 0, outcome.err
+    # what is prepared of a few images stays, though no arm could be scored
+    assert outcome.code == 0 or "real images are fewer than the metrics need" in outcome.err, outcome.err
     manifest = ImageArrays.open(folder / "results" / "data").manifest
     return {entry["file"]: entry["reason"] for entry in manifest["skipped"]}
 

@@ -52,6 +52,22 @@ def decode(content: bytes, dataset: DatasetConfig) -> Images:
         raise BadImageError(printable(str(error)) or type(error).__name__) from error
 
 
+def is_grey(content: bytes, max_pixels: int) -> bool:
+    """Whether an image file holds grey values, with or without transparency, as its header says; nothing is decoded.
+
+    Raises:
+        BadImageError: its header is damaged, or says more than `max_pixels` pixels.
+    """
+    _check_content(content, max_pixels)
+    try:
+        with Image.open(BytesIO(content), formats=FORMATS) as file:
+            return file.mode in ("1", "L", "LA") or file.mode.startswith("I")
+    except MemoryError:
+        raise
+    except Exception as error:  # as in `decode`
+        raise BadImageError(printable(str(error)) or type(error).__name__) from error
+
+
 def fit(image: Image.Image, dataset: DatasetConfig) -> Images:
     """An opaque 8-bit image as (height, width, channels) uint8: converted, cropped, resized.
 

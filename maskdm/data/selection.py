@@ -12,6 +12,7 @@ from maskdm.config import DatasetConfig
 from maskdm.data.arrays import Labels
 from maskdm.data.collection import Collection, Numbers
 from maskdm.errors import UserError
+from maskdm.image_counts import num_held_out, num_used
 
 USED, HELD_OUT = 0, 1  # streams of a dataset's seed
 
@@ -52,7 +53,7 @@ def select(collection: Collection, dataset: DatasetConfig) -> Selection:
     )
     if not len(everything):
         raise UserError(f"dataset.classes: there is no image of {', '.join(dataset.classes or ())}")
-    used = everything[_drawn(len(everything), _number_used(dataset, len(everything)), dataset.seed, USED)]
+    used = everything[_drawn(len(everything), num_used(dataset, len(everything)), dataset.seed, USED)]
     held_out = _drawn(len(used), _number_held_out(dataset, len(used)), dataset.seed, HELD_OUT)
     is_held_out = np.zeros(len(used), dtype=bool)
     is_held_out[held_out] = True
@@ -84,14 +85,8 @@ def _of_classes(collection: Collection, wanted: list[str] | None) -> tuple[tuple
     return tuple(names[number] for number in kept), new[labels]
 
 
-def _number_used(dataset: DatasetConfig, available: int) -> int:
-    if dataset.fraction is not None:
-        return max(1, round(dataset.fraction * available))
-    return available if dataset.limit is None else min(dataset.limit, available)
-
-
 def _number_held_out(dataset: DatasetConfig, used: int) -> int:
-    number = round(dataset.held_out * used)
+    number = num_held_out(dataset, used)
     if dataset.held_out and not 0 < number < used:
         raise UserError(
             f"dataset.held_out {dataset.held_out:g} of {used} images is {number}: expected at least one to hold out "

@@ -14,12 +14,14 @@ from maskdm import device, references
 from maskdm.config import ComputeConfig, EvaluationConfig
 from maskdm.errors import UserError
 from maskdm.evaluation import Metrics, Reference, compute_metrics
-from maskdm.extractors import FeatureExtractor, open_classifier, open_fixed, write_classifier
+from maskdm.extractors import FeatureExtractor, Knobs, open_classifier, open_fixed, write_classifier
 from maskdm.fid.sets import ImageSet, Wanted, open_pair
 from maskdm.protocol import Protocol, differences, metrics_as, shaping_of
 from maskdm.publishing import publish_json
 from maskdm.report.numbers import number_text
 from maskdm.report.prose import bias_note, extractor_caution, few_samples_caution
+
+ON_COMMAND_LINE = Knobs("--features ", "--weights")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -101,7 +103,7 @@ def _extractor(
     options: argparse.Namespace, config: EvaluationConfig, real: ImageSet, folder: Path, compute: device.Compute
 ) -> FeatureExtractor:
     if config.features != "classifier":
-        return open_fixed(config, compute.device)
+        return open_fixed(config, compute.device, ON_COMMAND_LINE)
     if options.weights is not None:
         extractor = open_classifier(options.weights, compute.device)
         _check_fits(extractor, real, options.weights)

@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from maskdm import device, exported, paths
+from maskdm import device, exported, exported_config, paths
 from maskdm.checkpoint import load_tensors
 from maskdm.config import MOST_BYTES, PARAMS_FILE, ComputeConfig, Params, load_params, parse_params
 from maskdm.device import Compute
 from maskdm.drawing import draw_images, load_model
 from maskdm.errors import UserError
 from maskdm.protocol import drawn_as
+from maskdm.stages import finetune, pretrain
+from maskdm.stages.inputs import read_json
 
 LOGGED_WEIGHTS, LOGGED_PARAMS = "weights.safetensors", "params.json"  # in `artifacts` of a model that MLflow logged
 
@@ -22,11 +24,13 @@ LOGGED_WEIGHTS, LOGGED_PARAMS = "weights.safetensors", "params.json"  # in `arti
 def is_model(place: Path) -> bool:
     """Whether a path is one of the models that `draw` knows."""
     if place.is_dir():
-        return (place / exported.CONFIG).is_file() or _is_logged(place)
+        return (place / exported_config.CONFIG).is_file() or _is_logged(place)
     return place.suffix == ".safetensors"
 
 
-def draw(place: Path, num_images: int, seed: int, machine: ComputeConfig) -> tuple[np.ndarray, dict[str, Any]]:
+def draw(
+    place: Path, num_images: int, seed: int, machine: ComputeConfig
+) -> tuple[np.ndarray, dict[str, Any], float | None]:
     """Draw images as the model's params say.
 
     Args:
@@ -36,30 +40,33 @@ def draw(place: Path, num_images: int, seed: int, machine: ComputeConfig) -> tup
         machine: device and threads; the precision is that of the params.
 
     Returns:
-        uint8 (num_images, H, W, C), and how they were drawn.
+        uint8 (num_images, H, W, C), how they were drawn, and the probability of a left-right flip in the model's
+        training, None where that is not known.
 
     Raises:
         UserError: the model is damaged, or its params are not to be found.
     """
     if place.is_dir() and not _is_logged(place):
-        found, weights = exported.load_exported(place), exported.read_config(place).which
-        params, num_classes = found.params, found.num_classes
+        found, config = exported.load_exported(place), exported_config.read_config(place)
+        params, num_classes, weights = found.params, found.num_classes, config.which
+        flip = params.training.flip if "arm" in config.source else None  # an import knows nothing of its training
         compute = _compute(params, machine)
         model = found.model.to(compute.device)
     else:
         file = weights_file(place)
         params, num_classes, weights = _params_of(place), _num_classes(file), "ema"
+        flip = params.training.flip if place.is_dir() else _flip_of_checkpoint(place)
         compute = _compute(params, machine)
         model = load_model(params, file, num_classes, compute)
     images = draw_images(params, model, num_classes, seed, num_images, compute, f"draw from {place}")
-    return images, {**drawn_as(params.sampling), "weights": weights.upper() if weights == "ema" else weights}
+    return images, {**drawn_as(params.sampling), "weights": weights.upper() if weights == "ema" else weights}, flip
 
 
 def weights_file(place: Path) -> Path:
     """The file of the weights that `draw` draws from."""
     if not place.is_dir():
         return place
-    return place / (LOGGED_WEIGHTS if _is_logged(place) else exported.WEIGHTS)
+    return place / (LOGGED_WEIGHTS if _is_logged(place) else exported_config.WEIGHTS)
 
 
 def _compute(params: Params, machine: ComputeConfig) -> Compute:
@@ -78,6 +85,12 @@ def _params_of(place: Path) -> Params:
     """
     if place.is_dir():
         return _read_params(place / LOGGED_PARAMS)
+    params, stage, arm = _experiment_of(place)
+    return params.for_pretraining(arm) if stage == "pretrain" else params
+
+
+def _experiment_of(place: Path) -> tuple[Params, str, str]:
+    """The experiment that a checkpoint lies in, its stage and its arm; these are empty for a file of no arm."""
     folders = place.absolute().parents
     file = next((folder / PARAMS_FILE for folder in folders if (folder / PARAMS_FILE).is_file()), None)
     if file is None:
@@ -87,9 +100,23 @@ def _params_of(place: Path) -> Params:
         )
     params = load_params(file)
     match place.absolute().relative_to(file.parent).parts:
-        case (paths.RESULTS.name, "pretrain", arm, *_) if arm in params.arms:
-            return params.for_pretraining(arm)
-    return params
+        case (paths.RESULTS.name, ("pretrain" | "finetune") as stage, arm, *_) if arm in params.arms:
+            return params, stage, arm
+    return params, "", ""
+
+
+def _flip_of_checkpoint(place: Path) -> float | None:
+    """None unless it was trained with what params.yaml says now, or with one of its trials."""
+    params, stage, arm = _experiment_of(place)
+    run = place.parent / finetune.RUN
+    if not arm or not run.is_file():
+        return None
+    trained_with = read_json(run, stage).get("trained_with")
+    tried = params.tuning.trials.values() if params.tuning.enabled else ()
+    for one in (params, *(params.with_values(arm, values) for values in tried)):
+        if trained_with == (pretrain.trained_with(one, arm) if stage == "pretrain" else one.trained_with(arm)):
+            return one.training.flip
+    return None
 
 
 def _read_params(path: Path) -> Params:

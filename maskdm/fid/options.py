@@ -87,7 +87,12 @@ def _add_images(command: argparse.ArgumentParser) -> None:
     """How files become images, and how images are drawn from models."""
     files = command.add_argument_group("folders and archives of images")
     files.add_argument("--image-size", type=_count(1), metavar="N", help="resize to N×N (default: all have one size)")
-    files.add_argument("--channels", type=int, choices=(1, 3), help="1 grey, 3 RGB (default: as the other set, or 3)")
+    files.add_argument(
+        "--channels",
+        type=int,
+        choices=(1, 3),
+        help="1 grey, 3 RGB (default: as the other set; of files 1 if all are grey)",
+    )
     files.add_argument("--crop", choices=("none", "center"), default="none", help="before resizing (default: none)")
     files.add_argument("--resize-filter", choices=("lanczos", "bicubic"), default="lanczos", help="antialiased")
     models = command.add_argument_group("models")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,11 +20,11 @@ from maskdm.config import ComputeConfig, DatasetConfig
 from maskdm.data.arrays import MANIFEST, ImageArrays, Images, ShardWriter
 from maskdm.data.bulk_decoding import any_number_of_pixels, decode_all
 from maskdm.data.collection import Collection, Numbers
-from maskdm.data.decoding import FORMATS, BadImageError, decode
+from maskdm.data.decoding import FORMATS, BadImageError, decode, is_grey
 from maskdm.data.opening import open_collection
 from maskdm.errors import UserError
 from maskdm.fid.drawn import draw, is_model, weights_file
-from maskdm.protocol import images_of, shaping_of
+from maskdm.protocol import flip_text, images_of, shaping_of
 from maskdm.stored_images import StoredImages
 
 SHARD_IMAGES = 8192
@@ -37,7 +38,7 @@ class Wanted:
 
     Attributes:
         image_size: side of the square images in pixels; None: the files must all have one size.
-        channels: 1 or 3; None: as the other set, else 3.
+        channels: 1 or 3; None: as the other set; of files alone 1 where all are grey, else 3.
         num_samples: that are drawn from a model.
         seed: of what is drawn.
         machine: device and threads.
@@ -65,6 +66,7 @@ class ImageSet:
         labels: (N,) int64, or None.
         num_classes: 0 without labels.
         weights_sha256: of the file of the model that they were drawn from.
+        flip: the probability of a left-right flip in that model's training; None where it is not known.
     """
 
     name: str
@@ -75,6 +77,7 @@ class ImageSet:
     labels: np.ndarray | None = None
     num_classes: int = 0
     weights_sha256: str | None = None
+    flip: float | None = None
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -90,6 +93,7 @@ class ImageSet:
         """For people."""
         height, width, channels = self.shape
         weights = "" if self.weights_sha256 is None else f", drawn from weights of sha256 {self.weights_sha256[:12]}"
+        weights += "" if self.flip is None else f", trained {flip_text(self.flip)}"
         return f"{self.name}: {len(self):,} images, {height}×{width} {'grey' if channels == 1 else 'RGB'}{weights}"
 
 
@@ -149,24 +153,16 @@ def _array(place: Path) -> ImageSet:
 def _drawn(place: Path, wanted: Wanted) -> ImageSet:
     if wanted.num_samples is None:
         raise UserError(f"{place} is a model: say with --num-samples how many images to draw from it")
-    images, drawn = draw(place, wanted.num_samples, wanted.seed, wanted.machine)
+    images, drawn, flip = draw(place, wanted.num_samples, wanted.seed, wanted.machine)
     weights = file_sha256(weights_file(place))
     about = {"from": str(place), "seed": wanted.seed, "weights_sha256": weights, **drawn}
     sha256 = hashlib.sha256(images.tobytes()).hexdigest()
-    return ImageSet(str(place), images, sha256, about, drawn, weights_sha256=weights)
+    return ImageSet(str(place), images, sha256, about, drawn, weights_sha256=weights, flip=flip)
 
 
 def _decoded(place: Path, wanted: Wanted, scratch: Path) -> ImageSet:
     """Files as a dataset of their own in `scratch`: they need not fit into memory."""
-    size = [1, 1] if wanted.image_size is None else [wanted.image_size, wanted.image_size]
-    dataset = DatasetConfig(
-        source="image_folder",
-        root=str(place),
-        image_size=size,
-        channels=wanted.channels or 3,
-        crop="none" if wanted.image_size is None else wanted.crop,
-        resize_filter=wanted.resize_filter,
-    )
+    dataset = _dataset(place, wanted)
     with any_number_of_pixels(), open_collection(dataset) as collection:
         if wanted.image_size is None:
             collection = _OfOneSize(collection, dataset)
@@ -179,6 +175,33 @@ def _decoded(place: Path, wanted: Wanted, scratch: Path) -> ImageSet:
             writer.finish(collection.class_names, {"from": str(place)}, _shaping(dataset, wanted), [])
     arrays = ImageArrays.open(scratch)
     return _stored(place, arrays, images_of(arrays.manifest))
+
+
+def _dataset(place: Path, wanted: Wanted) -> DatasetConfig:
+    return DatasetConfig(
+        source="image_folder",
+        root=str(place),
+        image_size=1 if wanted.image_size is None else wanted.image_size,
+        channels=wanted.channels or (1 if _are_grey(place, wanted) else 3),
+        crop="none" if wanted.image_size is None else wanted.crop,
+        resize_filter=wanted.resize_filter,
+    )
+
+
+def _are_grey(place: Path, wanted: Wanted) -> bool:
+    """Whether all files are grey, as their headers say; the first in colour ends the search."""
+    dataset = _dataset(place, replace(wanted, channels=3))
+    with any_number_of_pixels(), open_collection(dataset) as collection:
+        numbers = np.arange(len(collection))
+        order = collection.reading_order(numbers)
+        return all(_is_grey(collection, int(number), dataset) for number in (numbers if order is None else order))
+
+
+def _is_grey(collection: Collection, number: int, dataset: DatasetConfig) -> bool:
+    try:
+        return is_grey(_file(collection, number, MOST_BYTES), dataset.max_pixels)
+    except BadImageError:
+        return True  # decoding will tell
 
 
 def _shaping(dataset: DatasetConfig, wanted: Wanted) -> dict[str, Any]:
@@ -272,14 +295,15 @@ def open_pair(a: Path, b: Path, wanted: Wanted, scratch: Path) -> Iterator[tuple
     Args:
         a: the one.
         b: the other.
-        wanted: what to make of files and models; where it names no channels, files get those of the other set.
+        wanted: what to make of files and models; where it names no channels, files get those of the other set, and
+            two sets of files one channel if all are grey.
         scratch: an existing, empty folder.
 
     Raises:
         UserError: one can't be opened, or their shapes differ.
     """
     found: dict[str, ImageSet] = {}
-    channels: int | None = wanted.channels
+    channels = wanted.channels or _channels_of_files(a, b, wanted)
     for name, place in sorted({"a": a, "b": b}.items(), key=lambda item: is_files(item[1])):
         folder = scratch / name
         folder.mkdir()
@@ -292,6 +316,21 @@ def open_pair(a: Path, b: Path, wanted: Wanted, scratch: Path) -> Iterator[tuple
             "--image-size N and --channels 1 or 3 say what to make of them"
         )
     yield one, other
+
+
+def _channels_of_files(a: Path, b: Path, wanted: Wanted) -> int | None:
+    """The channels to read two sets of files with, told to the user; None where one is something else."""
+    if not all(place.exists() and is_files(place) for place in (a, b)):
+        return None
+    grey = [place for place in (a, b) if _are_grey(place, wanted)]
+    if len(grey) == 2:
+        said = "the images of A and B are grey: read with one channel (--channels 3 reads them as RGB)"
+        print(said, file=sys.stderr)
+    elif grey:
+        other = b if grey == [a] else a
+        said = f"the images of {grey[0]} are grey, not all of {other} are: both are read as RGB"
+        print(f"{said} (--channels 1 reads both as grey)", file=sys.stderr)
+    return 1 if len(grey) == 2 else 3
 
 
 def _with_channels(wanted: Wanted, channels: int | None) -> Wanted:

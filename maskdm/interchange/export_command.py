@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from maskdm import paths
-from maskdm.checkpoint import Which, architecture_of, load_weights
+from maskdm.architecture import architecture_of
+from maskdm.checkpoint import Which, load_weights
 from maskdm.checksums import file_sha256
 from maskdm.compute import plan_arm
 from maskdm.config import Params, load_params, parse_params
@@ -74,8 +75,8 @@ def run(options: argparse.Namespace) -> None:
     which: Which = options.which
     out = Path(options.out) if options.out else EXPORTED / place.name
     check_replaceable(out)
+    _check_is_there(place, given)
     chosen = with_chosen_values(given, place.arm)
-    require(place.file, place.stage, place.arm, place.seed)
     _check_params(chosen, place)
     params = chosen if place.stage == "finetune" else _of_pretraining(chosen, place.arm)
     num_classes = _num_classes(chosen, place)
@@ -112,6 +113,16 @@ def locate(path: Path, params: Params) -> Place:
     if (stage == "finetune") != (milestone is not None) or (stage == "pretrain" and name != pretrain.CHECKPOINT):
         raise UserError(f"{path} is no checkpoint of the stage {stage}: {EXPECTED}")
     return Place(stage, arm, seed, milestone[1] if milestone else "", folder / name)
+
+
+def _check_is_there(place: Place, params: Params) -> None:
+    if place.seed not in params.seeds:
+        raise UserError(f"seed {place.seed} is not in `seeds` of params.yaml: {params.seeds}")
+    if not place.file.exists():
+        raise UserError(
+            f"nothing to export yet: there is no {place.file}, which holds the weights of {place.what}; run the "
+            "experiment first (dvc repro, or snakemake)"
+        )
 
 
 def _check_params(params: Params, place: Place) -> None:

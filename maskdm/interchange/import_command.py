@@ -55,7 +55,10 @@ def _read(file: Path) -> Checkpoint:
     try:
         content = load_plain(file)
     except ValueError as error:
-        raise UserError(f"{file} is not a plain PyTorch checkpoint: {error}") from None
+        raise UserError(
+            f"{file} is not a plain PyTorch checkpoint: {error}; expected one that "
+            f"{' or '.join(CODES.values())} wrote with torch.save: give that one, or download it again"
+        ) from None
     try:
         # twice: raw and averaged weights may be the same tensors in the file
         checkpoint = read_checkpoint(content, most_bytes=2 * file.stat().st_size)

@@ -7,7 +7,8 @@ from pathlib import Path
 from torch import Tensor
 
 from maskdm import paths, rng
-from maskdm.checkpoint import architecture_of, load_weights
+from maskdm.architecture import architecture_of
+from maskdm.checkpoint import load_weights
 from maskdm.checksums import file_sha256
 from maskdm.company import is_follower
 from maskdm.compute import ArmPlan, build_model, plan_arm

@@ -11,7 +11,10 @@ from maskdm import paths
 from maskdm.config import Params
 from maskdm.data.prepare import prepare, prepare_part
 from maskdm.errors import ParamsError
+from maskdm.image_counts import most_real
+from maskdm.preflight import check_num_real
 from maskdm.publishing import one_writer
+from maskdm.stages.real_images import open_dataset
 from maskdm.stages.session import stage_session
 from maskdm.stages.versions import STAGE_VERSIONS
 
@@ -26,12 +29,13 @@ def run(params: Params, part: int | None = None) -> None:
         part: of `data.prepare_jobs`, from 0; None for all that is not there yet, and the result.
 
     Raises:
-        UserError: the images can't be read.
+        UserError: the images can't be read, or are too few to score samples against.
         ParamsError: there is no such part.
     """
     if part is not None:
         _run_part(params, part)
         return
+    check_num_real(params, most_real(params))
     with stage_session(params, "prepare", output=paths.DATA) as session:
         if session.is_to_do:
             kept = KEPT if params.data.prepare_jobs > 1 or KEPT.exists() else None
@@ -41,6 +45,8 @@ def run(params: Params, part: int | None = None) -> None:
             session.record.update(facts)
             session.tracked.params(**facts)
             session.tracked.figure(paths.DATA / "preview.png")
+    # how many there are is known now: bad ones may have been skipped
+    check_num_real(params, len(open_dataset(params).reference(params.evaluation.reference)))
 
 
 def _run_part(params: Params, part: int) -> None:

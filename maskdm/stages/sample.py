@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from maskdm import device, paths
-from maskdm.checkpoint import architecture_of
+from maskdm.architecture import architecture_of
 from maskdm.checksums import file_sha256
 from maskdm.config import Params
 from maskdm.data.grids import save_grid

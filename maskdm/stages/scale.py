@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from maskdm import device, distances, paths, rng
-from maskdm.checkpoint import architecture_of
+from maskdm.architecture import architecture_of
 from maskdm.compute import build_model
 from maskdm.config import Params
 from maskdm.data.arrays import ImageArrays

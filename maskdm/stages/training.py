@@ -10,8 +10,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from maskdm import device, interrupts, memory, rng
+from maskdm.architecture import architecture_of
 from maskdm.backbone import Block, uses_plain_attention
-from maskdm.checkpoint import DamagedError, architecture_of, load_tensors, save_tensors
+from maskdm.checkpoint import DamagedError, load_tensors, save_tensors
 from maskdm.compute import StagePlan, build_model
 from maskdm.config import Params, StageConfig
 from maskdm.data.arrays import ImageArrays

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,8 +67,6 @@ def open_lsun(dataset: DatasetConfig) -> Iterator[Collection]:
 
 def _find(root: Path, split: str) -> Path:
     """The database of a category; its training part, if nothing else is said."""
-    if not re.fullmatch(r"\w+", split):
-        raise UserError(f"dataset.split: expected a category such as church_outdoor, got {printable(split)!r}")
     names = [f"{split}_lmdb"] if split.endswith(("_train", "_val")) else [f"{split}_train_lmdb", f"{split}_lmdb"]
     for name in (*names, split):
         if (root / name / DATA).is_file():
