@@ -60,7 +60,7 @@ def open_ui(params: Params, port: int = 5000) -> None:
 
 def _where_to_look(params: Params, base: str) -> str:
     lines = [
-        f"arms, best FID first:  {compare_url(params, base)}",
+        f"arms, the best first:  {compare_url(params, base)}",
         f"charts of the arms:    {chart_url(params, base)}",
     ]
     if params.tuning.enabled:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def draw(
     if place.is_dir() and not _is_logged(place):
         found, config = exported.load_exported(place), exported_config.read_config(place)
         params, num_classes, weights = found.params, found.num_classes, config.which
-        flip = params.training.flip if "arm" in config.source else None  # an import knows nothing of its training
+        flip = _flip_of_export(params, config.source)
         compute = _compute(params, machine)
         model = found.model.to(compute.device)
     else:
@@ -105,11 +106,17 @@ def _experiment_of(place: Path) -> tuple[Params, str, str]:
     return params, "", ""
 
 
+def _flip_of_export(params: Params, source: Mapping[str, Any]) -> float | None:
+    """None for an import, and for an arm that began from weights of elsewhere: how those were trained is not known."""
+    arm = str(source.get("arm"))
+    return params.training.flip if arm in params.arms and params.pretrain_of(arm).checkpoint is None else None
+
+
 def _flip_of_checkpoint(place: Path) -> float | None:
     """None unless it was trained with what params.yaml says now, or with one of its trials."""
     params, stage, arm = _experiment_of(place)
     run = place.parent / finetune.RUN
-    if not arm or not run.is_file():
+    if not arm or params.pretrain_of(arm).checkpoint is not None or not run.is_file():
         return None
     trained_with = read_json(run, stage).get("trained_with")
     tried = params.tuning.trials.values() if params.tuning.enabled else ()

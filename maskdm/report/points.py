@@ -12,19 +12,18 @@ import pandas as pd
 
 from maskdm import distances, paths
 from maskdm.config import Params
-from maskdm.report.comparison import reference_of
+from maskdm.headline import DISTANCE, SLICED_WASSERSTEIN
 from maskdm.report.files import UnusableError, open_images
-from maskdm.report.numbers import number_text, places_of, ratio_text, signed
+from maskdm.report.numbers import number_text
 from maskdm.report.results import Results, Run, milestone_key
-from maskdm.report.statistics import Crossing, Estimate, crossing, estimate
-from maskdm.report.verdicts import MATCHED_BY
+from maskdm.report.statistics import Estimate, estimate
 
 PRIMERS = {"primer_alone": "primer, x and y each alone", "primer": "primer, x and y together"}
 REAL, UNTRAINED = "real vs real", "untrained"
 DIMENSIONS = 2
-NAMES = {"marginal_0": "W₁ of x", "marginal_1": "W₁ of y", "sliced_wasserstein": "sliced W₁", "energy": "energy"}
-JOINT = "sliced_wasserstein"  # the distance by which arms are compared
-SCALE = 1000.0  # distances are shown in thousandths of the coordinates' unit
+JOINT = SLICED_WASSERSTEIN.key.removeprefix(DISTANCE)  # the distance by which arms are compared
+SCALE = SLICED_WASSERSTEIN.times  # distances are shown in thousandths of the coordinates' unit
+NAMES = {"marginal_0": "W₁ of x", "marginal_1": "W₁ of y", JOINT: SLICED_WASSERSTEIN.name, "energy": "energy"}
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def distance_table(params: Params, results: Results) -> pd.DataFrame:
         return pd.DataFrame()
     last = milestone_key(params.budget.milestones[-1])
     groups = [(arm, key) for arm in params.arms for key in (*PRIMERS, last)]
-    rows = [_row(frame, params, arm, key) for arm, key in groups if _at(frame, arm, key).size]
+    rows = [_row(frame, arm, key) for arm, key in groups if _at(frame, arm, key).size]
     return pd.DataFrame([*rows, *_scale_rows(results)]).fillna("–")
 
 
@@ -87,31 +86,10 @@ def _at(frame: pd.DataFrame, arm: str, key: str) -> pd.DataFrame:
     return frame[(frame["arm"] == arm) & (frame["milestone"] == key)]
 
 
-def _row(frame: pd.DataFrame, params: Params, arm: str, key: str) -> dict[str, str]:
+def _row(frame: pd.DataFrame, arm: str, key: str) -> dict[str, str]:
     rows = _at(frame, arm, key)
     cells = {f"{title} ×1000": _cell(estimate(SCALE * rows[name].to_numpy())) for name, title in NAMES.items()}
-    row = {"arm": f"{arm}: {PRIMERS[key]}" if key in PRIMERS else arm, **cells}
-    reference = reference_of(params)
-    if key in PRIMERS or reference in (None, arm):
-        return row
-    if (found := crossed(frame, arm, str(reference))) is not None:
-        row[f"Δ {NAMES[JOINT]} ×1000"] = _difference(frame, arm, str(reference))
-        row[f"same {NAMES[JOINT]} at"] = _ratio(*found)
-    return row
-
-
-def _difference(frame: pd.DataFrame, arm: str, reference: str) -> str:
-    """An arm's joint distance at the end of the budget less the reference's with the same seed."""
-    ours, theirs = (
-        rows[rows["milestone"] == rows["milestone"].max()].set_index("seed")[JOINT]
-        for rows in (milestones_of(frame, arm), milestones_of(frame, reference))
-    )
-    found = estimate(SCALE * (ours - theirs).dropna().to_numpy())
-    text = signed(found.mean, places_of(found))
-    if not found.has_interval:
-        return text
-    low, high = (signed(end, places_of(found)) for end in (found.low, found.high))
-    return f"{text} [{low}, {high}]"
+    return {"arm": f"{arm}: {PRIMERS[key]}" if key in PRIMERS else arm, **cells}
 
 
 def _cell(value: Estimate) -> str:
@@ -119,32 +97,9 @@ def _cell(value: Estimate) -> str:
     return f"{text} [{number_text(value.low)}, {number_text(value.high)}]" if value.has_interval else text
 
 
-def crossed(frame: pd.DataFrame, arm: str, reference: str) -> tuple[Crossing, float] | None:
-    """Where an arm's joint distance reaches the reference's final one, and what the reference spent."""
-    ours, theirs = (milestones_of(frame, a) for a in (arm, reference))
-    common = sorted(set(ours["seed"]) & set(theirs["seed"]))
-    if not common:
-        return None
-    ours, theirs = ours[ours["seed"].isin(common)], theirs[theirs["seed"].isin(common)]
-    curves = ours.pivot(index="seed", columns="milestone", values=JOINT)
-    targets = theirs[theirs["milestone"] == theirs["milestone"].max()].set_index("seed")
-    flops = ours.groupby("milestone")["flops"].mean().to_numpy()
-    found = crossing(flops, curves.to_numpy(), targets.loc[common, JOINT].to_numpy())
-    return found, float(targets["flops"].mean())
-
-
 def milestones_of(frame: pd.DataFrame, arm: str) -> pd.DataFrame:
     """An arm's rows, without those of its primers."""
     return frame[(frame["arm"] == arm) & ~frame["milestone"].isin(list(PRIMERS))]
-
-
-def _ratio(found: Crossing, base_flops: float) -> str:
-    at_most = "≤ " if found.at_most else ""
-    text = "never" if found.at is None else f"{at_most}{ratio_text(found.at / base_flops)}"
-    if not found.has_interval:
-        return text
-    low, high = ("…" if end is None else f"{end / base_flops:.2f}" for end in (found.low, found.high))
-    return f"{text} [{low}, {high}]"
 
 
 def _scale_rows(results: Results) -> list[dict[str, str]]:
@@ -159,27 +114,14 @@ def _scale_rows(results: Results) -> list[dict[str, str]]:
     ]
 
 
-def points_answer(params: Params, results: Results) -> str:
-    """The project's question, answered by the points' joint distance; empty where the report speaks of none."""
-    reference = reference_of(params)
-    if not are_shown(params) or reference is None:
-        return ""
-    frame = distance_frame(params, results)
-    arms = [arm for arm in params.arms if arm != reference and crossed(frame, arm, reference) is not None]
-    found = "; ".join(f"{arm} {_difference(frame, arm, reference)}" for arm in arms)
-    if not found:
-        return ""
-    matched = MATCHED_BY[params.budget.match]
-    return f"{NAMES[JOINT]} to the data ×1000 at equal {matched}, less {reference}'s (negative is better): {found}."
-
-
 def points_caution(params: Params) -> str:
-    """What FID does not see of points; empty where the report speaks of none."""
-    if not are_shown(params):
+    """What FID does not see of points, and what is shown instead; empty where images are no points."""
+    if not distances.apply_to(params):
         return ""
     return (
-        "FID on two coordinates is the distance of two Gaussians with the points' means and covariances: it is blind "
-        "to the shape that the points lie on. The verdicts on the arms go by sliced W₁ instead, as the answer does."
+        "FID on so few values is the distance of two Gaussians with the points' means and covariances: it is blind to "
+        "the shape that the points lie on. The answer and the verdicts on the arms go by sliced W₁ instead, the mean "
+        "Wasserstein-1 distance over directions. It is above 0 for real points too: see real vs real."
     )
 
 
@@ -192,8 +134,7 @@ def distance_note(params: Params, results: Results) -> str:
     return (
         "W₁ of x and of y are Wasserstein-1 distances of one coordinate alone, sliced W₁ is the mean over directions, "
         "energy looks at all pairs of points: the first two see the marginals, the last two the joint distribution. "
-        "In brackets the mean's 95 % interval over seeds; Δ is an arm's less scratch's, paired by seed, and negative "
-        "is better. A perfect model would not get 0 but about what "
+        "In brackets the mean's 95 % interval over seeds. A perfect model would not get 0 but about what "
         f"{REAL} gets ({splits}). The primer is the pretrained weights before any finetuning. Drawn with x and y each "
         "alone it sees what pretraining showed it, one coordinate at a time, and tells what it learned of the "
         "marginals; drawn together, as finetuning begins, it sees two at once, which pretraining never showed it."

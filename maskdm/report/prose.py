@@ -156,7 +156,10 @@ def _elsewhere_caution(params: Params, compared: list[Comparison]) -> str:
     if not (given := {arm: folder for arm, folder in begun.items() if folder is not None}):
         return ""
     named = "; ".join(f"{arm} from {folder}" for arm, folder in given.items())
-    return f"What the weights cost that an arm starts from is not in its compute: {named}."
+    return (
+        "What the weights cost that an arm starts from is not in its compute, nor what their own training flipped in "
+        f"what is said of flips: {named}."
+    )
 
 
 def _rate_caution(params: Params, compared: list[Comparison]) -> str:

@@ -22,7 +22,7 @@ from maskdm.publishing import publish_description, publish_folder
 from maskdm.report.comparison import Comparison, compare_arms
 from maskdm.report.figures import draw_figures
 from maskdm.report.page import Content, Picture, render_markdown, render_page
-from maskdm.report.points import distance_note, distance_table, points_answer
+from maskdm.report.points import distance_note, distance_table
 from maskdm.report.prose import cautions, facts, missing_lines, notes, table_note
 from maskdm.report.results import Results, read_results
 from maskdm.report.sensitivity import trials_table, tuning_note
@@ -148,7 +148,7 @@ def _content(
     """Everything the report says, as plain text: the answer, its numbers, its limits and its origin."""
     return Content(
         title=f"Does masked pretraining pay? {params.name}",
-        answer=points_answer(params, results) or answer(params, compared),
+        answer=answer(params, compared),
         cautions=cautions(params, results, compared),
         missing=missing_lines(results.missing),
         verdicts=judged,

@@ -109,8 +109,9 @@ class Results:
 
     @property
     def flips(self) -> dict[str, float]:
-        """By arm, the probability with which training flipped images; without the arms of which it is not known."""
-        return {run.arm: float(run.metrics["flip"]) for run in self.runs if "flip" in run.metrics}
+        """By arm, the probability with which training flipped images; empty if it is not known of all."""
+        known = {run.arm: float(run.metrics["flip"]) for run in self.runs if "flip" in run.metrics}
+        return known if all("flip" in run.metrics for run in self.runs) else {}
 
     @property
     def distances(self) -> list[str]:

@@ -195,7 +195,7 @@ def _scale_rows(summary: pd.DataFrame, headline: Headline) -> pd.DataFrame:
     rows = [
         {"arm": title, **{key: first[f"{key}_{end}"] for key in keys}}
         for end, title in SCALES.items()
-        if pd.notna(first[f"fid_{end}"])
+        if pd.notna(first[f"{headline.key}_{end}"])
     ]
     return pd.DataFrame(rows, columns=["arm", *keys]).astype(dict.fromkeys(keys, "float64"))
 

@@ -183,8 +183,10 @@ def _note_output(store: Store, run_id: str, model_id: str) -> None:
 def _aliases(candidates: list[Candidate], versions: dict[str, str]) -> dict[str, str]:
     wanted = {arm: version for arm, version in versions.items() if not RESERVED_ALIAS.fullmatch(arm)}
     complete = [candidate for candidate in candidates if len(candidate.scores) == candidate.num_seeds]
-    best = min(complete, key=lambda candidate: candidate.mean_score, default=None)
-    return wanted if best is None else {**wanted, BEST: versions[best.key.arm]}
+    if len({candidate.headline for candidate in complete}) != 1:
+        return wanted  # none, or scores that do not compare
+    best = min(complete, key=lambda candidate: candidate.mean_score)
+    return {**wanted, BEST: versions[best.key.arm]}
 
 
 def _set_aliases(store: Store, name: str, wanted: dict[str, str]) -> None:

@@ -170,7 +170,7 @@ def _caption(shown: Shown) -> str:
 
 def _alt(shown: Shown) -> str:
     found = ((arm, one.against) for arm, one in shown.compared.items())
-    texts = (f"{arm} {_signed(round(a.score.difference.mean, 4))}" for arm, a in found if a is not None)
+    texts = (f"{arm} {_signed(float(f'{a.score.difference.mean:.3g}'))}" for arm, a in found if a is not None)
     return f"Difference in final {shown.headline.name} to {shown.reference}, a row per arm: {', '.join(texts)}."
 
 

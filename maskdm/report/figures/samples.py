@@ -7,6 +7,7 @@ import math
 import numpy as np
 from matplotlib.figure import Figure
 
+from maskdm.headline import flat_scores
 from maskdm.report.figures.axes import fid_text
 from maskdm.report.figures.kind import Kind, Shown
 from maskdm.report.figures.pixels import as_color, enlarged, lay_out, reduced
@@ -36,7 +37,9 @@ def _runs(shown: Shown) -> list[Run]:
 def _title(run: Run, shown: Shown) -> str:
     milestone = run.metrics["milestones"][milestone_key(shown.params.budget.milestones[-1])]
     seed = "" if run.seed == shown.params.seeds[0] else f" (seed {run.seed})"
-    return f"{short(run.arm, 26)}\nFID {fid_text(milestone['fid'])}{seed}"
+    headline = shown.headline
+    score = headline.times * flat_scores(milestone)[headline.key]
+    return f"{short(run.arm, 26)}\n{headline.label} {fid_text(score)}{seed}"
 
 
 def _cells(image_size: int) -> int:
