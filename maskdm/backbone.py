@@ -204,14 +204,16 @@ def widens_softmax(device_type: str, dtype: torch.dtype, num_tokens: int) -> boo
 
     On a CPU PyTorch's softmax of bfloat16 goes one by one through what is left of a row after whole registers. Where
     that would fill a register of float32 (16 to 31 tokens, such as a tenth of 256 patches and the time token), float32
-    takes half the time and less (`python -m benchmarks --only attention`).
+    takes half the time and less, and at 48 to 63 still less; in longer rows what is left over counts for little
+    (`python -m benchmarks --only attention`).
 
     Args:
         device_type: `cpu` or `cuda`.
         dtype: of queries, keys and values.
         num_tokens: S and the extra tokens.
     """
-    return device_type == "cpu" and dtype == torch.bfloat16 and num_tokens % BF16_LANES >= FP32_LANES
+    is_short = num_tokens < 2 * BF16_LANES
+    return device_type == "cpu" and dtype == torch.bfloat16 and is_short and num_tokens % BF16_LANES >= FP32_LANES
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:

@@ -132,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, what in STAGES.items():
         _add_stage(commands, name, what)
-    _add(commands, "validate", "check params.yaml alone", _validate)
+    _add(commands, "validate", "check params.yaml and the weights it names; nothing is computed", _validate)
     _add_plan(commands)
     _add_new(commands)
     interchange.add_import_arguments(

@@ -587,7 +587,9 @@ class Params(Section):
         given += [(f"datasets.{name}.root", dataset.root) for name, dataset in self.datasets.items()]
         given += [(key, checkpoint) for key, _, checkpoint in self.checkpoints()]
         return [
-            f"{key}: there is no {Path(path).absolute()}" for key, path in given if path and not Path(path).exists()
+            f"{key}: there is no {Path(path).absolute()}"
+            for key, path in dict.fromkeys(given)
+            if path and not Path(path).exists()
         ]
 
     def checkpoints(self) -> Iterator[tuple[str, str, str]]:
@@ -595,6 +597,11 @@ class Params(Section):
         for arm in self.arms:
             if checkpoint := self.pretrain_of(arm).checkpoint:
                 yield f"arms.{arm}.pretrain.checkpoint", arm, checkpoint
+            for trial, values in self.tuning.trials.items() if self.tuning.enabled else ():
+                if "pretrain.checkpoint" in values and (
+                    checkpoint := self.with_values(arm, values).pretrain_of(arm).checkpoint
+                ):
+                    yield f"tuning.trials.{trial}.pretrain.checkpoint", arm, checkpoint
 
     def for_pretraining(self, key: str) -> Params:
         """The params with the dataset that an arm is pretrained on in the place of `dataset`."""

@@ -111,7 +111,7 @@ def check_fits(folder: Path, params: Params) -> None:
     path = folder / config.weights[config.which].file
     try:
         _check_whole(path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is cut off or damaged"
         raise UserError(f"{path} can't be used ({reason}): export, import or copy the model again") from None
 
@@ -122,6 +122,8 @@ def _check_whole(path: Path) -> None:
     Raises:
         ValueError: it is not, or its header can't be read.
     """
+    if path.exists() and not path.is_file():
+        raise ValueError("no regular file")
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > MOST_HEADER_BYTES:

@@ -26,7 +26,7 @@ def check(params: Params) -> None:
                 check_fits(folder, params.for_pretraining(arm))
         except UserError as error:
             mistakes.setdefault(str(error), []).append(key)
-    lines = [f"{', '.join(keys)}: {mistake}" for mistake, keys in mistakes.items()]
+    lines = [f"{', '.join(keys)}: {line}" for text, keys in mistakes.items() for line in text.splitlines()]
     try:
         check_num_real(params, most_real(params))
     except UserError as error:

@@ -268,12 +268,12 @@ def test_commands_that_compute_nothing_import_nothing_heavy(tiny: Experiment, wo
 NOT_IMPORTED = {
     "prepare": {"torch", "torch_fidelity", "torchvision", "matplotlib", "mlflow"},  # scikit-learn imports pandas
     "features": {"matplotlib", "pandas", "mlflow", "sklearn"},
-    "scale": {"sklearn", "matplotlib", "pandas", "mlflow"},
-    "tune": {"sklearn", "matplotlib", "pandas", "mlflow"},
+    "scale": {"torch_fidelity", "torchvision", "sklearn", "matplotlib", "pandas", "mlflow"},
+    "tune": {"torch_fidelity", "torchvision", "sklearn", "matplotlib", "pandas", "mlflow"},
     "choose": HEAVY - {"numpy"},
     "pretrain": {"torch_fidelity", "torchvision", "sklearn", "scipy", "matplotlib", "mlflow"},
     "sample": {"torch_fidelity", "torchvision", "sklearn", "scipy", "matplotlib", "pandas", "mlflow"},
-    "evaluate": {"sklearn", "matplotlib", "pandas", "mlflow"},
+    "evaluate": {"torch_fidelity", "torchvision", "sklearn", "matplotlib", "pandas", "mlflow"},
     "report": {"torch_fidelity", "torchvision", "sklearn", "mlflow"},  # torch draws the example masks
 }
 

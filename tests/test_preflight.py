@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -72,9 +73,11 @@ def test_what_only_the_images_tell_is_told_by_prepare(tiny: Experiment) -> None:
     outcome = tiny.run("prepare")
     assert outcome.code == 1
     assert f"evaluation.reference train: 30 {TOO_FEW}" in outcome.err
+    assert not tiny.path("results/data").exists()
     tiny.change(evaluation={"kid_subset_size": 30}).succeed("prepare")
     tiny.path("photos", "a", "0.png").write_bytes(b"no image")
-    assert "29 real images are fewer than the metrics need: 30" in tiny.run("prepare").err, "bad ones do not count"
+    said = tiny.succeed("prepare").err
+    assert "warning: evaluation.reference train: 29 real images are fewer than the metrics need: 30" in said
 
 
 # --- weights to start from
@@ -142,6 +145,16 @@ def _huge_header(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"\xff" * 8 + b"{}")
 
 
+def _short_offsets(folder: Path) -> None:
+    header = b'{"a":{"data_offsets":[0]}}'
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+def _pipe(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+
+
 def _file(folder: Path) -> None:
     shutil.rmtree(folder)
     folder.write_text("no folder")
@@ -156,6 +169,8 @@ def _file(folder: Path) -> None:
         (_cut, r"model/model\.safetensors can't be used \(it is cut off or damaged\): export, import or copy"),
         (_no_header, "it is cut off or damaged"),
         (_huge_header, "it is cut off or damaged"),
+        (_short_offsets, "it is cut off or damaged"),
+        (_pipe, "it is cut off or damaged"),
     ],
 )
 def test_a_damaged_folder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Any, message: str) -> None:

@@ -21,7 +21,6 @@ OF_ARM = ["--arm", "patch-m50", "--seed", "0"]
 OF_TRIAL = ["--arm", "patch-m50", "--trial", "given"]
 COMPILER = {"torch._dynamo", "torch._inductor", "sympy"}
 SCORING = {"torch_fidelity", "torchvision"}
-FIDELITY = SCORING | COMPILER | {"scipy", "PIL"}  # its metrics import torchvision, and that the compiler
 PLOTTING = {"matplotlib", "pandas"}
 ENGINES = {"dvc", "snakemake", "mlflow"}
 TENSORS = {"torch", "numpy"}
@@ -31,13 +30,13 @@ TRAINING = NEVER | PLOTTING | {"sklearn", "scipy", "PIL"}
 NOT_IMPORTED = {
     "prepare": TRAINING - {"PIL"} | {"torch"},  # not even scikit-learn, which has the digits
     "features": TRAINING,
-    "scale": TRAINING - FIDELITY,
-    "tune": TRAINING - FIDELITY,
+    "scale": TRAINING,
+    "tune": TRAINING,
     "choose": TRAINING | {"torch"},
     "pretrain": TRAINING,
     "finetune": TRAINING,
     "sample": TRAINING - {"PIL"},  # it draws grids
-    "evaluate": TRAINING - FIDELITY - {"PIL"},  # it knows what `sample` has drawn
+    "evaluate": TRAINING - {"PIL"},  # it knows what `sample` has drawn
     "report": NEVER | {"sklearn"},  # SciPy has Student's t, torch draws the example masks
 }
 

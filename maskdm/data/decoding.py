@@ -56,7 +56,7 @@ def is_grey(content: bytes, max_pixels: int) -> bool:
     """Whether an image file holds grey values, with or without transparency, as its header says; nothing is decoded.
 
     Raises:
-        BadImageError: its header is damaged, or says more than `max_pixels` pixels.
+        BadImageError: its header is damaged, or is one of WebP and says more than `max_pixels` pixels.
     """
     _check_content(content, max_pixels)
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +50,13 @@ class _Source:
         return [shard for shards in self.datasets.values() for shard in shards]
 
 
-def prepare(params: Params, output: Path = paths.DATA, kept: Path | None = None, version: int = 0) -> dict[str, Any]:
+def prepare(
+    params: Params,
+    output: Path = paths.DATA,
+    kept: Path | None = None,
+    version: int = 0,
+    check: Callable[[Selection], None] = lambda _: None,
+) -> dict[str, Any]:
     """Turn the datasets of params.yaml into shards, labels, manifests and previews, whole or not at all.
 
     In `output` lies the training part of `dataset`, in `held_out` of it what is held out, in `pretrain/NAME` the
@@ -61,6 +67,7 @@ def prepare(params: Params, output: Path = paths.DATA, kept: Path | None = None,
         output: a folder.
         kept: where finished shards are kept until all is done: what `prepare_part` has made there is taken.
         version: of the code: what another has made there is not taken.
+        check: gets the selection of `dataset` before any image is read; may raise.
 
     Returns:
         the manifest of the training part of `dataset`.
@@ -74,6 +81,8 @@ def prepare(params: Params, output: Path = paths.DATA, kept: Path | None = None,
     with publish_folder(output) as folder:
         manifests = []
         for source in _open_all(params, version):
+            if source.place == MAIN:
+                check(source.selection)
             with _named(source.place):
                 manifests.append(_write(source, folder, kept))
     if kept is not None:

@@ -123,7 +123,9 @@ def _check_fits(extractor: FeatureExtractor, real: ImageSet, path: Path) -> None
         with torch.inference_mode():
             extractor.embed(torch.tensor(real.pixels[:1], device=extractor.device))
     except RuntimeError:
-        raise UserError(f"{path} is a classifier of other images than {real.text}") from None
+        raise UserError(
+            f"{path} is a classifier of other images than {real.text}; --channels says whether grey is read as RGB"
+        ) from None
 
 
 def _reference(extractor: FeatureExtractor, real: ImageSet, config: EvaluationConfig, folder: Path) -> Reference:

@@ -118,7 +118,10 @@ def _flip_of_checkpoint(place: Path) -> float | None:
     run = place.parent / finetune.RUN
     if not arm or params.pretrain_of(arm).checkpoint is not None or not run.is_file():
         return None
-    trained_with = read_json(run, stage).get("trained_with")
+    try:
+        trained_with = read_json(run, stage).get("trained_with")
+    except UserError:
+        return None
     tried = params.tuning.trials.values() if params.tuning.enabled else ()
     for one in (params, *(params.with_values(arm, values) for values in tried)):
         if trained_with == (pretrain.trained_with(one, arm) if stage == "pretrain" else one.trained_with(arm)):

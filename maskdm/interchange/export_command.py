@@ -116,13 +116,14 @@ def locate(path: Path, params: Params) -> Place:
 
 
 def _check_is_there(place: Place, params: Params) -> None:
+    if place.file.exists():
+        return
     if place.seed not in params.seeds:
         raise UserError(f"seed {place.seed} is not in `seeds` of params.yaml: {params.seeds}")
-    if not place.file.exists():
-        raise UserError(
-            f"nothing to export yet: there is no {place.file}, which holds the weights of {place.what}; run the "
-            "experiment first (dvc repro, or snakemake)"
-        )
+    raise UserError(
+        f"nothing to export yet: there is no {place.file}, which holds the weights of {place.what}; run the "
+        "experiment first (dvc repro, or snakemake)"
+    )
 
 
 def _check_params(params: Params, place: Place) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 from maskdm import paths
 from maskdm.config import Params
 from maskdm.data.prepare import prepare, prepare_part
-from maskdm.errors import ParamsError
+from maskdm.data.selection import Selection
+from maskdm.errors import ParamsError, UserError
 from maskdm.image_counts import most_real
 from maskdm.preflight import check_num_real
 from maskdm.publishing import one_writer
@@ -32,21 +34,31 @@ def run(params: Params, part: int | None = None) -> None:
         UserError: the images can't be read, or are too few to score samples against.
         ParamsError: there is no such part.
     """
+    check_num_real(params, most_real(params))
     if part is not None:
         _run_part(params, part)
         return
-    check_num_real(params, most_real(params))
     with stage_session(params, "prepare", output=paths.DATA) as session:
         if session.is_to_do:
             kept = KEPT if params.data.prepare_jobs > 1 or KEPT.exists() else None
             with nullcontext() if kept is None else _no_part_at_work(params.data.prepare_jobs):
-                manifest = prepare(params, kept=kept, version=STAGE_VERSIONS["prepare"])
+                manifest = prepare(
+                    params, kept=kept, version=STAGE_VERSIONS["prepare"], check=partial(_check_selection, params)
+                )
             facts = {"num_images": manifest["count"], "shape": manifest["shape"]}
             session.record.update(facts)
             session.tracked.params(**facts)
             session.tracked.figure(paths.DATA / "preview.png")
-    # how many there are is known now: bad ones may have been skipped
-    check_num_real(params, len(open_dataset(params).reference(params.evaluation.reference)))
+    try:  # bad ones may have been skipped
+        check_num_real(params, len(open_dataset(params).reference(params.evaluation.reference)))
+    except UserError as error:  # what was made serves for smaller subsets
+        print(f"warning: {error}", file=sys.stderr, flush=True)
+
+
+def _check_selection(params: Params, selection: Selection) -> None:
+    train, held_out = len(selection.train), len(selection.held_out)
+    counts = {"train": train, "held_out": held_out, "all": train + held_out}
+    check_num_real(params, counts[params.evaluation.reference])
 
 
 def _run_part(params: Params, part: int) -> None:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from maskdm.checksums import values_sha256
-from maskdm.config import DatasetConfig
+from maskdm.config import LSUN_OBJECTS, DatasetConfig
 from maskdm.data.collection import Collection, Numbers, check_size
 from maskdm.data.decoding import BadImageError
 from maskdm.data.named.files import root_of
@@ -65,9 +65,19 @@ def open_lsun(dataset: DatasetConfig) -> Iterator[Collection]:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
+def _folders(split: str) -> list[str]:
+    """The authors' names of a category's database, the likeliest first: only scenes have parts."""
+    category = split.removesuffix("_lmdb")
+    if category in LSUN_OBJECTS:
+        return [category]
+    if category == "test" or category.endswith(("_train", "_val")):
+        return [f"{category}_lmdb"]
+    return [f"{category}_train_lmdb", f"{category}_lmdb"]
+
+
 def _find(root: Path, split: str) -> Path:
     """The database of a category; its training part, if nothing else is said."""
-    names = [f"{split}_lmdb"] if split.endswith(("_train", "_val")) else [f"{split}_train_lmdb", f"{split}_lmdb"]
+    names = _folders(split)
     for name in (*names, split):
         if (root / name / DATA).is_file():
             return root / name / DATA
