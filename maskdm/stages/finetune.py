@@ -13,11 +13,10 @@ from maskdm.checksums import file_sha256
 from maskdm.company import is_follower
 from maskdm.compute import ArmPlan, build_model, plan_arm
 from maskdm.config import Params
-from maskdm.errors import UserError
 from maskdm.masking import Masking
 from maskdm.publishing import link_or_copy, publish_description, publish_folder
 from maskdm.stages import pretrain
-from maskdm.stages.inputs import open_data, open_pretraining_data, read_json, require, with_chosen_values
+from maskdm.stages.inputs import open_data, open_pretraining_data, require, with_chosen_values
 from maskdm.stages.joint import joint_session
 from maskdm.stages.training import Spent, Trainer, TrainingJob, write_curve
 from maskdm.tracking import publish_arm
@@ -37,7 +36,7 @@ def run(params: Params, arm: str, seed: int) -> None:
     """
     params = with_chosen_values(params, arm)
     images, output = open_data(params, verify=not is_follower()), paths.finetune(arm, seed)
-    checkpoint = _checkpoint(params, arm, seed)
+    checkpoint = require(paths.pretrain(arm, seed), "pretrain", arm, seed) / pretrain.CHECKPOINT
     job = finetuning_job(params, arm, seed, images.num_classes, checkpoint)
     inputs = {**job.inputs(images.sha256), RUN: params.trained_with(arm)}
     with joint_session(params, "finetune", arm, seed, inputs=inputs, output=output) as (session, ranks):
@@ -47,17 +46,6 @@ def run(params: Params, arm: str, seed: int) -> None:
             if ranks.is_first:
                 _publish(params, trainer, state, output)
     publish_arm(params, arm, seed, through="finetune")
-
-
-def _checkpoint(params: Params, arm: str, seed: int) -> Path:
-    """The pretrained weights; those of other values are not what params.yaml says of this arm."""
-    folder = require(paths.pretrain(arm, seed), "pretrain", arm, seed)
-    if read_json(folder / pretrain.RUN, "pretrain").get("trained_with") != pretrain.trained_with(params, arm):
-        raise UserError(
-            f"{folder} was trained with other values than params.yaml has now; run first: maskdm pretrain --arm {arm} "
-            f"--seed {seed}"
-        )
-    return folder / pretrain.CHECKPOINT
 
 
 def _publish(params: Params, trainer: Trainer, state: TrainState, output: Path) -> None:

@@ -30,8 +30,7 @@ def run(params: Params, arm: str, seed: int) -> None:
     params = with_chosen_values(params, arm)
     images, output = open_pretraining_data(params, arm, verify=not is_follower()), paths.pretrain(arm, seed)
     job = pretraining_job(params, arm, seed, images.num_classes)
-    made_of = {"pretrain_dataset": _dataset(params, arm), RUN: trained_with(params, arm)}
-    inputs = {**job.inputs(images.sha256), **made_of}
+    inputs = {**job.inputs(images.sha256), "pretrain_dataset": _dataset(params, arm)}
     is_shared = job.plan.num_steps > 0
     with joint_session(params, "pretrain", arm, seed, inputs=inputs, output=output, is_shared=is_shared) as (
         session,
