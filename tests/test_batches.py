@@ -79,6 +79,22 @@ def test_a_batch_holds_the_images_and_labels_of_its_indices() -> None:
     np.testing.assert_array_equal(labels, batches.indices(3) * 10)
 
 
+@given(sizes, st.lists(st.integers(0, 60), min_size=1, max_size=5))
+@settings(deadline=None)
+def test_batches_made_for_several_steps_together_are_those_made_one_by_one(
+    size: tuple[int, int], steps: list[int]
+) -> None:
+    together = batches_of(*size, with_labels=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("maskdm.data.batches.STEPS_AT_ONCE", 1)
+        one_by_one = batches_of(*size, with_labels=True)
+    for step in [*steps, *range(steps[-1], steps[-1] + 20)]:
+        for some, other in zip(together(step), one_by_one(step), strict=True):
+            assert some is not None
+            assert other is not None
+            assert torch.equal(some, other)
+
+
 def test_labels_come_only_when_they_are_wanted() -> None:
     assert Batches(numbered(4, labelled=True), 2, 0, "pretrain", CPU)(0)[1] is None
     with pytest.raises(ValueError, match="needs a dataset with labels"):
