@@ -1,4 +1,4 @@
-"""What an FID is of: numbers of different protocols are numbers of different things, and never stand in one table."""
+"""What scores are of: numbers of different protocols are numbers of different things, and never stand in one table."""
 
 from __future__ import annotations
 
@@ -66,9 +66,10 @@ class Protocol:
     def text(self) -> str:
         """Two lines for people."""
         return (
-            f"FID is of {self.num_samples:,} generated images{_drawn_text(self.drawn)} and {self.num_real:,} real ones"
-            f"{_real_text(self)}.\nFeatures: {self.extractor}, sha256 {self.extractor_sha256[:12]}"
-            f"{_file_text(self.weights_sha256)}; {_metrics_text(self.metrics)}."
+            f"Scores are of {self.num_samples:,} generated images{_drawn_text(self.drawn)} "
+            f"and {self.num_real:,} real ones{_real_text(self)}.\n"
+            f"Features: {self.extractor}, sha256 {self.extractor_sha256[:12]}{_file_text(self.weights_sha256)}; "
+            f"{_metrics_text(self.metrics)}."
         )
 
 
@@ -114,6 +115,18 @@ def flips_text(flips: Mapping[str, float]) -> str:
 def flip_text(probability: float) -> str:
     """How training flipped images, as a part of a sentence."""
     return f"with left-right flips of probability {probability:g}" if probability else "without left-right flips"
+
+
+def said_of(scores: Mapping[str, Any]) -> str:
+    """What the scores that a stage has published are of, for people; empty where that was not recorded.
+
+    Raises:
+        ValueError: their protocol has other fields.
+    """
+    protocol = scores.get("protocol")
+    said = [Protocol.from_dict(protocol).text] if protocol else []
+    flips = [f"Trained {flip_text(scores['flip'])}."] if "flip" in scores else []
+    return "\n".join(said + flips)
 
 
 def differences(one: Any, other: Any) -> Iterator[str]:

@@ -17,6 +17,7 @@ from maskdm.backbone import UViT
 from maskdm.compute import build_model
 from maskdm.config import ComputeConfig, Params, parse_params
 from maskdm.device import Compute, resolve
+from maskdm.protocol import Protocol, drawn_as, metrics_as
 
 CPU = torch.device("cpu")
 FP32 = resolve(ComputeConfig(device="cpu", precision="fp32", threads=1))
@@ -66,6 +67,25 @@ def tiny_model(params: Params, seed: int = 0, num_classes: int = 10) -> UViT:
     model = build_model(params, num_classes)
     model.initialise(rng.generator(seed, "init"))
     return model
+
+
+def protocol(**changes: Any) -> Protocol:
+    """What 1,000 samples against 2,000 faces held out would be of; `changes` take the place of its fields."""
+    params = tiny_params()
+    fields: dict[str, Any] = {
+        "images": {"kind": "celeba", "split": "train", "crop": "box", "crop_box": [57, 25, 128], "fraction": 0.1},
+        "shape": (64, 64, 3),
+        "reference": "held_out",
+        "num_real": 2000,
+        "real_sha256": "a" * 64,
+        "extractor": "inception-v3-compat/2048",
+        "extractor_sha256": "b" * 64,
+        "weights_sha256": "c" * 64,
+        "num_samples": 1000,
+        "drawn": drawn_as(params.sampling),
+        "metrics": metrics_as(params.evaluation),
+    }
+    return Protocol(**{**fields, **changes})
 
 
 @dataclass

@@ -26,11 +26,11 @@ from maskdm.exported import publish_exported
 from maskdm.extractors import FeatureExtractor, open_pixels
 from maskdm.fid import command, export, sets
 from maskdm.fid.options import add_export_images, add_fid
-from maskdm.protocol import Protocol, differences, drawn_as, flips_text, images_of, metrics_as
+from maskdm.protocol import Protocol, differences, drawn_as, flips_text, images_of
 from maskdm.publishing import publish_description, publish_json
 from maskdm.stored_images import StoredImages
 from tests.conftest import ARM, Experiment
-from tests.factories import CPU, digits, tiny_model, tiny_params
+from tests.factories import CPU, digits, protocol, tiny_model, tiny_params
 from tests.fidelity import write_inception_weights
 
 SCORES = ("fid", "kid", "kid_std", "precision", "recall", "num_samples")
@@ -89,24 +89,6 @@ def colour(count: int, seed: int = 0, size: int = 6) -> np.ndarray:
 
 
 # --- the protocol
-
-
-def protocol(**changes: Any) -> Protocol:
-    params = tiny_params()
-    fields: dict[str, Any] = {
-        "images": {"kind": "celeba", "split": "train", "crop": "box", "crop_box": [57, 25, 128], "fraction": 0.1},
-        "shape": (64, 64, 3),
-        "reference": "held_out",
-        "num_real": 2000,
-        "real_sha256": "a" * 64,
-        "extractor": "inception-v3-compat/2048",
-        "extractor_sha256": "b" * 64,
-        "weights_sha256": "c" * 64,
-        "num_samples": 1000,
-        "drawn": drawn_as(params.sampling),
-        "metrics": metrics_as(params.evaluation),
-    }
-    return Protocol(**{**fields, **changes})
 
 
 def test_a_protocol_survives_json() -> None:
@@ -398,7 +380,7 @@ def test_the_numbers_come_with_what_they_are_of_and_the_reports_cautions() -> No
     save_pngs(Path("b"), colour(80, seed=1))
     text = fid("a.npy", "b", "--features", "pixels", *SMALL)
     for said in (
-        *("A  a.npy: 60 images, 6×6 RGB", "B  b: 80 images, 6×6 RGB", "FID is of 60 generated images (a.npy)"),
+        *("A  a.npy: 60 images, 6×6 RGB", "B  b: 80 images, 6×6 RGB", "Scores are of 60 generated images (a.npy)"),
         *("Features: pixels, sha256", "these are not Inception FIDs", "FID is biased", "covariance has not full rank"),
     ):
         assert said in text

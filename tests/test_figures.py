@@ -26,12 +26,14 @@ from maskdm.report.figures.losses import LOSSES
 from maskdm.report.figures.masks import LINE, MASKED, MASKS, STRIPE, draw_masks, masked_image
 from maskdm.report.figures.points import POINTS
 from maskdm.report.figures.samples import SAMPLES, image_grid
+from maskdm.report.figures.small_print import printed, small_print
 from maskdm.report.figures.stage_time import TIME
 from maskdm.report.figures.tuning import TUNING
 from maskdm.report.looks import DPI, STYLE, WIDTH, arm_looks, short
 from maskdm.report.page import Content, Picture, render_markdown, render_page
 from maskdm.report.statistics import estimate
 from maskdm.report.verdicts import Verdict
+from tests.factories import protocol
 from tests.made_up_results import (
     SCRATCH,
     compared,
@@ -129,6 +131,34 @@ def test_figures_fit_a_page_and_are_not_blank(drawn):
         height, width = pixels.shape
         assert width == WIDTH * DPI and 100 < height < 12 * DPI, picture.file
         assert pixels.var() > 100, picture.file
+
+
+def test_scores_never_stand_in_a_figure_without_what_they_are_of(tmp_path):
+    bare = CASES["three arms, tuned"]()
+    assert small_print(bare.results) == "", "not recorded"
+    runs = [replace(run, metrics={**run.metrics, "flip": 0.5}) for run in bare.results.runs]
+    named = replace(bare, results=replace(bare.results, protocol=protocol(), runs=runs))
+    said = small_print(named.results)
+    assert said == " ".join(f"{protocol().text} Trained with left-right flips of probability 0.5.".split())
+
+    files = {picture.file for picture in write(bare, tmp_path / "bare")}
+    write(named, tmp_path / "named")
+    strip = round(printed(said).get_figheight() * DPI)
+    for kind in [kind for kind in FIGURES if kind.file in files]:
+        before, after = (np.asarray(Image.open(tmp_path / name / kind.file)) for name in ("bare", "named"))
+        np.testing.assert_array_equal(after[: len(before)], before)
+        assert len(after) - len(before) == pytest.approx(strip if kind.has_scores else 0, abs=1)
+        assert not kind.has_scores or after[len(before) :].min() < 150, "no ink"
+    of_training = {"masks.png", "losses.png", "time.png"}
+    assert {kind.file for kind in FIGURES if not kind.has_scores} == of_training
+
+
+@pytest.mark.parametrize("text", [protocol().text, "patch-m50, block2-m75, " * 40, "0123456789abcdef/" * 30])
+def test_small_print_fits_its_strip(text):
+    with matplotlib.style.context(STYLE, after_reset=True):
+        figure = printed(text)
+        figure.draw_without_rendering()
+    assert_is_printed_whole(figure)
 
 
 def test_captions_and_alt_texts_are_sentences(drawn):

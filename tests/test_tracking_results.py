@@ -20,7 +20,7 @@ from maskdm.errors import UserError
 from maskdm.tracking import saved_view
 from maskdm.tracking.store import Store, arm_key
 from tests.conftest import Experiment
-from tests.factories import tiny_model
+from tests.factories import protocol, tiny_model
 from tests.tracked import (
     ARM,
     CONTENT,
@@ -89,6 +89,22 @@ def test_an_arm_carries_what_the_report_says_of_it(store: Store) -> None:
     }
     assert run.data.metrics.items() >= said.items()
     assert run.data.tags["verdict"] == "as told"
+
+
+def test_an_arm_and_a_trial_carry_what_their_scores_are_of(store: Store) -> None:
+    write_results()
+    publish()
+    (run,) = arm_runs(store)
+    assert "protocol" not in run.data.tags, "not recorded"
+
+    write_metrics(protocol=protocol().as_dict(), flip=0.5)
+    publish()
+    (run,) = arm_runs(store)
+    assert run.data.tags["protocol"] == f"{protocol().text}\nTrained with left-right flips of probability 0.5."
+
+    write_trial("low", protocol=protocol().as_dict())
+    publish_report(TUNED)
+    assert trial_runs(store)["low"].data.tags["protocol"] == protocol().text
 
 
 def test_an_arm_of_points_carries_their_distances_by_milestone_and_what_the_report_says_of_them(store: Store) -> None:

@@ -109,7 +109,7 @@ class Batches:
         return np.concatenate(parts)
 
     def _make(self, first: int) -> tuple[Tensor, Tensor | None]:
-        """The batches of this and the next steps that are made together, one after another: images and labels or None."""
+        """The batches of this and the next steps that are made together: images one after another, labels or None."""
         pixels, indices = self._prefetch(first) if self._prefetch is not None else self._gather(first)
         x_0 = to_model_range(pixels.to(self.device, non_blocking=True))
         if self._labels is None:

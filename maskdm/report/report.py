@@ -43,7 +43,7 @@ class Report:
         summary: a row per arm, seed and milestone, as in summary.csv.
         verdicts: a row per arm, as in verdicts.csv.
         missing: what it does without, a line each.
-        protocol: what FID is of, as in protocol.json; None where that was not recorded.
+        protocol: what scores are of, as in protocol.json; None where that was not recorded.
         flips: by arm, the probability of a left-right flip in training, as in training.json.
     """
 

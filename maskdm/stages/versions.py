@@ -17,5 +17,5 @@ STAGE_VERSIONS = {
     "finetune": 5,
     "sample": 5,
     "evaluate": 4,
-    "report": 4,
+    "report": 5,
 }

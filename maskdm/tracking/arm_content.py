@@ -114,6 +114,7 @@ def _add_metrics(content: RunContent, metrics: dict[str, Any]) -> None:
     scales = only_numbers({key: metrics.get(key) for key in SCALES})
     content.points |= {(key, 0): value for key, value in scales.items()}
     content.params |= {key: str(metrics[key]) for key in ("num_samples", "extractor") if metrics.get(key)}
+    content.add_protocol(metrics)
     if metrics.get("data_sha256"):
         content.tags["data_sha256"] = str(metrics["data_sha256"])
 

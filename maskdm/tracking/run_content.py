@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from maskdm.protocol import said_of
 from maskdm.tracking.dataset import DatasetEntry
 
 Points = dict[tuple[str, int], float]
@@ -49,6 +50,11 @@ class RunContent:
     def has_results(self) -> bool:
         """Whether there is anything to publish."""
         return bool(self.points or self.measures or self.tags or self.images)
+
+    def add_protocol(self, scores: dict[str, Any]) -> None:
+        """Tag with what a stage's scores are of."""
+        if said := said_of(scores):
+            self.tags["protocol"] = said
 
     def add_provenance(self, record: dict[str, Any]) -> None:
         """Tag with commit and versions of a stage's record."""

@@ -22,7 +22,14 @@ KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
 # Columns with their widths in pixels; MLflow shows these two always.
 NAME_COLUMNS = {"attributes.`Run Name`": 200, "runDateAndNestInfo": 110}
 TRIAL_COLUMNS = {"params.`arm`": 110, "params.`trial`": 90}
-TRIAL_SCORES = {"metrics.`kid`": 110, "metrics.`fid`": 110, "metrics.`precision`": 110, "metrics.`recall`": 110}
+PROTOCOL = "tags.`protocol`"  # what the scores of a row are of
+TRIAL_SCORES = {
+    "metrics.`kid`": 110,
+    "metrics.`fid`": 110,
+    "metrics.`precision`": 110,
+    "metrics.`recall`": 110,
+    PROTOCOL: 300,
+}
 STEP, BAR = "step", "bar"
 Charts = tuple[tuple[str, str], ...]
 
@@ -39,6 +46,7 @@ def _columns(headline: Headline) -> dict[str, int]:
         f"metrics.`{headline.second.key}`": 110,
         "metrics.`precision`": 110,
         "metrics.`recall`": 110,
+        PROTOCOL: 300,
     }
 
 

@@ -81,4 +81,4 @@ rule report:
     params:
         depends_on=depends_on("report"),
     shell:
-        "maskdm report --stage-version 4 > {log} 2>&1"
+        "maskdm report --stage-version 5 > {log} 2>&1"

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import matplotlib.style
+import numpy as np
 import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from maskdm.config import Params
 from maskdm.report.comparison import Comparison
@@ -18,6 +21,7 @@ from maskdm.report.figures.losses import LOSSES
 from maskdm.report.figures.masks import MASKS
 from maskdm.report.figures.points import POINTS
 from maskdm.report.figures.samples import SAMPLES
+from maskdm.report.figures.small_print import printed, small_print
 from maskdm.report.figures.stage_time import TIME
 from maskdm.report.figures.tuning import TUNING
 from maskdm.report.looks import DPI, STYLE
@@ -45,15 +49,25 @@ def draw_figures(
     """
     shown = Shown(params, results, summary, {one.arm: one for one in compared})
     kinds = [kind for kind in FIGURES if kind.applies(shown)]
+    said = small_print(results)
     with matplotlib.style.context(STYLE, after_reset=True):
         for kind in kinds:
-            _save(kind.draw(shown), folder / kind.file)
+            below = [printed(said)] if said and kind.has_scores else []
+            _save([kind.draw(shown), *below], folder / kind.file)
     return [_picture(kind, shown) for kind in kinds]
 
 
-def _save(figure: Figure, file: Path) -> None:
-    # No software version inside: equal figures, equal bytes.
-    figure.savefig(file, dpi=DPI, backend="agg", metadata={"Software": None})
+def _save(strips: list[Figure], file: Path) -> None:
+    """Write figures of one width, one under the other; no software version inside: equal figures, equal bytes."""
+    Image.fromarray(np.concatenate([_pixels(figure) for figure in strips])).save(file, dpi=(DPI, DPI))
+
+
+def _pixels(figure: Figure) -> np.ndarray:
+    """A figure as (height, width, 3) uint8."""
+    canvas = FigureCanvasAgg(figure)
+    figure.set_dpi(DPI)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def _picture(kind: Kind, shown: Shown) -> Picture:

@@ -178,4 +178,6 @@ def _applies(shown: Shown) -> bool:
     return shown.reference is not None and len(shown.params.arms) > 1
 
 
-AGAINST_SCRATCH = Kind("against_scratch.png", "Each arm against scratch", _draw, _caption, _alt, _applies)
+AGAINST_SCRATCH = Kind(
+    "against_scratch.png", "Each arm against scratch", _draw, _caption, _alt, _applies, has_scores=True
+)

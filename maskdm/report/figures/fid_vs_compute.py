@@ -107,4 +107,4 @@ def _alt(shown: Shown) -> str:
     return f"Lines of {shown.headline.name} against training compute, one per arm. At the end of the budget: {ends}."
 
 
-FID_VS_COMPUTE = Kind("fid_vs_compute.png", "{score} against training compute", _draw, _caption, _alt)
+FID_VS_COMPUTE = Kind("fid_vs_compute.png", "{score} against training compute", _draw, _caption, _alt, has_scores=True)

@@ -190,4 +190,6 @@ def _applies(shown: Shown) -> bool:
     return any(arm.strategy != "none" for arm in shown.params.arms.values())
 
 
-HEAT_MAP = Kind("fid_heat_map.png", "Final {score} by strategy and mask rate", _draw, _caption, _alt, _applies)
+HEAT_MAP = Kind(
+    "fid_heat_map.png", "Final {score} by strategy and mask rate", _draw, _caption, _alt, _applies, has_scores=True
+)

@@ -74,6 +74,7 @@ class Kind:
         caption: what it shows, and what it doesn't.
         alt: what it says, for those who can't see it.
         applies: whether there is anything to draw.
+        has_scores: whether it shows scores, whose protocol is to stand under it.
     """
 
     file: str
@@ -82,3 +83,4 @@ class Kind:
     caption: Callable[[Shown], str]
     alt: Callable[[Shown], str]
     applies: Callable[[Shown], bool] = lambda _: True
+    has_scores: bool = False

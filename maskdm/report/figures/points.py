@@ -161,4 +161,6 @@ def _applies(shown: Shown) -> bool:
     return are_shown(shown.params) and not distance_frame(shown.params, shown.results).empty
 
 
-POINTS = Kind("points.png", "Points: the data, the primer and the samples", _draw, _caption, _alt, _applies)
+POINTS = Kind(
+    "points.png", "Points: the data, the primer and the samples", _draw, _caption, _alt, _applies, has_scores=True
+)

@@ -78,4 +78,4 @@ def _alt(shown: Shown) -> str:
     return f"Grids of real images and of samples of {', '.join(shown.arms)}."
 
 
-SAMPLES = Kind("samples.png", "Samples of every arm from the same seeds", _draw, _caption, _alt)
+SAMPLES = Kind("samples.png", "Samples of every arm from the same seeds", _draw, _caption, _alt, has_scores=True)

@@ -107,4 +107,8 @@ def _alt(shown: Shown) -> str:
     return f"{_metric_name(shown)} of every trial, a panel per arm. Chosen: {chosen}."
 
 
-TUNING = Kind("tuning.png", "What tuning tried", _draw, _caption, _alt, lambda shown: bool(_tuned(shown)))
+def _applies(shown: Shown) -> bool:
+    return bool(_tuned(shown))
+
+
+TUNING = Kind("tuning.png", "What tuning tried", _draw, _caption, _alt, _applies, has_scores=True)

@@ -1,0 +1,31 @@
+"""What a figure's scores are of, in small print under it: a figure is shown to people without its page."""
+
+from __future__ import annotations
+
+import textwrap
+
+from matplotlib.figure import Figure
+
+from maskdm.protocol import flips_text
+from maskdm.report.looks import FLOOR, WIDTH
+from maskdm.report.results import Results
+
+FONT_SIZE, LINE_SPACING = 8, 1.35  # points; lines
+MARGIN = 0.06  # inches
+LINE_CHARACTERS = 100  # of digits, which are wider than most, fit
+
+
+def small_print(results: Results) -> str:
+    """The protocol of all scores, and how training flipped images; empty where none was recorded."""
+    protocol = "" if results.protocol is None else results.protocol.text
+    return " ".join(f"{protocol} {flips_text(results.flips)}".split())
+
+
+def printed(text: str) -> Figure:
+    """A strip of the page's width with a text in as many lines as it takes."""
+    lines = textwrap.wrap(text, LINE_CHARACTERS, break_on_hyphens=False)
+    height = len(lines) * FONT_SIZE * LINE_SPACING / 72 + 2 * MARGIN
+    figure = Figure(figsize=(WIDTH, height))
+    place = (MARGIN / WIDTH, 1 - MARGIN / height)
+    figure.text(*place, "\n".join(lines), fontsize=FONT_SIZE, linespacing=LINE_SPACING, color=FLOOR, va="top")
+    return figure
