@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from maskdm.checksums import NOT_NOW
 from maskdm.errors import UserError
+from maskdm.formats import Which
 
 FORMAT = "maskdm-tensors/2"
-Which = Literal["raw", "ema"]
 Sets = dict[str, dict[str, Tensor]]
 
 

@@ -594,13 +594,13 @@ class Params(Section):
 
     def checkpoints(self) -> Iterator[tuple[str, str, str]]:
         """The folders of weights that training starts from, each with its dotted path and its arm."""
+        trials = self.tuning.trials if self.tuning.enabled else {}
+        named = {trial: values for trial, values in trials.items() if "pretrain.checkpoint" in values}
         for arm in self.arms:
             if checkpoint := self.pretrain_of(arm).checkpoint:
                 yield f"arms.{arm}.pretrain.checkpoint", arm, checkpoint
-            for trial, values in self.tuning.trials.items() if self.tuning.enabled else ():
-                if "pretrain.checkpoint" in values and (
-                    checkpoint := self.with_values(arm, values).pretrain_of(arm).checkpoint
-                ):
+            for trial, values in named.items():
+                if checkpoint := self.with_values(arm, values).pretrain_of(arm).checkpoint:
                     yield f"tuning.trials.{trial}.pretrain.checkpoint", arm, checkpoint
 
     def for_pretraining(self, key: str) -> Params:

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from maskdm import device
 from maskdm.backbone import UViT
-from maskdm.checkpoint import Sets, Which, load_into
+from maskdm.checkpoint import Sets, load_into
 from maskdm.checksums import file_sha256
 from maskdm.compute import build_model
 from maskdm.config import Params, parse_params
 from maskdm.drawing import draw_images
 from maskdm.errors import UserError
 from maskdm.exported_config import CARD, CONFIG, FORMAT, NAMES, SECOND, WEIGHTS, Config, misfits, read_config
+from maskdm.formats import Which
 from maskdm.printable import printable
 from maskdm.publishing import publish_folder
 from maskdm.uvit_shape import described_by, read_shape

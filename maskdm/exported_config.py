@@ -19,9 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from maskdm.architecture import architecture_of
 from maskdm.config import Params, parse_params
 from maskdm.errors import UserError
+from maskdm.formats import Which
 from maskdm.printable import printable
-
-Which = Literal["raw", "ema"]  # of the two sets of weights
 
 FORMAT = "maskdm-model/1"
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"

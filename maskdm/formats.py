@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+Which = Literal["raw", "ema"]  # of the two sets of weights that training keeps
+
 TRAINING_STAGES = ("pretrain", "finetune")
 ARM_STAGES = (*TRAINING_STAGES, "sample", "evaluate")  # of an arm and a seed, in their order
 CURVE_COLUMNS = ("step", "loss", "lr", "images_seen", "tokens_seen", "flops")

@@ -12,13 +12,14 @@ from typing import Any
 
 from maskdm import paths
 from maskdm.architecture import architecture_of
-from maskdm.checkpoint import Which, load_weights
+from maskdm.checkpoint import load_weights
 from maskdm.checksums import file_sha256
 from maskdm.compute import plan_arm
 from maskdm.config import Params, load_params, parse_params
 from maskdm.data.arrays import ImageArrays
 from maskdm.errors import UserError
 from maskdm.exported import check_replaceable, publish_exported
+from maskdm.formats import Which
 from maskdm.interchange.model_card import Training, exported_card
 from maskdm.stages import features, finetune, pretrain
 from maskdm.stages.inputs import open_pretraining_data, read_json, require, with_chosen_values

@@ -9,12 +9,12 @@ from typing import Any, get_args
 
 import torch
 
-from maskdm.checkpoint import Which
 from maskdm.checksums import file_sha256
 from maskdm.config import DiffusionConfig, Params, parse_params
 from maskdm.diffusion import make_betas
 from maskdm.errors import ParamsError, UserError
 from maskdm.exported import check_replaceable, publish_exported
+from maskdm.formats import Which
 from maskdm.interchange.layouts import Checkpoint, read_checkpoint
 from maskdm.interchange.model_card import imported_card
 from maskdm.plain_pickles import load_plain

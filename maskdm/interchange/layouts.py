@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from maskdm.checkpoint import Which
+from maskdm.formats import Which
 from maskdm.printable import printable
 from maskdm.uvit_shape import UViTShape, read_shape
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from maskdm.checkpoint import Which
 from maskdm.config import Params
+from maskdm.formats import Which
 from maskdm.interchange.layouts import Checkpoint
 from maskdm.printable import printable
 from maskdm.protocol import Protocol
