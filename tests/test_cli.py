@@ -288,6 +288,8 @@ def test_stopped_training_has_an_exit_code_of_its_own_and_publishes_nothing(
     scored: Experiment, stop_when: Callable[..., Outcome], stage: str, number: signal.Signals
 ) -> None:
     scored.change(training={"log_every": 1}, saving={"every_seconds": 0.01}, budget={"unmasked_steps": 20_000})
+    if stage == "finetune":
+        scored.change(pretrain={"share": 0.001}).succeed(*words_of("pretrain"))
     output = scored.path("results", stage, ARM)
     shutil.rmtree(output)
     record = scored.path(f"results/records/{stage}-{ARM}-seed-0.json")

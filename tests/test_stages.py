@@ -732,6 +732,19 @@ def test_params_of_finetuning_are_none_of_pretrainings(prepared: Experiment) -> 
     assert before["init_sha256"] is after["init_sha256"] is None
 
 
+def test_finetuning_refuses_weights_pretrained_with_other_values(prepared: Experiment) -> None:
+    prepared.succeed("pretrain", *OF_ARM)
+    prepared.change(training={"flip": 0.5})
+    assert_refused(
+        prepared.run("finetune", *OF_ARM),
+        f"results/pretrain/{ARM}/seed-0 was pretrained with other values than params.yaml has now",
+        f"run first: maskdm pretrain --arm {ARM} --seed 0",
+    )
+    assert not prepared.path(OUTPUTS["finetune"]).exists()
+    prepared.succeed("pretrain", *OF_ARM)
+    prepared.succeed("finetune", *OF_ARM)
+
+
 @pytest.mark.parametrize("count", [3, 4])
 def test_the_scale_needs_four_real_images(prepared: Experiment, count: int) -> None:
     """Of which each half has a covariance, and each image another one beside it."""

@@ -13,10 +13,11 @@ from maskdm.checksums import file_sha256
 from maskdm.company import is_follower
 from maskdm.compute import ArmPlan, build_model, plan_arm
 from maskdm.config import Params
+from maskdm.errors import UserError
 from maskdm.masking import Masking
 from maskdm.publishing import link_or_copy, publish_description, publish_folder
 from maskdm.stages import pretrain
-from maskdm.stages.inputs import open_data, open_pretraining_data, require, with_chosen_values
+from maskdm.stages.inputs import open_data, open_pretraining_data, read_json, require, with_chosen_values
 from maskdm.stages.joint import joint_session
 from maskdm.stages.training import Spent, Trainer, TrainingJob, write_curve
 from maskdm.tracking import publish_arm
@@ -32,12 +33,14 @@ def run(params: Params, arm: str, seed: int) -> None:
     """Finetune an arm into results/finetune/ARM/seed-SEED, keeping the weights of every milestone.
 
     Raises:
-        UserError: the dataset or the checkpoint is missing or does not fit, or the loss is not finite.
+        UserError: the dataset or the checkpoint is missing or does not fit, or was made with other values than
+            params.yaml has now, or the loss is not finite.
     """
     params = with_chosen_values(params, arm)
     images, output = open_data(params, verify=not is_follower()), paths.finetune(arm, seed)
-    checkpoint = require(paths.pretrain(arm, seed), "pretrain", arm, seed) / pretrain.CHECKPOINT
-    job = finetuning_job(params, arm, seed, images.num_classes, checkpoint)
+    pretrained = require(paths.pretrain(arm, seed), "pretrain", arm, seed)
+    job = finetuning_job(params, arm, seed, images.num_classes, pretrained / pretrain.CHECKPOINT)
+    _check_values(params, arm, seed, pretrained)
     inputs = {**job.inputs(images.sha256), RUN: params.trained_with(arm)}
     with joint_session(params, "finetune", arm, seed, inputs=inputs, output=output) as (session, ranks):
         if session.is_to_do:
@@ -46,6 +49,15 @@ def run(params: Params, arm: str, seed: int) -> None:
             if ranks.is_first:
                 _publish(params, trainer, state, output)
     publish_arm(params, arm, seed, through="finetune")
+
+
+def _check_values(params: Params, arm: str, seed: int, pretrained: Path) -> None:
+    """The engines pretrain again where the values change; who calls the stages by hand must not forget it."""
+    if read_json(pretrained / pretrain.RUN, "pretrain").get("trained_with") != pretrain.trained_with(params, arm):
+        raise UserError(
+            f"{pretrained} was pretrained with other values than params.yaml has now (of model, diffusion, budget, "
+            f"training or pretrain, or the arm's mask); run first: maskdm pretrain --arm {arm} --seed {seed}"
+        )
 
 
 def _publish(params: Params, trainer: Trainer, state: TrainState, output: Path) -> None:
