@@ -44,7 +44,7 @@ ALWAYS = [name for name in BENCHMARKS if name not in ONLY_WHEN_ASKED]
 ROUNDS, QUICK_ROUNDS = 7, 2
 DESCRIPTION = """Measure how fast this checkout is on this machine, and which targets hold.
 
-Tasks take turns (A, B, C, A, B, C, …); cells are medians over the rounds with quartiles in brackets, and ratios are
+Tasks take turns (A, B, C, C, B, A, …); cells are medians over the rounds with quartiles in brackets, and ratios are
 taken round by round, so that a noisy machine disturbs them least. Leave the machine alone meanwhile."""
 EPILOG = """examples:
   python -m benchmarks                                 all: minutes on 2 cores; the record goes to benchmarks/records

@@ -1,4 +1,4 @@
-"""Fair timing on a noisy machine: tasks take turns (A, B, C, A, B, C, …), and what is compared is of the same round."""
+"""Fair timing on a noisy machine: tasks take turns (A, B, C, C, B, A, …), and what is compared is of the same round."""
 
 from __future__ import annotations
 
@@ -128,15 +128,16 @@ class Rounds:
         return Spread(tuple(times * value / of for value, of in pairs))
 
 
-def interleave(tasks: Mapping[str, Task], num_rounds: int, title: str, alternates: bool = False) -> Rounds:
-    """Warm every task up, then let them take turns.
+def interleave(tasks: Mapping[str, Task], num_rounds: int, title: str) -> Rounds:
+    """Warm every task up, then let them take turns; every second round goes backwards.
+
+    A task finds caches and memory as the one before left them, which is good for some percents: so none may always come
+    before the one that it is compared with.
 
     Args:
         tasks: by name, in the order of a round.
         num_rounds: measurements of each.
         title: for the progress display.
-        alternates: whether every second round goes backwards: few long tasks, each of which finds the machine as the
-            one before left it.
     """
     bar = Progress((num_rounds + 1) * len(tasks), title, "measurements")
     for name, task in tasks.items():
@@ -145,7 +146,7 @@ def interleave(tasks: Mapping[str, Task], num_rounds: int, title: str, alternate
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for number in range(1, num_rounds + 1):
         turns = list(tasks.items())
-        for name, task in reversed(turns) if alternates and number % 2 == 0 else turns:
+        for name, task in reversed(turns) if number % 2 == 0 else turns:
             seconds[name].append(task.measure())
             bar.update(note=f"round {number} of {num_rounds}: {name}")
     bar.close()

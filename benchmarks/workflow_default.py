@@ -43,7 +43,7 @@ class _Run:
 def run(settings: Settings) -> Outcome:
     """As many rounds of both as `--rounds` says, 10 minutes each; `--quick` takes experiments/tiny's params."""
     tasks = {engine: Task(_Run(settings, engine).once) for engine in ENGINES}
-    rounds = interleave(tasks, settings.rounds, "workflow-default", alternates=True)
+    rounds = interleave(tasks, settings.rounds, "workflow-default")
     rows: list[dict[str, Cell]] = [{"engine": engine, "s": rounds.of(engine)} for engine in ENGINES]
     speedup = rounds.ratio("dvc repro", "snakemake --cores 2")
     rows.append({"engine": "dvc repro over snakemake --cores 2", "s": speedup})
