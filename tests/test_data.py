@@ -217,13 +217,14 @@ def test_equal_runs_give_equal_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert set(files[0]) == shards | {"labels.npy", "manifest.json", "preview.png"}
 
 
-def test_preview_shows_the_first_images(tmp_path: Path) -> None:
+def test_preview_shows_images_from_the_first_to_the_last(tmp_path: Path) -> None:
     prepare(make_params(channels=1), tmp_path / "data")
-    first = ImageArrays.open(tmp_path / "data").gather(np.arange(64))
+    images = ImageArrays.open(tmp_path / "data").all()
     preview = np.asarray(Image.open(tmp_path / "data" / "preview.png"))
     assert preview.shape == (8 * (64 + GAP) + GAP, 8 * (64 + GAP) + GAP)
-    top, left = GAP + 1 * (64 + GAP), GAP + 2 * (64 + GAP)
-    np.testing.assert_array_equal(preview[top : top + 64 : 8, left : left + 64 : 8], first[10, ..., 0])
+    for cell, index in ((0, 0), (10, round(10 * (len(images) - 1) / 63)), (63, len(images) - 1)):
+        top, left = (GAP + place * (64 + GAP) for place in divmod(cell, 8))
+        np.testing.assert_array_equal(preview[top : top + 64 : 8, left : left + 64 : 8], images[index, ..., 0])
 
 
 def test_grid_of_large_and_few_images(tmp_path: Path) -> None:

@@ -171,8 +171,8 @@ def _write(source: _Source, folder: Path, kept: Path | None) -> dict[str, Any]:
     for part, shards in source.datasets.items():
         manifests[part] = _describe(source, part, shards, folder, made)
         arrays = ImageArrays.open(folder / shards[0].place)
-        preview = arrays.gather(np.arange(min(PREVIEW_IMAGES, len(arrays))))
-        save_grid(preview, folder / shards[0].place / PREVIEW)
+        spread = np.linspace(0, len(arrays) - 1, min(PREVIEW_IMAGES, len(arrays)))  # files may be sorted by class
+        save_grid(arrays.gather(spread.round().astype(np.int64)), folder / shards[0].place / PREVIEW)
     return manifests["train"]
 
 

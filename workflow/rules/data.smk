@@ -18,7 +18,7 @@ rule prepare_part:
     params:
         depends_on=depends_on("prepare"),
     shell:
-        "maskdm prepare --part {wildcards.part} --stage-version 3 > {log} 2>&1"
+        "maskdm prepare --part {wildcards.part} --stage-version 4 > {log} 2>&1"
 
 
 rule prepare:
@@ -35,7 +35,7 @@ rule prepare:
     params:
         depends_on=depends_on("prepare"),
     shell:
-        "maskdm prepare --stage-version 3 > {log} 2>&1"
+        "maskdm prepare --stage-version 4 > {log} 2>&1"
 
 
 rule features:
