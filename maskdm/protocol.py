@@ -12,6 +12,7 @@ from maskdm.differences import differing
 # Where the files lay makes no other images.
 NOT_OF_THE_PIXELS = ("root",)
 CROPS = {"none": "not cropped", "center": "centre crop"}
+MOST_NAMED = 10  # classes
 PARTS = {"train": "those trained on", "held_out": "held out", "all": "those trained on and held out"}
 
 
@@ -58,8 +59,10 @@ class Protocol:
         """
         try:
             height, width, channels = content["shape"]
-            return cls(**{**content, "shape": (height, width, channels)})
-        except (KeyError, TypeError, ValueError) as error:
+            protocol = cls(**{**content, "shape": (height, width, channels)})
+            _ = protocol.text  # its fields hold what they should
+            return protocol
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"no protocol of this version of maskdm: {error}") from None
 
     @property
@@ -125,7 +128,7 @@ def said_of(scores: Mapping[str, Any]) -> str:
     """
     protocol = scores.get("protocol")
     said = [Protocol.from_dict(protocol).text] if protocol else []
-    flips = [f"Trained {flip_text(scores['flip'])}."] if "flip" in scores else []
+    flips = [] if scores.get("flip") is None else [f"Trained {flip_text(scores['flip'])}."]
     return "\n".join(said + flips)
 
 
@@ -171,9 +174,10 @@ def _crop_text(images: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> str:
-    return (
-        "/".join(map(str, value)) if isinstance(value, list) else f"{value:,}" if isinstance(value, int) else str(value)
-    )
+    if isinstance(value, list):
+        more = f" and {len(value) - MOST_NAMED} more" if len(value) > MOST_NAMED else ""
+        return "/".join(map(str, value[:MOST_NAMED])) + more
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _file_text(weights_sha256: str | None) -> str:

@@ -79,20 +79,30 @@ def test_a_batch_holds_the_images_and_labels_of_its_indices() -> None:
     np.testing.assert_array_equal(labels, batches.indices(3) * 10)
 
 
-@given(sizes, st.lists(st.integers(0, 60), min_size=1, max_size=5))
+@given(sizes, st.lists(st.integers(0, 60), min_size=1, max_size=5), st.booleans(), st.integers(0, 1))
 @settings(deadline=None)
 def test_batches_made_for_several_steps_together_are_those_made_one_by_one(
-    size: tuple[int, int], steps: list[int]
+    size: tuple[int, int], steps: list[int], resident: bool, rank: int
 ) -> None:
-    together = batches_of(*size, with_labels=True)
+    count, share = size
+    how = {"with_labels": True, "resident": resident, "rank": rank, "num_ranks": 2}
+    together = Batches(numbered(count, labelled=True), 2 * share, 0, "pretrain", CPU, **how)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("maskdm.data.batches.STEPS_AT_ONCE", 1)
-        one_by_one = batches_of(*size, with_labels=True)
+        one_by_one = Batches(numbered(count, labelled=True), 2 * share, 0, "pretrain", CPU, **how)
+    assert (together.steps_at_once, one_by_one.steps_at_once) == (16, 1)
     for step in [*steps, *range(steps[-1], steps[-1] + 20)]:
         for some, other in zip(together(step), one_by_one(step), strict=True):
             assert some is not None
             assert other is not None
             assert torch.equal(some, other)
+
+
+@pytest.mark.parametrize(("side", "steps"), [(1, 16), (52, 16), (53, 15), (147, 2), (148, 1), (512, 1)])
+def test_batches_made_together_fit_a_mebibyte_unless_one_does_not(side: int, steps: int) -> None:
+    """2 images of float32 in 3 channels: 24 bytes a pixel."""
+    images = ArrayImages(np.zeros((4, side, side, 3), dtype=np.uint8))
+    assert Batches(images, 2, 0, "pretrain", CPU).steps_at_once == steps
 
 
 def test_labels_come_only_when_they_are_wanted() -> None:

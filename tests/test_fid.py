@@ -95,7 +95,17 @@ def test_a_protocol_survives_json() -> None:
     assert Protocol.from_dict(json.loads(json.dumps(protocol().as_dict()))) == protocol()
 
 
-@pytest.mark.parametrize("content", [{}, {"shape": [1, 2]}, {**protocol().as_dict(), "more": 1}])
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        {"shape": [1, 2]},
+        *(
+            {**protocol().as_dict(), **odd}
+            for odd in ({"more": 1}, {"images": "x"}, {"images": [1]}, {"metrics": {}}, {"drawn": None})
+        ),
+    ],
+)
 def test_what_is_no_protocol_is_told(content: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="no protocol of this version"):
         Protocol.from_dict(content)

@@ -153,7 +153,8 @@ def test_scores_never_stand_in_a_figure_without_what_they_are_of(tmp_path):
     assert {kind.file for kind in FIGURES if not kind.has_scores} == of_training
 
 
-@pytest.mark.parametrize("text", [protocol().text, "patch-m50, block2-m75, " * 40, "0123456789abcdef/" * 30])
+XX.text, "patch-m50, block2-m75, " * 40, "0123456789abcdef/" * 30, "a$\\x and d$e_f"]
+)
 def test_small_print_fits_its_strip(text):
     with matplotlib.style.context(STYLE, after_reset=True):
         figure = printed(text)

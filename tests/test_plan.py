@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -31,7 +33,7 @@ from maskdm.plan.steps import forward_flops
 from maskdm.plan.store import Measurement, MeasurementStore
 from maskdm.plan.table import Outlook, format_table
 from maskdm.plan.units import duration, flops, size
-from tests.factories import FP32, tiny_params
+from tests.factories import FP32, ArrayImages, tiny_params
 
 if TYPE_CHECKING:
     from tests.conftest import Experiment
@@ -365,6 +367,17 @@ def test_what_is_measured_are_real_steps() -> None:
     for measurement in (real.update(), real.gather(16), real.evaluation(4)):
         assert measurement.value > 0
         assert measurement.spread >= 0
+
+
+def test_getting_a_batch_is_measured_for_one_where_several_are_made_together() -> None:
+    class Slow(ArrayImages):
+        def gather(self, indices: np.ndarray) -> np.ndarray:
+            time.sleep(1e-4 * len(indices))
+            return super().gather(indices)
+
+    slow = bench.Bench(tiny_params(), FP32, 0.3)
+    slow.__dict__["_images"] = Slow(np.zeros((64, 8, 8, 1), dtype=np.uint8))
+    assert 16e-4 <= slow.gather(16).value < 4 * 16e-4
 
 
 # --- words against a plan -------------------------------------------------------------------------------------

@@ -97,14 +97,22 @@ def test_an_arm_and_a_trial_carry_what_their_scores_are_of(store: Store) -> None
     (run,) = arm_runs(store)
     assert "protocol" not in run.data.tags, "not recorded"
 
+    write_metrics(fid=21.0, protocol={**protocol().as_dict(), "images": "x"})
+    publish()
+    (run,) = arm_runs(store)
+    assert "protocol" not in run.data.tags and run.data.metrics["fid"] == 21.0, "the scores are there all the same"
+
     write_metrics(protocol=protocol().as_dict(), flip=0.5)
     publish()
     (run,) = arm_runs(store)
     assert run.data.tags["protocol"] == f"{protocol().text}\nTrained with left-right flips of probability 0.5."
 
     write_trial("low", protocol=protocol().as_dict())
+    write_trial("given", kid=None, protocol=protocol().as_dict())
     publish_report(TUNED)
-    assert trial_runs(store)["low"].data.tags["protocol"] == protocol().text
+    trials = trial_runs(store)
+    assert trials["low"].data.tags["protocol"] == protocol().text
+    assert "protocol" not in trials["given"].data.tags, "it failed, and has no scores"
 
 
 def test_an_arm_of_points_carries_their_distances_by_milestone_and_what_the_report_says_of_them(store: Store) -> None:

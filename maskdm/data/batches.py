@@ -37,7 +37,7 @@ class Batches:
     """Shuffled epochs, one after another, cut into batches.
 
     On a CPU small batches are made for up to 16 steps together: between the steps of a network, which fill the caches,
-    the calls that make one take six times as long as they do one batch after another. For a GPU either all images are
+    the calls that make one take several times as long as one batch after another. For a GPU either all images are
     kept in its memory as uint8, and nothing but indices goes there in a step; or the next batch is gathered into pinned
     memory by another thread, and copied asynchronously, while the GPU works on this one. The batches are the same.
 
@@ -51,6 +51,9 @@ class Batches:
         resident: whether the images are kept on the device.
         rank: of this process among those that share a batch.
         num_ranks: how many they are; each gets B / num_ranks images, in the order of their ranks.
+
+    Attributes:
+        steps_at_once: how many steps' batches are made together, at the first that is asked for.
 
     Raises:
         ValueError: labels are wanted and the dataset has none, or the batch can't be shared evenly.
@@ -82,15 +85,15 @@ class Batches:
         self._resident = _upload(images, device) if resident else None
         bytes_of_batch = 4 * self._share * math.prod(images.shape)
         fitting = max(1, min(STEPS_AT_ONCE, BYTES_AT_ONCE // bytes_of_batch))
-        self._steps_at_once = fitting if device.type == "cpu" else 1
+        self.steps_at_once = fitting if device.type == "cpu" else 1
         self._made: tuple[int, Tensor, Tensor | None] | None = None
         self._prefetch = Prefetch(self._gather) if device.type == "cuda" and not resident else None
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor | None]:
         """This rank's part of the batch of a step (from 0): images in [−1, 1] (B, C, H, W), and labels (B,) or None."""
-        if self._steps_at_once == 1:
+        if self.steps_at_once == 1:
             return self._make(step)
-        first = step - step % self._steps_at_once
+        first = step - step % self.steps_at_once
         if self._made is None or self._made[0] != first:
             self._made = first, *self._make(first)
         _, x_0, labels = self._made
@@ -118,7 +121,7 @@ class Batches:
 
     def _gather(self, first: int) -> tuple[Tensor, Tensor]:
         """The same as pixels (…, H, W, C) uint8, and the images' indices; pinned if they are to be copied."""
-        own = [self.indices(step)[self._own] for step in range(first, first + self._steps_at_once)]
+        own = [self.indices(step)[self._own] for step in range(first, first + self.steps_at_once)]
         indices = torch.from_numpy(np.concatenate(own))
         if self.device.type == "cuda":
             indices = indices.pin_memory()

@@ -287,7 +287,7 @@ def facts(params: Params, results: Results) -> list[tuple[str, str]]:
         ("flips in training", _flips_fact(params, results.flips)),
         ("samples scored", f"{params.sampling.num_samples:,} per arm and seed, against {_reference_text(params)}"),
         ("feature extractor", _extractor_text(results.features_record)),
-        *([] if results.protocol is None else [("FID's protocol", " ".join(results.protocol.text.split("\n")))]),
+        *([] if results.protocol is None else [("the scores' protocol", " ".join(results.protocol.text.split("\n")))]),
         (
             "intervals",
             f"{100 * CONFIDENCE:.0f} %, Student's t over seeds, paired by seed with scratch; Holm's correction",

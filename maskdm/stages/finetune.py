@@ -13,6 +13,7 @@ from maskdm.checksums import file_sha256
 from maskdm.company import is_follower
 from maskdm.compute import ArmPlan, build_model, plan_arm
 from maskdm.config import Params
+from maskdm.data.arrays import ImageArrays
 from maskdm.errors import UserError
 from maskdm.masking import Masking
 from maskdm.publishing import link_or_copy, publish_description, publish_folder
@@ -40,7 +41,7 @@ def run(params: Params, arm: str, seed: int) -> None:
     images, output = open_data(params, verify=not is_follower()), paths.finetune(arm, seed)
     pretrained = require(paths.pretrain(arm, seed), "pretrain", arm, seed)
     job = finetuning_job(params, arm, seed, images.num_classes, pretrained / pretrain.CHECKPOINT)
-    _check_values(params, arm, seed, pretrained)
+    _check_pretrained_with(params, arm, seed, pretrained, images)
     inputs = {**job.inputs(images.sha256), RUN: params.trained_with(arm)}
     with joint_session(params, "finetune", arm, seed, inputs=inputs, output=output) as (session, ranks):
         if session.is_to_do:
@@ -51,12 +52,16 @@ def run(params: Params, arm: str, seed: int) -> None:
     publish_arm(params, arm, seed, through="finetune")
 
 
-def _check_values(params: Params, arm: str, seed: int, pretrained: Path) -> None:
-    """The engines pretrain again where the values change; who calls the stages by hand must not forget it."""
-    if read_json(pretrained / pretrain.RUN, "pretrain").get("trained_with") != pretrain.trained_with(params, arm):
+def _check_pretrained_with(params: Params, arm: str, seed: int, pretrained: Path, images: ImageArrays) -> None:
+    """The engines pretrain again where values or images change; who calls the stages by hand must not forget it."""
+    there = images if params.pretrain_of(arm).dataset is None else open_pretraining_data(params, arm)
+    expected = {"trained_with": pretrain.trained_with(params, arm), "data_sha256": there.sha256}
+    found = read_json(pretrained / pretrain.RUN, "pretrain")
+    if any(found.get(key) != value for key, value in expected.items()):
         raise UserError(
             f"{pretrained} was pretrained with other values than params.yaml has now (of model, diffusion, budget, "
-            f"training or pretrain, or the arm's mask); run first: maskdm pretrain --arm {arm} --seed {seed}"
+            "training or pretrain, or the arm's mask), or on other images; run first: maskdm pretrain "
+            f"--arm {arm} --seed {seed}"
         )
 
 

@@ -43,8 +43,8 @@ def run(params: Params, arm: str, seed: int) -> None:
                 with publish_folder(output) as folder:
                     trainer.save_weights(folder / CHECKPOINT)
                     write_curve(folder / CURVE, state)
-                    made_with = {"trained_with": trained_with(params, arm), "init_sha256": job.init_sha256 or None}
-                    publish_description(folder / RUN, made_with)
+                    origin = {"data_sha256": images.sha256, "init_sha256": job.init_sha256 or None}
+                    publish_description(folder / RUN, {"trained_with": trained_with(params, arm), **origin})
 
 
 def trained_with(params: Params, arm: str) -> str:
@@ -56,8 +56,9 @@ def trained_with(params: Params, arm: str) -> str:
     """
     config = params.arm(arm)
     mask = config.model_dump(include={"strategy", "mask_rate", "block_size"})
-    pretrain = {} if config.strategy == "none" else params.pretrain_of(arm).model_dump(mode="json")
-    training = params.training.model_dump(mode="json", exclude={"devices"})
+    # without what is not given, as in `Params.trained_with`
+    pretrain = {} if config.strategy == "none" else params.pretrain_of(arm).model_dump(mode="json", exclude_none=True)
+    training = params.training.model_dump(mode="json", exclude={"devices", "log_every"})
     steps = plan_arm(params, arm).pretrain.num_steps
     return fingerprint(params.model, params.diffusion, training, mask, pretrain, _dataset(params, arm), steps)
 

@@ -13,7 +13,7 @@ STAGE_VERSIONS = {
     "scale": 5,
     "tune": 5,
     "choose": 2,
-    "pretrain": 5,
+    "pretrain": 6,
     "finetune": 5,
     "sample": 5,
     "evaluate": 4,

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import math
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,10 @@ class RunContent:
         return bool(self.points or self.measures or self.tags or self.images)
 
     def add_protocol(self, scores: dict[str, Any]) -> None:
-        """Tag with what a stage's scores are of."""
-        if said := said_of(scores):
-            self.tags["protocol"] = said
+        """Tag with what a stage's scores are of; what can't be read of it is left out."""
+        with suppress(ValueError, TypeError):
+            if said := said_of(scores):
+                self.tags["protocol"] = said
 
     def add_provenance(self, record: dict[str, Any]) -> None:
         """Tag with commit and versions of a stage's record."""

@@ -57,7 +57,8 @@ def read_trial(arm: str, trial: str, given: dict[str, str], base: Path = Path())
     content.measures = only_numbers({"wall_seconds": record.get("wall_seconds")})
     content.status = "FAILED" if result.get("failed") else "FINISHED"
     content.tags = {"failed": str(result["failed"])} if result.get("failed") else {}
-    content.add_protocol(result)
+    if scores:
+        content.add_protocol(result)
     if result.get("data_sha256"):
         content.tags["data_sha256"] = str(result["data_sha256"])
     content.add_provenance(record)

@@ -16,7 +16,7 @@ rule pretrain:
     params:
         depends_on=depends_on("pretrain"),
     shell:
-        "maskdm pretrain --arm {wildcards.arm} --seed {wildcards.seed} --stage-version 5 > {log} 2>&1"
+        "maskdm pretrain --arm {wildcards.arm} --seed {wildcards.seed} --stage-version 6 > {log} 2>&1"
 
 
 rule finetune:

@@ -52,8 +52,9 @@ def draw_figures(
     said = small_print(results)
     with matplotlib.style.context(STYLE, after_reset=True):
         for kind in kinds:
-            below = [printed(said)] if said and kind.has_scores else []
-            _save([kind.draw(shown), *below], folder / kind.file)
+            figure = kind.draw(shown)
+            below = [printed(said, figure.get_figwidth())] if said and kind.has_scores else []
+            _save([figure, *below], folder / kind.file)
     return [_picture(kind, shown) for kind in kinds]
 
 

@@ -21,11 +21,12 @@ def small_print(results: Results) -> str:
     return " ".join(f"{protocol} {flips_text(results.flips)}".split())
 
 
-def printed(text: str) -> Figure:
-    """A strip of the page's width with a text in as many lines as it takes."""
+def printed(text: str, width: float = WIDTH) -> Figure:
+    """A strip of some width, in inches, with a text in as many lines as it takes."""
     lines = textwrap.wrap(text, LINE_CHARACTERS, break_on_hyphens=False)
     height = len(lines) * FONT_SIZE * LINE_SPACING / 72 + 2 * MARGIN
-    figure = Figure(figsize=(WIDTH, height))
-    place = (MARGIN / WIDTH, 1 - MARGIN / height)
-    figure.text(*place, "\n".join(lines), fontsize=FONT_SIZE, linespacing=LINE_SPACING, color=FLOOR, va="top")
+    figure = Figure(figsize=(width, height))
+    place = (MARGIN / width, 1 - MARGIN / height)
+    written = figure.text(*place, "\n".join(lines), fontsize=FONT_SIZE, linespacing=LINE_SPACING, color=FLOOR, va="top")
+    written.set_parse_math(False)  # classes have the names that users gave them
     return figure
