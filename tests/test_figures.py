@@ -153,7 +153,16 @@ def test_scores_never_stand_in_a_figure_without_what_they_are_of(tmp_path):
     assert {kind.file for kind in FIGURES if not kind.has_scores} == of_training
 
 
-XX.text, "patch-m50, block2-m75, " * 40, "0123456789abcdef/" * 30, "a$\\x and d$e_f"]
+def test_small_print_is_as_wide_as_its_figure(tmp_path):
+    arms = {f"patch-m{i}": masked("patch", i / 16) for i in range(1, 16)}
+    shown = show(make_params({"scratch": SCRATCH, **arms}, seeds=(0,)))
+    write(replace(shown, results=replace(shown.results, protocol=protocol())), tmp_path / "wide")
+    with Image.open(tmp_path / "wide" / HEAT_MAP.file) as image:
+        assert image.width > WIDTH * DPI
+
+
+@pytest.mark.parametrize(
+    "text", [protocol().text, "patch-m50, block2-m75, " * 40, "0123456789abcdef/" * 30, "a$\\x and d$e_f"]
 )
 def test_small_print_fits_its_strip(text):
     with matplotlib.style.context(STYLE, after_reset=True):

@@ -732,9 +732,12 @@ def test_params_of_finetuning_are_none_of_pretrainings(prepared: Experiment) -> 
     assert before["init_sha256"] is after["init_sha256"] is None
 
 
-def test_finetuning_refuses_weights_pretrained_with_other_values(prepared: Experiment) -> None:
+@pytest.mark.parametrize("change", [{"training": {"flip": 0.5}}, {"dataset": {"limit": 1000}}], ids=str)
+def test_finetuning_refuses_weights_pretrained_with_other_values_or_images(
+    prepared: Experiment, change: dict[str, Any]
+) -> None:
     prepared.succeed("pretrain", *OF_ARM)
-    prepared.change(training={"flip": 0.5})
+    prepared.change(**change).succeed("prepare")
     assert_refused(
         prepared.run("finetune", *OF_ARM),
         f"results/pretrain/{ARM}/seed-0 was pretrained with other values than params.yaml has now",
@@ -742,7 +745,7 @@ def test_finetuning_refuses_weights_pretrained_with_other_values(prepared: Exper
     )
     assert not prepared.path(OUTPUTS["finetune"]).exists()
     prepared.succeed("pretrain", *OF_ARM)
-    prepared.succeed("finetune", *OF_ARM)
+    prepared.change(training={"log_every": 7}).succeed("finetune", *OF_ARM)
 
 
 @pytest.mark.parametrize("count", [3, 4])
