@@ -13,7 +13,6 @@ from maskdm.checksums import file_sha256
 from maskdm.company import is_follower
 from maskdm.compute import ArmPlan, build_model, plan_arm
 from maskdm.config import Params
-from maskdm.data.arrays import ImageArrays
 from maskdm.errors import UserError
 from maskdm.masking import Masking
 from maskdm.publishing import link_or_copy, publish_description, publish_folder
@@ -41,7 +40,7 @@ def run(params: Params, arm: str, seed: int) -> None:
     images, output = open_data(params, verify=not is_follower()), paths.finetune(arm, seed)
     pretrained = require(paths.pretrain(arm, seed), "pretrain", arm, seed)
     job = finetuning_job(params, arm, seed, images.num_classes, pretrained / pretrain.CHECKPOINT)
-    _check_pretrained_with(params, arm, seed, pretrained, images)
+    _check_pretrained_with(params, arm, seed, pretrained)
     inputs = {**job.inputs(images.sha256), RUN: params.trained_with(arm)}
     with joint_session(params, "finetune", arm, seed, inputs=inputs, output=output) as (session, ranks):
         if session.is_to_do:
@@ -52,9 +51,9 @@ def run(params: Params, arm: str, seed: int) -> None:
     publish_arm(params, arm, seed, through="finetune")
 
 
-def _check_pretrained_with(params: Params, arm: str, seed: int, pretrained: Path, images: ImageArrays) -> None:
+def _check_pretrained_with(params: Params, arm: str, seed: int, pretrained: Path) -> None:
     """The engines pretrain again where values or images change; who calls the stages by hand must not forget it."""
-    there = images if params.pretrain_of(arm).dataset is None else open_pretraining_data(params, arm)
+    there = open_pretraining_data(params, arm)
     expected = {"trained_with": pretrain.trained_with(params, arm), "data_sha256": there.sha256}
     found = read_json(pretrained / pretrain.RUN, "pretrain")
     if any(found.get(key) != value for key, value in expected.items()):
