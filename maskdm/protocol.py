@@ -127,9 +127,9 @@ def said_of(scores: Mapping[str, Any]) -> str:
         ValueError: their protocol has other fields.
     """
     protocol = scores.get("protocol")
-    said = [Protocol.from_dict(protocol).text] if protocol else []
-    flips = [] if scores.get("flip") is None else [f"Trained {flip_text(scores['flip'])}."]
-    return "\n".join(said + flips)
+    text = Protocol.from_dict(protocol).text if protocol else ""
+    flips = {} if scores.get("flip") is None else {str(scores.get("arm")): scores["flip"]}
+    return "\n".join(filter(None, (text, flips_text(flips))))
 
 
 def differences(one: Any, other: Any) -> Iterator[str]:

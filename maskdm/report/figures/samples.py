@@ -70,7 +70,7 @@ def image_grid(images: np.ndarray, side: int) -> np.ndarray:
 def _caption(shown: Shown) -> str:
     return (
         f"Real images, and samples at the end of the budget, seed {shown.params.seeds[0]}: the same cell holds the "
-        "same image seed in every arm; none was selected. FIDs are those of this seed."
+        "same image seed in every arm; none was selected. Scores are those of this seed."
     )
 
 
