@@ -27,6 +27,12 @@ def values_sha256(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
+def short_hash(*parts: Any) -> str:
+    """A short hash of plain values or sections of params: equal values, equal hash."""
+    plain = [part.model_dump(mode="json") if hasattr(part, "model_dump") else part for part in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+
+
 CHECKSUM = "checksum"
 
 

@@ -86,10 +86,6 @@ class Diffusion:
             return prediction
         return signal * x_t - sigma * prediction
 
-    def to_noise(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The ε that takes x_0 to x_t: re-derived after x_0 has been clipped, so that the pair stays consistent."""
-        return (x_t - self._at(self._signal, t, x_t) * x_0) / self._at(self._noise, t, x_t)
-
     @staticmethod
     def _at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
         return table[t].reshape(-1, *[1] * (like.dim() - 1))

@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from maskdm.mask_geometry import Grid, Strategy, VisibleShape, visible_shape
+from maskdm.config.geometry import Grid, Strategy, VisibleShape, visible_shape
 
 
 @dataclass(frozen=True)

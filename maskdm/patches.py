@@ -5,7 +5,7 @@ from __future__ import annotations
 from einops import rearrange
 from torch import Tensor
 
-from maskdm.mask_geometry import Grid
+from maskdm.config.geometry import Grid
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:

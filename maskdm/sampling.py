@@ -16,8 +16,8 @@ from torch import Tensor
 
 from maskdm import rng
 from maskdm.config import SamplingConfig
+from maskdm.config.geometry import Grid
 from maskdm.diffusion import Denoiser, Diffusion
-from maskdm.mask_geometry import Grid
 from maskdm.masking import all_visible
 from maskdm.patches import patchify, unpatchify
 

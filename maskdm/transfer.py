@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskdm.mask_geometry import Grid
+from maskdm.config.geometry import Grid
 
 
 def carried_over(

@@ -20,7 +20,7 @@ from maskdm.device import Compute, resolve
 from maskdm.protocol import Protocol, drawn_as, metrics_as
 
 CPU = torch.device("cpu")
-FP32 = resolve(ComputeConfig(device="cpu", precision="fp32", threads=1))
+FP32 = resolve(ComputeConfig(device="cpu", precision="fp32"))
 BF16 = Compute(CPU, autocast=True, threads=1)
 
 
@@ -41,7 +41,7 @@ def tiny_params(**changes: Any) -> Params:
         "sampling": {},
         "evaluation": {},
         "compute": {"device": "cpu", "precision": "fp32"},
-        "tuning": {"enabled": False, "seed": 1000, "budget_fraction": 0.5, "trials": {"given": {}}},
+        "tuning": {"seed": 1000, "budget_fraction": 0.5, "trials": {}},
         "tracking": {"enabled": False},
         "arms": {
             "scratch": {"strategy": "none"},

@@ -24,7 +24,7 @@ from maskdm.backbone import (
 )
 from maskdm.compute import build_model
 from maskdm.config import ModelConfig
-from maskdm.mask_geometry import Grid
+from maskdm.config.geometry import Grid
 from maskdm.masking import Masking, all_visible
 from maskdm.memory import saved_bytes
 from tests.factories import CPU, tiny_model, tiny_params

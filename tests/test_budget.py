@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from maskdm.budget import Split, split_budget
+from maskdm.config.flops import Split, split_budget
 
 COSTS = st.floats(0.1, 100.0) | st.sampled_from([1.0, 3.0, 1e12])
 MILESTONES = st.sets(st.integers(1, 99), max_size=4).map(lambda percents: [*(p / 100 for p in sorted(percents)), 1.0])
@@ -146,6 +146,6 @@ def test_impossible_budgets_say_why(budget: dict, says: str) -> None:
 
 
 def test_it_is_plain_arithmetic_that_imports_nothing_heavy() -> None:
-    code = "import sys, maskdm.budget, maskdm.config; print({'torch', 'numpy'} & set(sys.modules))"
+    code = "import sys, maskdm.config.flops, maskdm.config; print({'torch', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

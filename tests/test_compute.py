@@ -17,8 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from maskdm.backbone import UViT
-from maskdm.compute import ArmPlan, count_image_flops, plan_arm
-from maskdm.config import ModelConfig, Params, StageConfig
+from maskdm.compute import count_image_flops
+from maskdm.config import ModelConfig, Params, Run, StageConfig, resolve
 from maskdm.diffusion import Diffusion, draw_step, masked_dsm_loss
 from maskdm.errors import ParamsError
 from maskdm.masking import Masking
@@ -78,7 +78,7 @@ def test_counted_flops_are_the_architectures(
     num_visible = round((1 - rate) * params.grid.num_patches)
     counted = batch_size * count_image_flops(params, num_visible)
     assert counted == batch_size * oracle_of(params, num_visible)
-    assert batch_size * params.model.training_flops(num_visible, params.patch_dim) == counted, "in closed form"
+    assert batch_size * params.image_flops(num_visible) == counted, "in closed form"
 
 
 def test_a_masked_step_costs_about_its_share_of_a_full_one() -> None:
@@ -148,8 +148,8 @@ def costs_of(params: Params, arm: str) -> tuple[float, float]:
     )
 
 
-def spent(plan: ArmPlan, pretrain_cost: float, finetune_cost: float) -> float:
-    return plan.pretrain.num_steps * pretrain_cost + plan.finetune.num_steps * finetune_cost
+def spent(run: Run, pretrain_cost: float, finetune_cost: float) -> float:
+    return run.pretrain.num_steps * pretrain_cost + run.finetune.num_steps * finetune_cost
 
 
 @given(experiments())
@@ -157,7 +157,7 @@ def spent(plan: ArmPlan, pretrain_cost: float, finetune_cost: float) -> float:
 def test_every_arm_spends_the_budget_to_within_half_a_step(params: Params) -> None:
     for arm in params.arms:
         costs = costs_of(params, arm)
-        assert abs(spent(plan_arm(params, arm), *costs) - budget_of(params)) <= costs[1] / 2
+        assert abs(spent(resolve(params, arm, 0), *costs) - budget_of(params)) <= costs[1] / 2
 
 
 @given(experiments())
@@ -165,7 +165,7 @@ def test_every_arm_spends_the_budget_to_within_half_a_step(params: Params) -> No
 def test_pretraining_takes_its_share_of_the_budget_or_its_steps(params: Params) -> None:
     for arm in params.arms:
         pretrain_cost, _ = costs_of(params, arm)
-        num_steps, split = plan_arm(params, arm).pretrain.num_steps, params.pretrain_of(arm)
+        num_steps, split = resolve(params, arm, 0).pretrain.num_steps, params.pretrain_of(arm)
         if split.steps is not None:
             assert num_steps == split.steps
             continue
@@ -178,13 +178,13 @@ def test_pretraining_takes_its_share_of_the_budget_or_its_steps(params: Params) 
 @settings(deadline=None, max_examples=40)
 def test_milestones_lie_where_their_fraction_of_the_budget_is_spent(params: Params) -> None:
     for arm in params.arms:
-        plan, costs = plan_arm(params, arm), costs_of(params, arm)
-        fractions, steps = zip(*plan.milestones, strict=True)
+        run, costs = resolve(params, arm, 0), costs_of(params, arm)
+        fractions, steps = zip(*run.milestones, strict=True)
         assert list(fractions) == params.budget.milestones
         assert all(a < b for a, b in pairwise(steps))
-        assert steps[-1] == plan.finetune.num_steps
-        for fraction, step in plan.milestones:
-            by_then = plan.pretrain.num_steps * costs[0] + step * costs[1]
+        assert steps[-1] == run.finetune.num_steps
+        for fraction, step in run.milestones:
+            by_then = run.pretrain.num_steps * costs[0] + step * costs[1]
             assert abs(by_then - fraction * budget_of(params)) <= costs[1]
 
 
@@ -196,31 +196,31 @@ def test_milestones_of_a_tiny_budget_are_steps_that_finetuning_makes(unmasked_st
     milestones = [0.95, 1.0] if share == 0.9 else [0.5, 0.75, 1.0]
     budget = {"match": "steps", "unmasked_steps": unmasked_steps, "milestones": milestones}
     try:
-        plan = plan_arm(tiny_params(budget=budget, pretrain={"share": share}), "patch-m50")
+        run = resolve(tiny_params(budget=budget, pretrain={"share": share}), "patch-m50", 0)
     except ParamsError as error:
         too_small = r"(the milestones|what pretraining leaves|pretrain\.share) .*; raise budget\.unmasked_steps"
         rounded_up = r"the first milestone .* falls into pretraining"  # e.g. 1.8 of 4 steps are 2, half of the budget
         assert re.search(rf"arms\.[a-z0-9-]+: ({too_small}|{rounded_up})", str(error)), error
         return
-    steps = [step for _, step in plan.milestones]
+    steps = [step for _, step in run.milestones]
     assert steps == sorted(set(steps))
-    assert steps[-1] == plan.finetune.num_steps
+    assert steps[-1] == run.finetune.num_steps
 
 
 @pytest.mark.parametrize("match", ["flops", "images", "steps"])
 def test_scratch_spends_its_whole_budget_unmasked(match: str) -> None:
     params = tiny_params(budget={"match": match, "unmasked_steps": 123})
-    plan = plan_arm(params, "scratch")
-    assert (plan.pretrain.num_steps, plan.finetune.num_steps) == (0, 123)
-    assert plan.finetune.num_visible == params.grid.num_patches
-    assert plan.flops == 123 * 8 * count_image_flops(params, 16)
+    run = resolve(params, "scratch", 0)
+    assert (run.pretrain.num_steps, run.finetune.num_steps) == (0, 123)
+    assert run.finetune.num_visible == params.grid.num_patches
+    assert run.flops == 123 * 8 * count_image_flops(params, 16)
 
 
 def test_pretraining_by_steps_takes_them_and_leaves_the_rest_to_finetuning() -> None:
     params = tiny_params(pretrain={"steps": 7}, arms={"a": {"strategy": "patch", "mask_rate": 0.5}})
-    plan = plan_arm(params, "a")
-    assert plan.pretrain.num_steps == 7
-    assert abs(plan.flops - 100 * 8 * count_image_flops(params, 16)) <= 8 * count_image_flops(params, 16) / 2
+    run = resolve(params, "a", 0)
+    assert run.pretrain.num_steps == 7
+    assert abs(run.flops - 100 * 8 * count_image_flops(params, 16)) <= 8 * count_image_flops(params, 16) / 2
 
 
 TRIALS = {
@@ -238,44 +238,44 @@ TRIALS = {
 def test_every_trial_of_every_arm_spends_the_same_to_within_half_a_step(match: str, fraction: float) -> None:
     params = tiny_params(
         budget={"match": match, "unmasked_steps": 200},
-        tuning={"enabled": True, "budget_fraction": fraction, "trials": TRIALS},
+        tuning={"budget_fraction": fraction, "trials": TRIALS},
     )
     budget = budget_of(params)
     for arm in params.arms:
-        for values in TRIALS.values():
-            trial = params.for_trial(arm, values)
-            assert budget_of(trial) == fraction * budget, "of the shared batch size, whatever the trial's"
-            pretrain_cost, finetune_cost = costs_of(trial, arm)
-            plan = plan_arm(trial, arm)
-            assert abs(spent(plan, pretrain_cost, finetune_cost) - fraction * budget) <= finetune_cost / 2
-            assert plan.milestones == ((1.0, plan.finetune.num_steps),)
-            assert (plan.pretrain.num_steps > 0) == (arm != "scratch")
+        for trial in TRIALS:
+            run = resolve(params, arm, 0, trial)
+            assert budget_of(run.params) == fraction * budget, "of the shared batch size, whatever the trial's"
+            pretrain_cost, finetune_cost = costs_of(run.params, arm)
+            assert abs(spent(run, pretrain_cost, finetune_cost) - fraction * budget) <= finetune_cost / 2
+            assert run.milestones == ((1.0, run.finetune.num_steps),)
+            assert (run.pretrain.num_steps > 0) == (arm != "scratch")
 
 
 def test_the_batch_size_that_was_chosen_does_not_change_the_budget_of_an_arm() -> None:
     params = tiny_params(arms={"scratch": {"strategy": "none"}})
-    larger = params.with_values("scratch", {"finetune.batch_size": 32})
-    assert plan_arm(larger, "scratch").finetune.num_steps == 25
-    assert plan_arm(larger, "scratch").flops == plan_arm(params, "scratch").flops
+    larger = resolve(params, "scratch", 0, chosen={"finetune.batch_size": 32})
+    assert larger.finetune.num_steps == 25
+    assert larger.flops == resolve(params, "scratch", 0).flops
 
 
 def test_a_share_of_0_is_no_pretraining() -> None:
-    plan = plan_arm(tiny_params(pretrain={"share": 0.0}), "block2-m75")
-    assert (plan.pretrain.num_steps, plan.finetune.num_steps) == (0, 100)
+    run = resolve(tiny_params(pretrain={"share": 0.0}), "block2-m75", 0)
+    assert (run.pretrain.num_steps, run.finetune.num_steps) == (0, 100)
 
 
-def test_flops_of_a_plan_are_those_of_its_steps() -> None:
+def test_flops_of_a_run_are_those_of_its_steps() -> None:
     params = tiny_params()
-    plan = plan_arm(params, "block2-m75")
-    assert plan.pretrain.num_visible == 4
-    assert plan.pretrain.flops == plan.pretrain.num_steps * 8 * count_image_flops(params, 4)
-    assert plan.flops == plan.pretrain.flops + plan.finetune.flops
-    assert plan.pretrain.num_steps > 0
+    run = resolve(params, "block2-m75", 0)
+    assert run.pretrain.num_visible == 4
+    assert run.pretrain.flops == run.pretrain.num_steps * 8 * count_image_flops(params, 4)
+    assert run.flops == run.pretrain.flops + run.finetune.flops
+    assert run.pretrain.num_steps > 0
 
 
 def test_masked_steps_are_more_at_equal_flops_and_as_many_at_equal_steps() -> None:
     flops, steps = (
-        plan_arm(tiny_params(budget={"match": match}), "block2-m75").pretrain.num_steps for match in ("flops", "steps")
+        resolve(tiny_params(budget={"match": match}), "block2-m75", 0).pretrain.num_steps
+        for match in ("flops", "steps")
     )
     assert steps == 30
     assert flops > 3 * steps
@@ -283,4 +283,4 @@ def test_masked_steps_are_more_at_equal_flops_and_as_many_at_equal_steps() -> No
 
 def test_an_unknown_arm_is_named() -> None:
     with pytest.raises(ParamsError, match=r"there is no arm 'scrach'.*did you mean 'scratch'"):
-        plan_arm(tiny_params(), "scrach")
+        resolve(tiny_params(), "scrach", 0)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from maskdm.mask_geometry import Grid, Strategy, VisibleShape, visible_shape
+from maskdm.config.geometry import Grid, Strategy, VisibleShape, visible_shape
 from maskdm.masking import Masking, all_visible, to_mask
 
 PAPER_GRID = Grid(16, 16)

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from maskdm.config import SamplingConfig
+from maskdm.config.geometry import Grid
 from maskdm.data.batches import to_uint8
 from maskdm.device import Compute
 from maskdm.diffusion import Diffusion, Prediction
 from maskdm.drawing import draw_images
-from maskdm.mask_geometry import Grid
 from maskdm.sampling import ImageDenoiser, ImageNoise, batches_of, on_images, sample, sample_timesteps
 from tests.factories import CPU, FP32, tiny_model, tiny_params
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from maskdm.mask_geometry import Grid
+from maskdm.config.geometry import Grid
 from maskdm.transfer import carried_over, resized_positions
 
 

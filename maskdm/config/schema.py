@@ -1,20 +1,17 @@
 """params.yaml: the one schema, used by the commands, by Snakemake and by the tests.
 
 Every knob is declared here, with its default and its meaning; an unknown key, a wrong type or an impossible
-combination is a `ParamsError` that says where and what would be right. Nothing here imports torch.
+combination is a `ParamsError` that says where and what would be right. `reading` opens the file.
 """
 
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -25,22 +22,20 @@ from pydantic import (
     model_validator,
 )
 
-from maskdm.budget import Split, split_budget
+from maskdm.checksums import short_hash
+from maskdm.config.flops import Split, split_budget, training_flops
+from maskdm.config.geometry import Grid, Strategy, VisibleShape, visible_shape
 from maskdm.errors import ParamsError
-from maskdm.mask_geometry import Grid, Strategy, VisibleShape, visible_shape
 from maskdm.printable import printable
 
 PARAMS_FILE = Path("params.yaml")
-MOST_BYTES = 2**18  # of params.yaml: a thousand arms; YAML is read at 100 kB a second
-MOST_WRITTEN_OUT = 2**20  # values and their characters in params.yaml, aliases written out
-MOST_CHARACTERS = 3000  # of one value: a number of that many can still be shown
-MOST_MISTAKES = 20  # told at once
+MAX_MISTAKES = 20  # shown at once
 ARM_KEY = re.compile(r"[a-z0-9][a-z0-9-]*")
 
 EMBEDDED = ("digits", "swissroll")
 HUGGING_FACE = re.compile(r"huggingface:(?!\.)[\w.-]+(/(?!\.)[\w.-]+)?(:[\w.-]+)?")  # owner/name:configuration
-SOURCES = (*EMBEDDED, "mnist", "fashion_mnist", "cifar10", "celeba", "lsun", "image_folder")
-SPLITS: dict[str, tuple[str, ...]] = dict.fromkeys(("mnist", "fashion_mnist", "cifar10"), ("train", "test", "all"))
+SOURCES = (*EMBEDDED, "mnist", "fashion_mnist", "celeba", "lsun", "image_folder")
+SPLITS: dict[str, tuple[str, ...]] = dict.fromkeys(("mnist", "fashion_mnist"), ("train", "test", "all"))
 SPLITS["celeba"] = ("train", "valid", "test", "all")
 CELEBA_CROP = [57, 25, 128]  # top row, left column, side
 LSUN_SCENES = (
@@ -100,6 +95,11 @@ def _side_or_sides(size: Any) -> Any:
 def _known_source(source: str) -> str:
     if source in SOURCES or HUGGING_FACE.fullmatch(source):
         return source
+    if source == "cifar10":
+        raise ValueError(
+            "there is no source cifar10 any more: write huggingface:uoft-cs/cifar10, split train or test, which needs "
+            "pip install 'maskdm[datasets]'"
+        )
     raise ValueError(
         f"unknown dataset {source!r}{_suggest(source, [*SOURCES])}, or huggingface:NAME for a dataset there"
     )
@@ -116,9 +116,6 @@ def _check_lsun_category(split: str | None) -> None:
         hint = f"did you mean {close[0]!r}?" if close else f"expected one of {known}"
         raise ValueError(f"source lsun has no category {category!r}; {hint}")
 
-
-# What PyYAML raises for values that can't be what their tags say, such as a date with a thirteenth month.
-NOT_PLAIN_YAML = (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, OverflowError)
 
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0)]
@@ -137,8 +134,8 @@ class DatasetConfig(Section):
     """What `prepare` turns into arrays."""
 
     source: Annotated[str, AfterValidator(_known_source)] = Field(
-        description="digits and swissroll are embedded; mnist, fashion_mnist, cifar10, celeba: downloaded, or their "
-        "original files in root; lsun: its databases in root; image_folder: your own; huggingface:NAME[:CONFIGURATION]"
+        description="digits and swissroll are embedded; mnist, fashion_mnist, celeba: downloaded, or their original "
+        "files in root; lsun: its databases in root; image_folder: your own; huggingface:NAME[:CONFIGURATION]"
     )
     root: str | None = Field(
         default=None,
@@ -256,25 +253,21 @@ class ModelConfig(Section):
         return self
 
     def training_flops(self, num_visible: int, patch_dim: int) -> int:
-        """FLOPs of forward and backward of one image in closed form, 2 per multiply-add.
-
-        Backward costs twice the forward, but once where the input needs no gradient. The tests hold it equal to what
-        PyTorch counts on the real network (`compute.count_image_flops`).
+        """FLOPs of forward and backward of one image (see `flops.training_flops`).
 
         Args:
             num_visible: S.
             patch_dim: P.
         """
-        dim, hidden = self.dim, int(self.dim * self.mlp_ratio)
-        tokens = num_visible + 1 + self.class_conditional
-        linear = self.depth * tokens * (4 * dim**2 + 2 * dim * hidden)  # qkv, proj, fc1, fc2
-        skips = self.depth // 2 * tokens * 2 * dim**2
-        attention = self.depth * 2 * tokens**2 * dim  # q·k and weights·v, over all heads
-        head = num_visible * dim * patch_dim
-        time_mlp = 4 * dim**2 if self.mlp_time_embed else 0
-        whole = linear + skips + attention + head + time_mlp
-        without_input_gradient = num_visible * patch_dim * dim + time_mlp  # the patches, the timestep's embedding
-        return 2 * (3 * whole + 2 * without_input_gradient)
+        return training_flops(
+            num_visible,
+            patch_dim,
+            self.dim,
+            self.depth,
+            int(self.dim * self.mlp_ratio),
+            num_tokens=num_visible + 1 + self.class_conditional,
+            mlp_time_embed=self.mlp_time_embed,
+        )
 
 
 class DiffusionConfig(Section):
@@ -314,7 +307,6 @@ class TrainingConfig(Section):
     grad_clip: Positive | None = None
     flip: Annotated[Number, Field(ge=0, le=1)] = Field(default=0.0, description="probability of a left-right flip")
     log_every: Count = 100
-    devices: Count = Field(default=1, description="processes that share a batch, one per device; changes no result")
 
 
 class StageConfig(Section):
@@ -440,11 +432,13 @@ class EvaluationConfig(Section):
 class ComputeConfig(Section):
     """The machine: results are byte-identical only for equal values here, on the same machine.
 
-    On a GPU runs are equal to rounding only: the backward pass of its attention adds up in any order.
+    `device` and `precision` are part of what a result is made from. All other values change rounding at most: changing
+    them reruns nothing, and each run records the values that it had. On a GPU runs are equal to rounding only: the
+    backward pass of its attention adds up in any order.
     """
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"]
+    precision: Literal["auto", "fp32", "bf16"]
     attention: Literal["auto", "plain", "fused"] = Field(
         default="auto", description="plain: matrix products and a softmax; fused: PyTorch's kernel"
     )
@@ -455,29 +449,30 @@ class ComputeConfig(Section):
     activation_checkpointing: bool = Field(
         default=False, description="compute the blocks' activations twice instead of keeping them"
     )
-    sharding: Literal["auto", "none", "full"] = Field(
-        default="auto", description="of weights and optimizer over training.devices; auto: full where they fill a GPU"
-    )
+    devices: Count = Field(default=1, description="processes that share a batch, one per device")
     threads: Count = Field(default=1, description="CPU threads of a stage; Snakemake reserves as many cores")
 
 
 class TuningConfig(Section):
     """Every arm tries the same trials, at the same compute each, before it runs with the values of the best."""
 
-    enabled: bool = Field(description="false: every arm runs with the values as given, and no trial is run")
     seed: Annotated[int, Field(ge=0)] = Field(description="of the trials; not one of `seeds`")
     budget_fraction: Annotated[Number, Field(gt=0, le=1)] = Field(description="of the budget that each trial spends")
     metric: Literal["kid", "fid"] = Field(default="kid", description="the trial with the lowest one is chosen")
-    trials: Annotated[dict[str, dict[str, Any]], Field(min_length=1)] = Field(
-        description="by name, what each trial overrides by dotted path: pretrain.*, finetune.*, training.*"
+    trials: dict[str, dict[str, Any]] = Field(
+        description="by name, what each trial overrides by dotted path: pretrain.*, finetune.*, training.*; "
+        "{}: nothing is tuned, and every arm runs with the values as given"
     )
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is tuned."""
+        return bool(self.trials)
 
     @model_validator(mode="after")
     def _there_is_a_choice(self) -> Self:
-        if self.enabled and len(self.trials) < 2:
-            raise ValueError(
-                "enabled: tuning needs two trials or more to choose from; add trials, or say enabled: false"
-            )
+        if len(self.trials) == 1:
+            raise ValueError("trials: tuning needs two trials or more to choose from; add trials, or say trials: {}")
         return self
 
 
@@ -487,10 +482,6 @@ class DataConfig(Section):
     device_resident: Literal["auto"] | bool = Field(
         default="auto",
         description="keep the uint8 images on the GPU; auto: if at most a quarter of its memory",
-    )
-    prepare_jobs: Count = Field(
-        default=1,
-        description="into so many jobs Snakemake splits `prepare`, over cores and machines; changed, it prepares again",
     )
 
 
@@ -594,8 +585,7 @@ class Params(Section):
 
     def checkpoints(self) -> Iterator[tuple[str, str, str]]:
         """The folders of weights that training starts from, each with its dotted path and its arm."""
-        trials = self.tuning.trials if self.tuning.enabled else {}
-        named = {trial: values for trial, values in trials.items() if "pretrain.checkpoint" in values}
+        named = {trial: values for trial, values in self.tuning.trials.items() if "pretrain.checkpoint" in values}
         for arm in self.arms:
             if checkpoint := self.pretrain_of(arm).checkpoint:
                 yield f"arms.{arm}.pretrain.checkpoint", arm, checkpoint
@@ -607,15 +597,15 @@ class Params(Section):
         """The params with the dataset that an arm is pretrained on in the place of `dataset`."""
         return self.model_copy(update={"dataset": self.pretrain_dataset_of(key)})
 
-    def split_of(self, key: str, image_flops: Callable[[int], int]) -> Split:
+    def image_flops(self, num_visible: int) -> int:
+        """FLOPs of training on one image with S visible patches: forward and backward."""
+        return self.model.training_flops(num_visible, self.patch_dim)
+
+    def split_of(self, key: str) -> Split:
         """An arm's budget in steps.
 
         The budget is the cost of `budget.unmasked_steps` finetuning steps as `finetune` describes them, whatever the
         arm's own batch size is; `budget.match` says what cost means.
-
-        Args:
-            key: the arm.
-            image_flops: S → FLOPs of forward and backward of one image.
 
         Raises:
             ValueError: the budget is too small for it.
@@ -625,7 +615,7 @@ class Params(Section):
         def cost(stage: StageConfig, num_visible: int) -> int:
             if self.budget.match == "steps":
                 return 1
-            return stage.batch_size * (image_flops(num_visible) if self.budget.match == "flops" else 1)
+            return stage.batch_size * (self.image_flops(num_visible) if self.budget.match == "flops" else 1)
 
         return split_budget(
             self.budget.unmasked_steps * cost(self.finetune, num_patches),
@@ -635,23 +625,6 @@ class Params(Section):
             cost(finetune, num_patches),
             self.budget.milestones,
         )
-
-    def trained_with(self, key: str) -> str:
-        """A fingerprint of all params that an arm's weights depend on; its chosen values must have been applied."""
-        arm = self.arm(key)
-        # without what is not given: a knob that comes to be later makes no weights stale
-        pretrain = {} if arm.strategy == "none" else self.pretrain_of(key).model_dump(mode="json", exclude_none=True)
-        if "dataset" in pretrain:
-            pretrain["dataset"] = self.pretrain_dataset_of(key).model_dump(mode="json")
-        mask = arm.model_dump(include={"strategy", "mask_rate", "block_size"})
-        budget = (self.budget.model_dump(mode="json"), self.finetune.batch_size)
-        training = self.training.model_dump(mode="json", exclude={"devices"})
-        return fingerprint(self.model, self.diffusion, budget, training, mask, pretrain, self.finetune_of(key))
-
-    @property
-    def scored_with(self) -> str:
-        """A fingerprint of how images are drawn and scored."""
-        return fingerprint(self.sampling, self.evaluation)
 
     @model_validator(mode="after")
     def _combinations_are_possible(self) -> Self:
@@ -710,7 +683,7 @@ class Params(Section):
         self._primer_is_comparable(key)
         try:
             self.visible_of(key)
-            self.split_of(key, lambda num_visible: self.model.training_flops(num_visible, self.patch_dim))
+            self.split_of(key)
         except ValueError as error:
             raise ValueError(f"arms.{key}: {error}") from None
 
@@ -735,13 +708,13 @@ class Params(Section):
 
     def _batch_is_shared_evenly(self, where: str, stage: StageConfig) -> None:
         """Every device gets as many images, in whole micro-batches."""
-        devices, micro = self.training.devices, stage.micro_batch_size
+        devices, micro = self.compute.devices, stage.micro_batch_size
         if stage.batch_size % devices:
-            raise ValueError(f"{where}.batch_size {stage.batch_size} can't be shared by training.devices {devices}")
+            raise ValueError(f"{where}.batch_size {stage.batch_size} can't be shared by compute.devices {devices}")
         if isinstance(micro, int) and stage.batch_size // devices % micro:
             raise ValueError(
                 f"{where}.micro_batch_size {micro} does not divide the {stage.batch_size // devices} images of each "
-                f"of training.devices {devices}"
+                f"of compute.devices {devices}"
             )
 
     def _trials_are_possible(self) -> None:
@@ -751,15 +724,12 @@ class Params(Section):
         for trial in tuning.trials:
             if not ARM_KEY.fullmatch(trial):
                 raise ValueError(f"tuning.trials.{trial}: a trial's name may hold only a-z, 0-9 and '-'")
-        if not tuning.enabled:
-            return
         possible = {(arm, trial): self._try(arm, trial, v) for trial, v in tuning.trials.items() for arm in self.arms}
         for arm in self.arms:
             tried: dict[str, str] = {}
             for trial in tuning.trials:
                 given = possible[arm, trial]
-                training = given.training.model_dump(mode="json", exclude={"devices"})
-                effective = fingerprint(given.pretrain_of(arm), given.finetune_of(arm), training)
+                effective = short_hash(given.pretrain_of(arm), given.finetune_of(arm), given.training)
                 if (twin := tried.setdefault(effective, trial)) != trial:
                     raise ValueError(
                         f"tuning.trials: {twin} and {trial} are the same for arm {arm}; every arm must get the same "
@@ -786,7 +756,7 @@ class Params(Section):
             ParamsError: a path or a value is not possible.
         """
         content = self.model_dump(mode="json", exclude_unset=True)
-        content["tuning"]["enabled"] = False
+        content["tuning"]["trials"] = {}
         own = content["arms"][arm]
         for path, value in values.items():
             section, _, key = path.partition(".")
@@ -822,73 +792,6 @@ def _splits(own: dict[str, Any]) -> bool:
     return not {"share", "steps"}.isdisjoint(own)
 
 
-def load_params(path: Path = PARAMS_FILE) -> Params:
-    """Read and validate params.yaml, which may come from anybody: no tag is obeyed, and its size is bounded.
-
-    Raises:
-        ParamsError: it is missing, no YAML, too large, or does not satisfy the schema; one line per mistake.
-    """
-    if not path.is_file():
-        what = f"{path} is no file" if path.exists() else f"no {path}"
-        raise ParamsError(
-            f"{what} in {Path.cwd()}: run this where a params.yaml is (the project's root or experiments/<name>)"
-        )
-    try:
-        with path.open("rb") as file:
-            text = file.read(MOST_BYTES + 1)
-        if len(text) > MOST_BYTES:
-            raise ParamsError(f"{path} is larger than {MOST_BYTES} bytes: is it another file?")
-        content = _read_yaml(text.decode("utf-8"))
-    except OSError as error:
-        raise ParamsError(f"cannot read {path}: {error.strerror}") from None
-    except RecursionError:
-        raise ParamsError(f"{path} is nested too deeply") from None
-    except NOT_PLAIN_YAML as error:
-        raise ParamsError(f"{path} is not plain YAML: {printable(' '.join(str(error).split()))}") from None
-    return parse_params(content, source=str(path))
-
-
-def _read_yaml(text: str) -> Any:
-    """The plain values of a YAML document, once it is known how many they are."""
-    loader = _UniqueKeyLoader(text)  # a SafeLoader
-    try:
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        if _written_out(node, {}) > MOST_WRITTEN_OUT:
-            raise ValueError(f"its aliases stand for more than {MOST_WRITTEN_OUT} values and characters")
-        return loader.construct_document(node)
-    finally:
-        loader.dispose()
-
-
-def _written_out(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values and characters a node stands for, aliases written out; found by looking at each node once.
-
-    Args:
-        node: of a document.
-        known: what is known of the nodes seen, by their ids; 0 while a node is looked at.
-
-    Raises:
-        ValueError: a node holds itself, or a value is too long.
-    """
-    if id(node) in known:
-        if known[id(node)] == 0:
-            raise ValueError("an alias stands for what it lies in")
-        return known[id(node)]
-    known[id(node)] = 0
-    parts: list[yaml.Node] = []
-    if isinstance(node, yaml.ScalarNode) and len(node.value) > MOST_CHARACTERS:
-        raise ValueError(f"a value of {len(node.value)} characters; expected at most {MOST_CHARACTERS}")
-    if isinstance(node, yaml.MappingNode):
-        parts = [part for pair in node.value for part in pair]
-    elif isinstance(node, yaml.SequenceNode):
-        parts = node.value
-    own = len(node.value) if isinstance(node, yaml.ScalarNode) else 1
-    known[id(node)] = max(1, own) + sum(_written_out(part, known) for part in parts)
-    return known[id(node)]
-
-
 def parse_params(content: Any, source: str = "params.yaml") -> Params:
     """Validate the content of a params.yaml.
 
@@ -902,30 +805,10 @@ def parse_params(content: Any, source: str = "params.yaml") -> Params:
     except ValidationError as error:
         where = f"{source}: " if source else ""
         lines = [line for e in error.errors() for line in _message(e).splitlines()]
-        shown = lines[:MOST_MISTAKES]
-        if len(lines) > MOST_MISTAKES:
-            shown.append(f"and {len(lines) - MOST_MISTAKES} more mistakes")
+        shown = lines[:MAX_MISTAKES]
+        if len(lines) > MAX_MISTAKES:
+            shown.append(f"and {len(lines) - MAX_MISTAKES} more mistakes")
         raise ParamsError("\n".join(f"{where}{printable(line)}" for line in shown)) from None
-
-
-def fingerprint(*parts: Any) -> str:
-    """A short hash of plain values or sections: equal values, equal hash."""
-    plain = [p.model_dump(mode="json") if isinstance(p, BaseModel) else p for p in parts]
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key that is given twice: otherwise the last one wins in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            is_merge = key_node.tag == "tag:yaml.org,2002:merge"
-            key = key_node.value if is_merge else self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
 
 
 def _message(error: Any, root: type[BaseModel] = Params) -> str:
