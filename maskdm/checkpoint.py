@@ -76,7 +76,9 @@ def load_weights(path: Path, which: Which, architecture: dict[str, Any]) -> tupl
         UserError: the file is damaged, not ours, or for another architecture.
     """
     sets, info = load_tensors(path)
-    _check_architecture(path, info.get("architecture", {}), architecture)
+    if "architecture" not in info:
+        raise _unreadable(path, "it does not say of which architecture its weights are")
+    _check_architecture(path, info["architecture"], architecture)
     if which not in sets:
         raise _unreadable(path, f"it has no {which} weights")
     return sets[which], info
@@ -161,10 +163,11 @@ def _unreadable(path: Path, reason: str) -> DamagedError:
 
 
 def _check_architecture(path: Path, got: dict[str, Any], expected: dict[str, Any]) -> None:
+    """What a file does not say may be anything: initial weights serve every diffusion."""
     differing = [
-        f"{key} is {got.get(key)!r} there and {expected.get(key)!r} in params.yaml"
-        for key in sorted({*got, *expected})
-        if got.get(key) != expected.get(key)
+        f"{key} is {value!r} there and {expected.get(key)!r} in params.yaml"
+        for key, value in sorted(got.items())
+        if value != expected.get(key)
     ]
     if differing:
-        raise UserError(f"{path} holds another architecture: {'; '.join(differing)}. Run the pretrain stage again")
+        raise UserError(f"{path} holds another architecture: {'; '.join(differing)}. Run its stage again with --force")

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
-from maskdm import __version__, formats, interchange, interrupts, preflight
+from maskdm import __version__, interchange, interrupts, preflight
 from maskdm.config import Params, load_params
+from maskdm.config.jobs import ARM_STAGES, STAGE_VERSIONS, Jobs
 from maskdm.errors import ParamsError, UserError
 from maskdm.fid.options import add_export_images, add_fid
 from maskdm.plan.gpus import DEFAULT_UTILISATION, GPUS
-from maskdm.stages.versions import STAGE_VERSIONS
 
 DESCRIPTION = """\
 Does masked pretraining of a diffusion model pay on your data, at equal compute?
@@ -65,21 +63,38 @@ examples:
 
 GOES_ON = "what was finished is kept; the same command goes on from there"
 
-DOCTOR_DESCRIPTION = """\
-What a crash has left in the folder of params.yaml, what it means, and what helps. Changes nothing without --fix.
+STATUS_DESCRIPTION = """\
+Where every stage of every arm stands, and what is in the way. Looks only: nothing is changed or computed.
 
-After a crash you need not ask: the same command again goes on. Ask when it fails, or waits, or the disk is full.
-Looked at: DVC's locks; stages at work, also those whose engine is gone; saved, damaged and set-aside work;
-half-built outputs; the clock; room and permissions; what MLflow has not got; params.yaml; installed versions.
+  done          its output is what params.yaml asks for
+  running       a process works on it: which, since when, at which step, how long it will take
+  failed        with the reason and the log
+  resumable     it was interrupted: the step from which it resumes
+  out of date   its output was made from other values or inputs: which
+  after tuning  the arm's values are not chosen yet
+  missing       nothing is there yet
+Below: a lock file that keeps DVC from working, damaged files, a full disk, each with the command that helps.
+If a run was interrupted, you need not ask: run the same command again, and it resumes.
 """
-DOCTOR_EPILOG = """\
+STATUS_EPILOG = """\
 examples:
-  maskdm doctor                                  look and explain
-  maskdm doctor --fix                            mend what can be mended: drop DVC's stale locks, stop orphaned stages
-                                                 (they save first), remove damaged and half-built files, send to MLflow
-  (cd experiments/tiny && maskdm doctor)         another experiment
-each finding is marked: ok, info (good to know), problem (with → what to do) or fixed
-exit codes: 0 no problem, or none any more; 1 a problem is left
+  maskdm status                                  where the experiment of ./params.yaml stands
+  maskdm status --watch                          the same, again every 5 seconds, until Ctrl-C
+  maskdm status --json | jq '.jobs[] | select(.state == "failed")'
+  (cd experiments/tiny && maskdm status)         another experiment
+exit codes: 0; 1 something has failed or is in the way; 2 wrong params.yaml; with --watch 0 after Ctrl-C
+"""
+
+VERIFY_DESCRIPTION = """\
+Read every file of every output again, and compare its sha256 with the one that was written: after a crash of the
+machine, a copy, or a doubt about the disk. Stages themselves compare sizes only. Each damaged output is printed with
+the command that makes it again. An output that is whole but out of date is not damaged.
+"""
+VERIFY_EPILOG = """\
+examples:
+  maskdm verify                                  the outputs of the experiment of ./params.yaml
+  (cd experiments/tiny && maskdm verify)         another experiment
+exit codes: 0 all files are what was written; 1 some are not; 2 wrong params.yaml
 """
 
 STAGES = {
@@ -94,8 +109,6 @@ STAGES = {
     "evaluate": "FID, KID, precision and recall of the samples",
     "report": "tables, figures and the page over all arms, in results/report",
 }
-ARM_STAGES = set(formats.ARM_STAGES)  # take --arm and --seed
-TRIAL_STAGES = {"tune"}  # take --arm and --trial
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -150,7 +163,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_export_images(_add(commands, "export-images", "a set of images as PNG files", _export_images))
     _add(commands, "summary", "print the result table of a finished experiment", _summary)
     _add(commands, "sync", "send to MLflow what is still kept on disk", _sync)
-    _add_doctor(commands)
+    _add_status(commands)
+    _add_verify(commands)
     ui = _add(commands, "ui", "open MLflow's UI on the arms of this experiment", _ui)
     ui.add_argument("--port", type=int, default=5000, help="where to listen (default: 5000)")
     return parser
@@ -170,16 +184,13 @@ def _add(
 def _add_stage(commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, what: str) -> None:
     command = _add(commands, name, what, _run_stage)
     command.set_defaults(stage=name)
-    if name in ARM_STAGES | TRIAL_STAGES:
+    if name in (*ARM_STAGES, "tune"):
         command.add_argument("--arm", required=True, help="a key of `arms` in params.yaml, e.g. patch-m50")
     if name in ARM_STAGES:
         command.add_argument("--seed", required=True, type=int, help="one of `seeds` in params.yaml")
-    if name in TRIAL_STAGES:
+    if name == "tune":
         command.add_argument("--trial", required=True, help="a key of `tuning.trials` in params.yaml, e.g. lr-low")
-    if name == "prepare":
-        command.add_argument(
-            "--part", type=int, help="make this part of data.prepare_jobs ahead, from 0 (default: all, and the result)"
-        )
+    command.add_argument("--force", action="store_true", help="work even if the output is up to date")
     command.add_argument(
         "--stage-version",
         type=int,
@@ -194,22 +205,9 @@ def _run_stage(options: argparse.Namespace) -> None:
     params = load_params()
     which = _which(params, stage, options)
     _prepare_libraries(params.compute.threads)
-    _import_for_good(f"maskdm.stages.{stage}").run(params, *which)
+    from maskdm.stages.runner import run_stage
 
-
-def _import_for_good(name: str) -> ModuleType:
-    """Import a module with all that it needs, and never look for garbage among it, not even when the process ends.
-
-    There is none, and looking is a quarter of the CPU time of starting and ending a process with PyTorch.
-    """
-    if name in sys.modules:
-        return sys.modules[name]
-    gc.disable()
-    try:
-        return import_module(name)
-    finally:
-        gc.freeze()
-        gc.enable()
+    run_stage(Jobs(params).find(stage, **which), options.force)
 
 
 def _prepare_libraries(threads: int) -> None:
@@ -223,28 +221,27 @@ def _check_version(stage: str, expected: int | None) -> None:
     if expected is not None and expected != STAGE_VERSIONS[stage]:
         raise ParamsError(
             f"the workflow expects version {expected} of stage {stage}, this maskdm has {STAGE_VERSIONS[stage]}: "
-            "dvc.yaml or workflow/rules and the installed package come from different commits"
+            "dvc.yaml or the Snakefile and the installed package come from different commits"
         )
 
 
-def _which(params: Params, stage: str, options: argparse.Namespace) -> tuple[str | int, ...]:
+def _which(params: Params, stage: str, options: argparse.Namespace) -> dict[str, Any]:
     """The arm and the seed or trial that a stage is to work on, if it works on one.
 
     Raises:
         ParamsError: params.yaml has no such.
     """
-    if stage == "prepare" and options.part is not None:
-        return (options.part,)
-    if stage not in ARM_STAGES | TRIAL_STAGES:
-        return ()
+    if stage not in (*ARM_STAGES, "tune"):
+        return {}
     params.arm(options.arm)
-    if stage in TRIAL_STAGES:
+    if stage == "tune":
         if options.trial not in params.tuning.trials:
-            raise ParamsError(f"no trial {options.trial!r} in tuning.trials: {', '.join(params.tuning.trials)}")
-        return options.arm, options.trial
+            known = ", ".join(params.tuning.trials) or "none, nothing is tuned"
+            raise ParamsError(f"no trial {options.trial!r} in tuning.trials: {known}")
+        return {"arm": options.arm, "trial": options.trial}
     if options.seed not in params.seeds:
         raise ParamsError(f"seed {options.seed} is not in `seeds` of params.yaml: {params.seeds}")
-    return options.arm, options.seed
+    return {"arm": options.arm, "seed": options.seed}
 
 
 def _validate(options: argparse.Namespace) -> None:
@@ -368,17 +365,51 @@ def _sync(options: argparse.Namespace) -> None:
     sync()
 
 
-def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = _add(commands, "doctor", "find what a crash has left, explain it, and mend it with --fix", _doctor)
-    command.description, command.epilog = DOCTOR_DESCRIPTION, DOCTOR_EPILOG
+def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = _add(commands, "status", "what is done, running, failed or out of date, and what is in the way", _status)
+    command.description, command.epilog = STATUS_DESCRIPTION, STATUS_EPILOG
     command.formatter_class = argparse.RawDescriptionHelpFormatter
-    command.add_argument("--fix", action="store_true", help="mend what can be mended; unfinished work is never deleted")
+    command.add_argument(
+        "--watch",
+        nargs="?",
+        type=_seconds,
+        const=5.0,
+        metavar="SECONDS",
+        help="show it again every so many seconds, until Ctrl-C (default: 5)",
+    )
+    command.add_argument(
+        "--json", action="store_true", help="print one JSON object: jobs with state and details, problems"
+    )
 
 
-def _doctor(options: argparse.Namespace) -> None:
-    from maskdm.doctor.command import run
+def _status(options: argparse.Namespace) -> None:
+    from maskdm.status import run_status
 
-    if run(options.fix):
+    if run_status(options.json, options.watch):
+        raise SystemExit(1)
+
+
+def _seconds(text: str) -> float:
+    """An option's value above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected seconds above 0, such as 5, got {text}")
+    return value
+
+
+def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = _add(commands, "verify", "hash every output: is it what was written?", _verify)
+    command.description, command.epilog = VERIFY_DESCRIPTION, VERIFY_EPILOG
+    command.formatter_class = argparse.RawDescriptionHelpFormatter
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from maskdm.status import run_verify
+
+    if run_verify():
         raise SystemExit(1)
 
 

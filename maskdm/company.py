@@ -42,17 +42,12 @@ WORK, NO_WORK = "work", "nothing"
 KEPT = "what was saved is kept; the same command goes on from there"
 
 
-def is_follower() -> bool:
-    """Whether another process is the first rank."""
-    return _is_launched() and int(os.environ["RANK"]) > 0
-
-
 @dataclass
 class Company:
     """The ranks of a stage before they work together.
 
     Args:
-        num_ranks: `training.devices`.
+        num_ranks: `compute.devices`.
         device: of this process.
 
     Raises:
@@ -73,8 +68,8 @@ class Company:
                 self._store = _launched_store()
         elif self.device.type == "cuda" and torch.cuda.device_count() < self.num_ranks:
             raise UserError(
-                f"training.devices is {self.num_ranks}, but this machine has {torch.cuda.device_count()} CUDA devices; "
-                "lower training.devices, or start the stage on several machines with torchrun"
+                f"compute.devices is {self.num_ranks}, but this machine has {torch.cuda.device_count()} CUDA devices; "
+                "lower compute.devices, or start the stage on several machines with torchrun"
             )
 
     @contextmanager
@@ -159,8 +154,8 @@ class Company:
         started = int(os.environ["WORLD_SIZE"])
         if started != self.num_ranks:
             raise UserError(
-                f"training.devices is {self.num_ranks}, but WORLD_SIZE is {started}: {started} processes were started; "
-                f"set training.devices to {started}, or start {self.num_ranks}"
+                f"compute.devices is {self.num_ranks}, but WORLD_SIZE is {started}: {started} processes were started; "
+                f"set compute.devices to {started}, or start {self.num_ranks}"
             )
 
     def _start_followers(self, command: Sequence[str]) -> None:
@@ -214,7 +209,7 @@ class Company:
         for rank, follower in enumerate(self._followers, start=1):
             if follower.poll() not in (None, LOST):
                 raise UserError(
-                    f"process {rank} of 0 to {self.num_ranks - 1} (training.devices) has ended with exit code "
+                    f"process {rank} of 0 to {self.num_ranks - 1} (compute.devices) has ended with exit code "
                     f"{follower.returncode}, and the others can't go on without it: {KEPT}"
                 )
 

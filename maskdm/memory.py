@@ -20,8 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from maskdm.backbone import UViT
+from maskdm.checksums import short_hash
 from maskdm.compute import build_model
-from maskdm.config import Params, StageConfig, fingerprint
+from maskdm.config import Params, StageConfig
 from maskdm.device import Compute
 from maskdm.diffusion import Diffusion, Draws, masked_dsm_loss
 from maskdm.sampling import on_images
@@ -43,7 +44,6 @@ def micro_batch_size(
     config: StageConfig,
     num_visible: int,
     num_ranks: int = 1,
-    num_shards: int = 1,
     taken: int = 0,
 ) -> int:
     """How many images of a batch enter the network at once on a rank: as given, or for `auto` the most that fit.
@@ -57,23 +57,17 @@ def micro_batch_size(
         config: of the stage.
         num_visible: S.
         num_ranks: that share the batch.
-        num_shards: into which they divide the weights.
         taken: bytes of the device that are in use otherwise: by images kept there.
     """
     share = config.batch_size // num_ranks
     if config.micro_batch_size != "auto":
         return min(config.micro_batch_size or share, share)
     there = int(FILLED * compute.memory_bytes) // (num_ranks if compute.device.type == "cpu" else 1) - taken
-    sizes = (params.dataset.image_size, params.dataset.channels, share, num_visible, num_shards, there)
-    key = fingerprint(params.model, params.compute, sizes)
+    sizes = (params.dataset.image_size, params.dataset.channels, share, num_visible, there)
+    key = short_hash(params.model, params.compute, sizes)
     if key not in _known:
-        _known[key] = _largest_that_fits(MemoryCounter(params, compute, num_shards), there, share, num_visible)
+        _known[key] = _largest_that_fits(MemoryCounter(params, compute), there, share, num_visible)
     return _known[key]
-
-
-def fills_device(params: Params, compute: Compute) -> bool:
-    """Whether weights, gradients, moments and averages alone take more than half of the device."""
-    return MemoryCounter(params, compute).states > compute.memory_bytes // 2
 
 
 def _largest_that_fits(counter: MemoryCounter, there: int, share: int, num_visible: int) -> int:
@@ -89,13 +83,12 @@ class MemoryCounter:
     Args:
         params: the experiment.
         compute: device, precision and attention kernel, on which it depends what is saved for backward.
-        num_shards: ranks that divide the weights.
     """
 
-    def __init__(self, params: Params, compute: Compute, num_shards: int = 1) -> None:
+    def __init__(self, params: Params, compute: Compute) -> None:
         from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second to import
 
-        self._params, self._compute, self._num_shards = params, compute, num_shards
+        self._params, self._compute = params, compute
         self._fake = FakeTensorMode()
         self._model = self._fake_model(params.model.depth)
         self.num_parameters = sum(p.numel() for p in self._model.parameters())
@@ -111,9 +104,8 @@ class MemoryCounter:
 
     @property
     def states(self) -> int:
-        """Bytes of weights, gradients, two moments and the average, in float32; of shards, and two whole blocks."""
-        whole = 0 if self._num_shards == 1 else 2 * 2 * 4 * self.num_parameters // self._params.model.depth
-        return 5 * 4 * self.num_parameters // self._num_shards + whole
+        """Bytes of weights, gradients, two moments and the average, in float32."""
+        return 5 * 4 * self.num_parameters
 
     def sampling(self, batch_size: int, num_samples: int) -> int:
         """Bytes at the peak of the sampling stage: a checkpoint and the network, activations, the images drawn."""

@@ -1,12 +1,11 @@
-"""What the processes that share every batch do together: agree, average gradients, divide weights, gather.
+"""What the processes that share every batch do together: agree, average gradients, gather.
 
 A process that is alone never imports `torch.distributed`. See `maskdm.company` for where the others come from.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
@@ -60,10 +59,6 @@ class Ranks:
         """The mean of a scalar on the device over all ranks; the host does not wait for an accelerator."""
         return value
 
-    def all(self, flag: Tensor) -> Tensor:
-        """Whether a flag on the device is true on every rank."""
-        return flag
-
     def share_weights(self, model: nn.Module) -> None:
         """Give every rank the first one's weights; on the CPU."""
 
@@ -74,16 +69,6 @@ class Ranks:
     def replicated(self, model: nn.Module) -> nn.Module:
         """The network to be called in training: its backward pass averages the gradients over the ranks."""
         return model
-
-    def shard(self, model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> None:
-        """Divide the weights, and with them gradients and moments, among the ranks.
-
-        Args:
-            model: on the CPU; changed in place and moved to `device`.
-            blocks: parts of it whose weights are fetched together.
-            device: of this rank.
-        """
-        model.to(device)
 
 
 ALONE = Ranks()
@@ -144,10 +129,6 @@ class SeveralRanks(Ranks):
         dist.all_reduce(total)
         return total / self.num_ranks
 
-    def all(self, flag: Tensor) -> Tensor:
-        """Whether a flag on the device is true on every rank."""
-        return self.mean(flag.float()) == 1
-
     def share_weights(self, model: nn.Module) -> None:
         """Give every rank the first one's weights."""
         import torch.distributed as dist
@@ -178,36 +159,15 @@ class SeveralRanks(Ranks):
         return sets, info
 
     def replicated(self, model: nn.Module) -> nn.Module:
-        """The network in DistributedDataParallel; a sharded one averages gradients by itself."""
+        """The network in DistributedDataParallel."""
         from torch.nn.parallel import DistributedDataParallel
 
-        if is_sharded(model):
-            return model
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
-
-    def shard(self, model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> None:
-        """Divide the weights by FSDP2's `fully_shard`, block by block, so that no GPU has to hold all of them."""
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        # what it warns of, changing the network's output in place, is not done
-        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-        mesh = init_device_mesh(device.type, (self.num_ranks,))
-        for block in blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether its weights are divided among the ranks."""
-    return hasattr(model, "set_requires_gradient_sync")  # FSDP2 adds it
 
 
 @contextmanager
 def averaging(network: nn.Module, wanted: bool) -> Iterator[None]:
     """Whether backward passes of the block average gradients over the ranks: only a batch's last one needs to.
-
-    A sharded network averages them at every one: else each rank would have to hold all of them.
 
     Args:
         network: from `Ranks.replicated`.
@@ -215,28 +175,3 @@ def averaging(network: nn.Module, wanted: bool) -> Iterator[None]:
     """
     with nullcontext() if wanted or not hasattr(network, "no_sync") else network.no_sync():  # type: ignore[operator]
         yield
-
-
-def whole(sets: Sets) -> Sets:
-    """The tensors of a state in full; every rank must ask, where they are divided. Others are left as they are."""
-    return {kind: {name: _whole(tensor) for name, tensor in named.items()} for kind, named in sets.items()}
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor that is divided among the ranks; another tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def stored_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """A full tensor where and as `other` is: on its device, and divided among the ranks if that is."""
-    if not hasattr(other, "to_local"):
-        return tensor.to(other.device)
-    from torch.distributed.tensor import distribute_tensor
-
-    mesh = other.device_mesh  # type: ignore[attr-defined]
-    placements = other.placements  # type: ignore[attr-defined]
-    return distribute_tensor(tensor.to(other.device), mesh, placements, src_data_rank=None)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor().cpu() if hasattr(tensor, "full_tensor") else tensor

@@ -8,11 +8,12 @@ RESULTS = Path("results")
 DATA = RESULTS / "data"
 HELD_OUT = DATA / "held_out"  # its part that is never trained on
 FEATURES = RESULTS / "features"
+TUNING = RESULTS / "tuning"
 CHOSEN = RESULTS / "chosen"
 SCALE = RESULTS / "metrics" / "scale.json"  # of the metrics: real against real, and the untrained network
 REPORT = RESULTS / "report"
-BUILDING = RESULTS / ".building"  # outputs while they are built
-WORK = Path(".work")  # resumable state: never an output of a stage
+WORK = Path(".work")  # locks, unfinished work and previous outputs: never an output of a stage
+MARKERS = WORK / "done"  # empty files that Snakemake takes for outputs
 
 
 def pretrain_data(name: str) -> Path:
@@ -22,7 +23,7 @@ def pretrain_data(name: str) -> Path:
 
 def trial(arm: str, name: str) -> Path:
     """The file of one trial of an arm's tuning."""
-    return RESULTS / "tuning" / arm / f"{name}.json"
+    return TUNING / arm / f"{name}.json"
 
 
 def chosen(arm: str) -> Path:
@@ -52,29 +53,17 @@ def metrics(arm: str, seed: int) -> Path:
 
 def record(stage: str, arm: str | None = None, seed: int | None = None, trial: str | None = None) -> Path:
     """The provenance and timing of one run of a stage: what differs between equal runs lives here alone."""
-    which = "" if arm is None else f"-{arm}-seed-{seed}" if trial is None else f"-{arm}-trial-{trial}"
-    return RESULTS / "records" / f"{stage}{which}.json"
+    return RESULTS / "records" / f"{name_of(stage, arm, seed, trial)}.json"
 
 
-def lock(stage: str, arm: str | None = None, seed: int | None = None, trial: str | None = None) -> Path:
-    """Held by the process that runs a stage."""
-    return WORK / "locks" / record(stage, arm, seed, trial).with_suffix(".lock").name
+def name_of(stage: str, arm: str | None = None, seed: int | None = None, trial: str | None = None) -> str:
+    """The name of one run of a stage, for files: `pretrain-patch-m50-seed-0`."""
+    return stage if arm is None else f"{stage}-{arm}-seed-{seed}" if trial is None else f"{stage}-{arm}-trial-{trial}"
 
 
 def work(output: Path) -> Path:
-    """The work folder that belongs to an output."""
+    """The work folder of an output; in it, one folder for every key of a stamp (`maskdm.config.stamps`)."""
     return WORK / output.with_suffix("")
-
-
-def set_aside(output: Path) -> Path:
-    """Where unfinished work on an output lies while its inputs are others."""
-    return WORK / "set-aside" / output.with_suffix("")
-
-
-def building(output: Path) -> Path:
-    """Where an output is built: on its filesystem, so that it can be moved, and in no folder that a stage reads."""
-    place = BUILDING / output
-    return place.with_name(output.name + ".building")
 
 
 def project_root(start: Path | None = None) -> Path:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from maskdm import __version__
-from maskdm.config import Params, fingerprint
+from maskdm.checksums import short_hash
+from maskdm.config import Params
 
 PACKAGES = (
     "torch",
@@ -50,7 +51,7 @@ def provenance(params: Params) -> dict[str, Any]:
         "maskdm": __version__,
         "git_commit": commit,
         "git_dirty": dirty,
-        "params_fingerprint": fingerprint(params),
+        "params_fingerprint": short_hash(params),
         "versions": {"python": platform.python_version(), **_versions()},
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"},
     }

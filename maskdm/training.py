@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from maskdm import rng
-from maskdm.config import StageConfig, TrainingConfig
+from maskdm.config import Training
 from maskdm.data.batches import Batches
 from maskdm.device import Compute, explain_compiler
 from maskdm.diffusion import Diffusion, Draws, draw_step, masked_dsm_loss
 from maskdm.errors import UserError
 from maskdm.masking import Masking
 from maskdm.optimization import Ema, clip_gradients, lr_at
-from maskdm.parallel import ALONE, Ranks, Sets, averaging, local, stored_like
+from maskdm.parallel import ALONE, Ranks, Sets, averaging
 from maskdm.records import peak_memory_gib
 
 Loss = Callable[..., Tensor]  # as `masked_dsm_loss`
@@ -75,39 +75,6 @@ class TrainState:
     compile_seconds: float = 0.0
 
 
-@dataclass(frozen=True)
-class TrainRun:
-    """What a training stage is, fixed for its whole length.
-
-    Attributes:
-        name: for messages, e.g. "pretrain patch-m50 seed 0".
-        stage: lr, batch size, warm-up; its micro_batch_size is a number, or None for all images of a rank at once.
-        training: what both stages share.
-        num_steps: how long.
-        milestones: steps after which a row is logged and the state taken, whatever log_every says.
-        seed: of the experiment.
-        stream: of the randomness; the stage, so that arms of a seed share their draws where shapes agree.
-        masking: how M is drawn; strategy `none` for finetuning.
-        diffusion: the process.
-        patch_size: p in pixels.
-        patch_dim: p·p·C.
-        spent_after: steps done → images, tokens and FLOPs spent by then, for the curve.
-    """
-
-    name: str
-    stage: StageConfig
-    training: TrainingConfig
-    num_steps: int
-    milestones: tuple[int, ...]
-    seed: int
-    stream: str
-    masking: Masking
-    diffusion: Diffusion
-    patch_size: int
-    patch_dim: int
-    spent_after: Callable[[int], dict[str, int]] = lambda _: {}
-
-
 class Watcher(Protocol):
     """What goes on around the steps."""
 
@@ -122,7 +89,13 @@ class Watcher(Protocol):
 
 
 def train(
-    state: TrainState, run: TrainRun, batches: Batches, compute: Compute, watcher: Watcher, ranks: Ranks = ALONE
+    state: TrainState,
+    run: Training,
+    batches: Batches,
+    compute: Compute,
+    watcher: Watcher,
+    ranks: Ranks = ALONE,
+    micro_batch_size: int | None = None,
 ) -> None:
     """Train from `state.step` to `run.num_steps`; calling it again with a restored state goes on exactly.
 
@@ -141,12 +114,13 @@ def train(
         watcher: gets the rows, and the states that it wants and those of milestones; of several ranks the first one's
             decides what is wanted.
         ranks: that share every batch.
+        micro_batch_size: images of a rank that enter the network at once; None: all of them.
 
     Raises:
         NonFiniteLossError: naming step, run and learning rate; on all ranks.
     """
     monitor = LossMonitor(state, run, compute.device)
-    gradients = Gradients(state.model, run, compute, ranks)
+    gradients = Gradients(state.model, run, compute, ranks, micro_batch_size)
     if state.step < run.num_steps:
         state.compile_seconds = gradients.warm_up(state.step, batches)
     clock = Clock(state, compute.device)
@@ -154,9 +128,9 @@ def train(
         is_wanted = ranks.ask(partial(is_to_be_taken, step + 1, run, watcher))
         with clock.waiting_for_data():
             x_0, labels = batches(step)
-        set_lr(state.optimizer, lr_at(step, run.num_steps, run.stage))
+        set_lr(state.optimizer, lr_at(step, run.num_steps, run.config))
         loss = gradients(step, x_0, labels)
-        clip_gradients(state.model.parameters(), run.training.grad_clip)
+        clip_gradients(state.model.parameters(), run.params.training.grad_clip)
         monitor.observe(step, ranks.mean(loss), state.optimizer)
         state.optimizer.step()
         gradients.forget()
@@ -165,7 +139,7 @@ def train(
         state.step = step + 1
         if (is_taken := is_wanted()) or has_row(state.step, run):
             monitor.check()
-            check_weights_are_finite(state, run, ranks)
+            check_weights_are_finite(state, run)
             clock.stop()
             if has_row(state.step, run):
                 state.curve.append(monitor.row())
@@ -176,14 +150,14 @@ def train(
             clock.go_on()
 
 
-def is_to_be_taken(step: int, run: TrainRun, watcher: Watcher) -> bool:
+def is_to_be_taken(step: int, run: Training, watcher: Watcher) -> bool:
     """Whether the state after so many steps is."""
     return step in run.milestones or watcher.wants(step)
 
 
-def has_row(step: int, run: TrainRun) -> bool:
+def has_row(step: int, run: Training) -> bool:
     """Whether a row of the curve is due after so many steps."""
-    return step % run.training.log_every == 0 or step in (run.num_steps, *run.milestones)
+    return step % run.params.training.log_every == 0 or step in (run.num_steps, *run.milestones)
 
 
 class Clock:
@@ -238,10 +212,16 @@ class Gradients:
         run: what to do.
         compute: device, precision, compilation.
         ranks: that share a batch.
+        micro_batch_size: images of a rank that enter the network at once; None: all of them.
     """
 
-    def __init__(self, model: nn.Module, run: TrainRun, compute: Compute, ranks: Ranks) -> None:
-        self._run, self._compute, self._ranks = run, compute, ranks
+    def __init__(
+        self, model: nn.Module, run: Training, compute: Compute, ranks: Ranks, micro_batch_size: int | None = None
+    ) -> None:
+        self._run, self._compute, self._ranks, self._micro_batch_size = run, compute, ranks, micro_batch_size
+        diffusion = run.params.diffusion
+        self._diffusion = Diffusion(diffusion.num_timesteps, diffusion.schedule, diffusion.prediction, compute.device)
+        self._masking = Masking(run.strategy, run.grid, run.mask_rate, run.block_size)
         self._parameters = list(model.parameters())
         self._generator = torch.Generator(compute.device)
         self._uses_cuda_graphs = compute.compile_mode == CUDA_GRAPHS and ranks.num_ranks == 1
@@ -259,15 +239,29 @@ class Gradients:
         Returns:
             their mean loss, a detached scalar on the device.
         """
-        run, batch_size = self._run, self._run.stage.batch_size
-        self._generator.manual_seed(rng.derive_seed(run.seed, run.stream, step))
+        run, params = self._run, self._run.params
+        self._generator.manual_seed(rng.derive_seed(run.seed, run.stage, step))
         draws = draw_step(
-            batch_size, run.patch_dim, run.masking, run.diffusion.num_timesteps, run.training.flip, self._generator
+            run.batch_size,
+            params.patch_dim,
+            self._masking,
+            params.diffusion.num_timesteps,
+            params.training.flip,
+            self._generator,
         )
-        own = draws.chunk(self._ranks.part(batch_size))
+        own = draws.chunk(self._ranks.part(run.batch_size))
         # entered anew each step: autocast keeps its bfloat16 copies of the weights until it is left
         with self._compute.context():
-            return accumulate_gradients(self._network, run, x_0, own, labels, self._marked_loss)
+            return accumulate_gradients(
+                self._network,
+                self._diffusion,
+                x_0,
+                own,
+                labels,
+                params.model.patch_size,
+                self._micro_batch_size,
+                self._marked_loss,
+            )
 
     def forget(self) -> None:
         """Drop the gradients; those that CUDA graphs would write into their own memory stay in place as zeros."""
@@ -307,26 +301,27 @@ class Gradients:
 
 def accumulate_gradients(
     model: nn.Module,
-    run: TrainRun,
+    diffusion: Diffusion,
     x_0: Tensor,
     draws: Draws,
     labels: Tensor | None,
+    patch_size: int,
+    micro_batch_size: int | None = None,
     loss_of: Loss = masked_dsm_loss,
 ) -> Tensor:
-    """Add up the gradients of a batch, in micro-batches if the stage says so; the result is the same.
+    """Add up the gradients of a batch, in micro-batches if asked; the result is the same but for rounding.
 
     Returns:
         the batch's mean loss, a detached scalar on the device.
     """
     num_images = len(x_0)
-    micro = run.stage.micro_batch_size or num_images
-    assert micro != "auto"
+    micro = micro_batch_size or num_images
     total = torch.zeros((), device=x_0.device)
     for start in range(0, num_images, micro):
         part = slice(start, start + micro)
         part_labels = None if labels is None else labels[part]
         with averaging(model, wanted=part.stop >= num_images):
-            loss = loss_of(model, run.diffusion, x_0[part], draws.chunk(part), run.patch_size, part_labels)
+            loss = loss_of(model, diffusion, x_0[part], draws.chunk(part), patch_size, part_labels)
             loss = loss * (micro / num_images)
             loss.backward()
         total += loss.detach()
@@ -342,7 +337,7 @@ class LossMonitor:
         device: where losses live.
     """
 
-    def __init__(self, state: TrainState, run: TrainRun, device: torch.device) -> None:
+    def __init__(self, state: TrainState, run: Training, device: torch.device) -> None:
         self._state, self._run = state, run
         if state.loss_sum is None:
             state.loss_sum = torch.zeros((), device=device)
@@ -366,9 +361,9 @@ class LossMonitor:
             NonFiniteLossError: there was a bad loss.
         """
         if (bad_step := int(self._bad_step)) >= 0:
-            lr = lr_at(bad_step, self._run.num_steps, self._run.stage)
+            lr = lr_at(bad_step, self._run.num_steps, self._run.config)
             reason = f"the loss is not finite at step {bad_step} (learning rate {lr:g})"
-            message = f"{self._run.name}: {reason}. The weights were not updated with it; {REMEDY}"
+            message = f"{self._run.title}: {reason}. The weights were not updated with it; {REMEDY}"
             raise NonFiniteLossError(message, reason)
 
     def row(self) -> dict[str, float]:
@@ -377,22 +372,22 @@ class LossMonitor:
         mean = float(self._sum) / state.num_losses
         self._sum.zero_()
         state.num_losses = 0
-        lr = lr_at(state.step - 1, run.num_steps, run.stage)
-        return {"step": state.step, "loss": mean, "lr": lr, **run.spent_after(state.step)}
+        lr = lr_at(state.step - 1, run.num_steps, run.config)
+        return {"step": state.step, "loss": mean, "lr": lr, **run.spent_after(state.step).as_dict()}
 
 
-def check_weights_are_finite(state: TrainState, run: TrainRun, ranks: Ranks = ALONE) -> None:
+def check_weights_are_finite(state: TrainState, run: Training) -> None:
     """Gradients can overflow while the loss is finite: such weights must never be saved.
 
     Raises:
         NonFiniteLossError: naming step, run and learning rate.
     """
-    weights = [local(p.detach()) for p in state.model.parameters()]
+    weights = [p.detach() for p in state.model.parameters()]
     finite = torch.stack(torch._foreach_norm(weights)).isfinite().all()  # a hundredth of the time of looking at each
-    if not bool(ranks.all(finite)):
-        lr = lr_at(state.step - 1, run.num_steps, run.stage)
+    if not bool(finite):
+        lr = lr_at(state.step - 1, run.num_steps, run.config)
         reason = f"the weights are not finite after step {state.step - 1} (learning rate {lr:g})"
-        raise NonFiniteLossError(f"{run.name}: {reason}; {REMEDY}", reason)
+        raise NonFiniteLossError(f"{run.title}: {reason}; {REMEDY}", reason)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -402,10 +397,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def state_tensors(state: TrainState) -> Sets:
-    """All tensors of a state by kind and name: raw, ema, exp_avg, exp_avg_sq, step; and the sum of losses.
-
-    Those of a sharded network are this rank's parts of them: see `parallel.whole`.
-    """
+    """All tensors of a state by kind and name: raw, ema, exp_avg, exp_avg_sq, step; and the sum of losses."""
     named = dict(state.model.named_parameters())
     tensors: Sets = {"raw": named}  # type: ignore[dict-item]
     if state.ema is not None:
@@ -427,14 +419,14 @@ def restore_state(state: TrainState, tensors: Sets, info: dict[str, Any]) -> Non
     """Make `state` what it was when `state_tensors` and `state_info` were taken.
 
     Args:
-        state: changed in place; if its network is sharded, every rank must restore it.
-        tensors: whole.
+        state: changed in place.
+        tensors: by kind and name.
         info: plain values.
     """
     named = dict(state.model.named_parameters())
 
     def stored(kind: str) -> dict[str, Tensor]:
-        return {name: stored_like(tensor, named[name]) for name, tensor in tensors.get(kind, {}).items()}
+        return {name: tensor.to(named[name].device) for name, tensor in tensors.get(kind, {}).items()}
 
     state.model.load_state_dict(stored("raw"))
     if state.ema is not None:

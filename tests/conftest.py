@@ -20,6 +20,8 @@ import pytest
 import yaml
 
 from maskdm.cli import main
+from maskdm.config import load_params
+from maskdm.config.jobs import Job, Jobs
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "experiments" / "tiny" / "params.yaml"
@@ -109,6 +111,10 @@ class Experiment:
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
+    def job(self, stage: str, arm: str | None = None, seed: int | None = None, trial: str | None = None) -> Job:
+        """A run of a stage, as params.yaml has it; its paths are relative to the folder."""
+        return Jobs(load_params(self.file)).find(stage, arm, seed, trial)
+
     def path(self, *parts: str) -> Path:
         """A path in the folder."""
         return self.folder.joinpath(*parts)
@@ -149,7 +155,7 @@ def tiny(tmp_path: Path) -> Experiment:
 @pytest.fixture(scope="session")
 def prepared_once(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     """The tiny experiment with its data, every arm with the values as given; not to be changed."""
-    experiment = _tiny_in(tmp_path_factory.mktemp("prepared")).change(tuning={"enabled": False})
+    experiment = _tiny_in(tmp_path_factory.mktemp("prepared")).change(tuning={"trials": {}})
     experiment.succeed("prepare")
     experiment.succeed("choose")
     return experiment
@@ -162,9 +168,27 @@ def prepared(prepared_once: Experiment, tmp_path: Path) -> Experiment:
 
 
 @pytest.fixture(scope="session")
+def one_arm_once(prepared_once: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    """The tiny experiment with one arm, nothing tuned, every stage run but for the report; not to be changed."""
+    experiment = prepared_once.copy_to(tmp_path_factory.mktemp("one_arm")).keep_arm(ARM)
+    for stage in ("features", "scale", "choose"):
+        experiment.succeed(stage)
+    for stage in ("pretrain", "finetune", "sample", "evaluate"):
+        experiment.succeed(stage, "--arm", ARM, "--seed", "0")
+    return experiment
+
+
+@pytest.fixture
+def one_arm(one_arm_once: Experiment, tmp_path: Path) -> Experiment:
+    """A copy of the tiny experiment with one arm, nothing tuned, every stage run but for the report."""
+    return one_arm_once.copy_to(tmp_path)
+
+
+@pytest.fixture(scope="session")
 def tuned_once(prepared_once: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     """The tiny experiment with the scale, every trial of every arm and the choice; not to be changed."""
-    experiment = prepared_once.copy_to(tmp_path_factory.mktemp("tuned")).change(tuning={"enabled": True})
+    trials = yaml.safe_load(TINY.read_text(encoding="utf-8"))["tuning"]["trials"]
+    experiment = prepared_once.copy_to(tmp_path_factory.mktemp("tuned")).change(tuning={"trials": trials})
     content = experiment.content
     for stage in ("features", "scale"):
         experiment.succeed(stage)

@@ -10,14 +10,14 @@ import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from maskdm import __version__
-from maskdm.cli import ARM_STAGES, STAGES, TRIAL_STAGES
+from maskdm.cli import STAGES
 from maskdm.config import load_params
-from maskdm.stages.versions import STAGE_VERSIONS
+from maskdm.config.jobs import ARM_STAGES, STAGE_VERSIONS
 from tests.imported import modules_after, run_python
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ HEAVY = {"torch", "mlflow", "pandas", "matplotlib", "numpy", "scipy", "sklearn",
 
 
 def words_of(stage: str) -> list[str]:
-    return [stage, *(OF_ARM if stage in ARM_STAGES else OF_TRIAL if stage in TRIAL_STAGES else [])]
+    return [stage, *(OF_ARM if stage in ARM_STAGES else OF_TRIAL if stage == "tune" else [])]
 
 
 def assert_message(outcome: Outcome, code: int, *says: str) -> None:
@@ -72,7 +72,7 @@ def test_missing_params_file_is_exit_2_and_says_where_to_run(tiny: Experiment, c
     assert_message(tiny.run(*command), 2, f"no params.yaml in {tiny.folder.resolve()}", "experiments/<name>")
 
 
-@pytest.mark.parametrize("stage", sorted(ARM_STAGES | TRIAL_STAGES))
+@pytest.mark.parametrize("stage", [*ARM_STAGES, "tune"])
 def test_unknown_arm_is_exit_2_with_a_suggestion(tiny: Experiment, stage: str) -> None:
     outcome = tiny.run(*[word.replace(ARM, "patch-m5") for word in words_of(stage)])
     assert_message(outcome, 2, "there is no arm 'patch-m5' in params.yaml; did you mean 'patch-m50'?")
@@ -83,16 +83,20 @@ def test_arm_like_no_other_is_exit_2_with_the_list(tiny: Experiment) -> None:
     assert_message(outcome, 2, "no arm 'zzz'", "expected one of: block2-m75, patch-m50, scratch")
 
 
-@pytest.mark.parametrize("stage", sorted(ARM_STAGES))
+@pytest.mark.parametrize("stage", ARM_STAGES)
 def test_seed_that_params_do_not_name_is_exit_2(tiny: Experiment, stage: str) -> None:
     outcome = tiny.run(stage, "--arm", ARM, "--seed", "7")
     assert_message(outcome, 2, "seed 7 is not in `seeds` of params.yaml: [0]")
 
 
-@pytest.mark.parametrize("enabled", [True, False])
-def test_trial_that_params_do_not_name_is_exit_2_with_the_list(tiny: Experiment, enabled: bool) -> None:
-    outcome = tiny.change(tuning={"enabled": enabled}).run("tune", "--arm", ARM, "--trial", "lr-hihg")
-    assert_message(outcome, 2, "no trial 'lr-hihg' in tuning.trials: given, lr-high")
+@pytest.mark.parametrize(
+    ("tuning", "known"), [({}, "given, lr-high"), ({"trials": {}}, "none, nothing is tuned")], ids=["tuned", "untuned"]
+)
+def test_trial_that_params_do_not_name_is_exit_2_with_the_list(
+    tiny: Experiment, tuning: dict[str, Any], known: str
+) -> None:
+    outcome = tiny.change(tuning=tuning).run("tune", "--arm", ARM, "--trial", "lr-hihg")
+    assert_message(outcome, 2, f"no trial 'lr-hihg' in tuning.trials: {known}")
     assert not tiny.path("results").exists()
 
 
@@ -190,7 +194,20 @@ def test_data_that_is_not_readable_any_more_is_exit_1(prepared: Experiment) -> N
     shard = prepared.path("results/data/images-00000.npy")
     shard.write_bytes(shard.read_bytes()[:100])
     outcome = prepared.stage("pretrain")
-    assert_message(outcome, 1, "results/data/images-00000.npy", "run `maskdm prepare` again")
+    assert_message(outcome, 1, "results/data/images-00000.npy has 100 bytes, expected", "run first: maskdm prepare")
+    prepared.succeed("prepare")
+    assert prepared.stage("pretrain").code == 0
+
+
+def test_data_that_was_changed_is_exit_1(prepared: Experiment) -> None:
+    shard = prepared.path("results/data/images-00000.npy")
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    outcome = prepared.stage("pretrain")
+    assert_message(outcome, 1, "results/data/images-00000.npy", "remove results/data and run `maskdm prepare` again")
+    shutil.rmtree(prepared.path("results/data"))
+    prepared.succeed("prepare")
+    assert prepared.stage("pretrain").code == 0
 
 
 # --- help -----------------------------------------------------------------------------------------------------
@@ -202,9 +219,10 @@ def test_help_of_a_stage_shows_what_it_takes(tiny: Experiment, stage: str) -> No
     assert outcome.code == 0
     assert "--stage-version" in outcome.out
     for option, stages in (
-        ("--arm", ARM_STAGES | TRIAL_STAGES),
+        ("--arm", (*ARM_STAGES, "tune")),
         ("--seed", ARM_STAGES),
-        ("--trial", TRIAL_STAGES),
+        ("--trial", ("tune",)),
+        ("--force", STAGES),
     ):
         assert (option in outcome.out) == (stage in stages)
 
@@ -212,7 +230,7 @@ def test_help_of_a_stage_shows_what_it_takes(tiny: Experiment, stage: str) -> No
 def test_help_lists_every_command_and_the_exit_codes(tiny: Experiment) -> None:
     outcome = tiny.run("--help")
     assert outcome.code == 0
-    for command in (*STAGES, "validate", "plan", "summary", "ui"):
+    for command in (*STAGES, "validate", "plan", "summary", "status", "verify", "ui"):
         assert f"\n    {command} " in outcome.out
     for part in ("0 done", "1 a stage failed", "2 wrong params.yaml", "130 stopped by Ctrl-C, 143 by SIGTERM"):
         assert part in outcome.out
@@ -265,50 +283,38 @@ def test_commands_that_compute_nothing_import_nothing_heavy(tiny: Experiment, wo
     assert len(modules) < 400
 
 
-NOT_IMPORTED = {
-    "prepare": {"torch", "torch_fidelity", "torchvision", "matplotlib", "mlflow"},  # scikit-learn imports pandas
-    "features": {"matplotlib", "pandas", "mlflow", "sklearn"},
-    "scale": {"torch_fidelity", "torchvision", "sklearn", "matplotlib", "pandas", "mlflow"},
-    "tune": {"torch_fidelity", "torchvision", "sklearn", "matplotlib", "pandas", "mlflow"},
-    "choose": HEAVY - {"numpy"},
-    "pretrain": {"torch_fidelity", "torchvision", "sklearn", "scipy", "matplotlib", "mlflow"},
-    "sample": {"torch_fidelity", "torchvision", "sklearn", "scipy", "matplotlib", "pandas", "mlflow"},
-    "evaluate": {"torch_fidelity", "torchvision", "sklearn", "matplotlib", "pandas", "mlflow"},
-    "report": {"torch_fidelity", "torchvision", "sklearn", "mlflow"},  # torch draws the example masks
-}
-
-
-@pytest.mark.parametrize("stage", list(NOT_IMPORTED))
-def test_stage_imports_no_more_than_it_uses(scored: Experiment, stage: str) -> None:
-    assert not modules_after(scored.folder, *words_of(stage)) & NOT_IMPORTED[stage]
+def lengthen(experiment: Experiment) -> None:
+    """Have long training stages that are saved all the time, and nothing tuned."""
+    experiment.change(training={"log_every": 1}, saving={"every_seconds": 0.01}, budget={"unmasked_steps": 20_000})
+    experiment.change(tuning={"trials": {}}).succeed("choose")
 
 
 @pytest.mark.parametrize(("stage", "number"), [("pretrain", signal.SIGTERM), ("finetune", signal.SIGINT)])
 def test_stopped_training_has_an_exit_code_of_its_own_and_publishes_nothing(
     scored: Experiment, stop_when: Callable[..., Outcome], stage: str, number: signal.Signals
 ) -> None:
-    scored.change(training={"log_every": 1}, saving={"every_seconds": 0.01}, budget={"unmasked_steps": 20_000})
+    lengthen(scored)
     if stage == "finetune":
         scored.change(pretrain={"share": 0.001}).succeed(*words_of("pretrain"))
     output = scored.path("results", stage, ARM)
     shutil.rmtree(output)
     record = scored.path(f"results/records/{stage}-{ARM}-seed-0.json")
     record.unlink()
-    states = scored.path(".work/results", stage, ARM, "seed-0")
+    states = f".work/results/{stage}/{ARM}/seed-0/*/state-*.safetensors"
     process = scored.start(*words_of(stage))
-    outcome = stop_when(process, lambda: any(states.glob("state-*.safetensors")), number)
+    outcome = stop_when(process, lambda: any(scored.folder.glob(states)), number)
     code = {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
     assert_message(outcome, code, f"maskdm: stopped by {number.name}: saved {stage} {ARM} seed 0 at step ")
     assert not [f for f in output.rglob("*") if f.is_file()] and not record.exists()
-    assert any(states.glob("state-*.safetensors")), "the training goes on from here"
+    assert any(scored.folder.glob(states)), "the training resumes from here"
 
 
 def test_stopped_stage_leaves_its_old_output(scored: Experiment, stop_when: Callable[..., Outcome]) -> None:
-    scored.change(training={"log_every": 1}, saving={"every_seconds": 0.01}, budget={"unmasked_steps": 20_000})
+    lengthen(scored)
     before = scored.hashes("results")
-    states = scored.path(".work/results/pretrain", ARM, "seed-0")
+    states = f".work/results/pretrain/{ARM}/seed-0/*/state-*.safetensors"
     process = scored.start(*words_of("pretrain"))
-    assert stop_when(process, lambda: any(states.glob("state-*.safetensors")), signal.SIGTERM).code == 143
+    assert stop_when(process, lambda: any(scored.folder.glob(states)), signal.SIGTERM).code == 143
     assert scored.hashes("results") == before
 
 

@@ -30,7 +30,7 @@ sys.stdin.read()
     [("auto", None), ("off", None), ("default", "default"), ("reduce-overhead", "reduce-overhead")],
 )
 def test_a_cpu_compiles_only_when_asked(compile_mode: str, expected: str | None) -> None:
-    compute = resolve(ComputeConfig(device="cpu", compile=compile_mode))  # type: ignore[arg-type]
+    compute = resolve(ComputeConfig(device="cpu", precision="auto", compile=compile_mode))  # type: ignore[arg-type]
     assert compute.compile_mode == expected
     assert compute.describe()["compile"] == (expected or "off")
 
@@ -51,7 +51,7 @@ def test_precision_that_is_asked_for_is_that_of_products_and_of_the_record(preci
 
 
 def test_kernels_are_deterministic_and_nothing_is_filled_for_it() -> None:
-    resolve(ComputeConfig(device="cpu"))
+    resolve(ComputeConfig(device="cpu", precision="auto"))
     assert torch.are_deterministic_algorithms_enabled()
     assert not torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
 
@@ -65,7 +65,7 @@ def test_the_allocator_takes_every_setting() -> None:
 def test_cuda_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"compute\.device is cuda, but PyTorch sees no CUDA device"):
-        resolve(ComputeConfig(device="cuda"))
+        resolve(ComputeConfig(device="cuda", precision="auto"))
 
 
 def test_stages_at_work_at_a_time_take_different_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,4 +101,4 @@ def test_a_launcher_that_gives_no_gpu_is_an_error(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=says):
-        resolve(ComputeConfig(device="cuda"))
+        resolve(ComputeConfig(device="cuda", precision="auto"))

@@ -1,9 +1,10 @@
-"""DVC and Snakemake: the same stages from the same params.yaml, and the same bytes."""
+"""DVC and Snakemake in one workspace: the same stages, the same bytes, no work done twice, whatever happened before.
+
+Letters in brackets name the traps of earlier designs; each was met under a real engine.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
 import re
@@ -12,39 +13,100 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import pytest
 import yaml
 
-from maskdm import engines
-from maskdm.stages.versions import STAGE_VERSIONS
+from maskdm import markers
+from maskdm.config.jobs import STAGE_VERSIONS
 
 ROOT = Path(__file__).parents[1]
-ENGINE_FILES = ("dvc.yaml", "params.yaml", "Snakefile", "workflow", "profiles", ".dvcignore")
+ENGINE_FILES = ("dvc.yaml", "params.yaml", "Snakefile", "workflow", "profiles", ".dvcignore", ".gitignore")
 TINY = "experiments/tiny"
 REPRO = ("dvc", "repro", f"{TINY}/dvc.yaml")
 SNAKEMAKE = ("snakemake", "-d", TINY, "--cores", "2")
+ARM, OTHER = "patch-m50", "scratch"
+OF_AN_ARM = ("pretrain", "finetune", "sample", "evaluate")
+SHARED = {"prepare", "features", "scale", "choose"}
+TWO_TRIALS = {"given": {}, "lr-high": {"pretrain.lr": 8e-3, "finetune.lr": 8e-3}}
 
 
-class Stage(NamedTuple):
-    """What an engine says of a stage."""
+class Workspace:
+    """A project with the engines' files and a small experiment of two arms, untracked by MLflow.
 
-    command: str
-    inputs: frozenset[str]
-    outputs: frozenset[str]
+    Args:
+        folder: where it lies.
+    """
 
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.tiny = folder, folder / TINY
 
-def command(workspace: Path, *arguments: str, check: bool = True) -> str:
-    """Run a command as a user of the environment would; stdout and stderr together."""
-    done = subprocess.run(
-        arguments, cwd=workspace, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    assert not check or done.returncode == 0, f"{' '.join(arguments)}\n{done.stdout}"
-    return done.stdout
+    @property
+    def params(self) -> dict[str, Any]:
+        content: dict[str, Any] = yaml.safe_load((self.tiny / "params.yaml").read_text(encoding="utf-8"))
+        return content
+
+    def change(self, **sections: Any) -> None:
+        """Change keys of sections (a dict is merged into its section), or whole values."""
+        content = self.params
+        for name, value in sections.items():
+            content[name] = {**content.get(name, {}), **value} if isinstance(value, dict) else value
+        (self.tiny / "params.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+
+    def set_rate(self, mask_rate: float) -> None:
+        """Change one arm's mask rate."""
+        self.change(arms={ARM: {"strategy": "patch", "mask_rate": mask_rate}})
+
+    def run(self, *words: str, fails: bool = False) -> str:
+        """Run a command as a user of the environment would; stdout and stderr together, and stages' logs."""
+        shutil.rmtree(self.tiny / "logs", ignore_errors=True)
+        done = subprocess.run(
+            words, cwd=self.folder, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        assert (done.returncode != 0) == fails, f"{' '.join(words)}\n{done.stdout}"
+        logs = sorted((self.tiny / "logs").glob("*.log")) if words[0] == "snakemake" else []
+        return "\n".join([done.stdout, *(log.read_text(encoding="utf-8") for log in logs)])
+
+    def start(self, words: tuple[str, ...]) -> subprocess.Popen[bytes]:
+        """Start a command in a session of its own, as in a terminal."""
+        with (self.folder / "said.txt").open("ab") as said:
+            return subprocess.Popen(
+                words,
+                cwd=self.folder,
+                env=environment(),
+                stdout=said,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                # tests that were started in the background ignore Ctrl-C, and what they start would, too
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            )
+
+    def records(self) -> dict[str, bytes]:
+        """What every stage noted of its last work; a stage that worked again has another one."""
+        return {file.stem: file.read_bytes() for file in (self.tiny / "results/records").glob("*.json")}
+
+    def record(self, name: str) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads((self.tiny / f"results/records/{name}.json").read_bytes())
+        return content
+
+    def digests(self) -> dict[str, bytes]:
+        """Every result that must not depend on the engine, by path; records hold times, and the report shows them."""
+        results = self.tiny / "results"
+        files = (file for file in results.rglob("*") if file.is_file())
+        return {
+            str(file.relative_to(results)): file.read_bytes()
+            for file in files
+            if file.relative_to(results).parts[0] not in ("records", "report") and not file.name.startswith(".")
+        }
+
+    def copy_to(self, folder: Path) -> Workspace:
+        """The same workspace elsewhere."""
+        shutil.copytree(self.folder, folder, symlinks=True)
+        return Workspace(folder)
 
 
 def environment() -> dict[str, str]:
@@ -53,54 +115,95 @@ def environment() -> dict[str, str]:
     return {**{k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}, "PATH": path}
 
 
-def make_workspace(folder: Path) -> Path:
-    """A project without git, with the engines' files and the tiny experiment of two arms, untracked by MLflow."""
+def new_workspace(folder: Path) -> Workspace:
     for name in ENGINE_FILES:
         source = ROOT / name
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
-    (folder / TINY).mkdir(parents=True)
-    (folder / TINY / "dvc.yaml").symlink_to("../../dvc.yaml")
-    start_params(folder)
-    command(folder, "dvc", "init", "--quiet", "--no-scm")
-    return folder
-
-
-def start_params(workspace: Path) -> None:
-    """The tiny experiment with two of its arms: every stage is a process that takes seconds."""
+        (shutil.copytree if source.is_dir() else shutil.copyfile)(source, folder / name)
+    workspace = Workspace(folder)
+    workspace.tiny.mkdir(parents=True)
     content = yaml.safe_load((ROOT / TINY / "params.yaml").read_text(encoding="utf-8"))
-    arms = {arm: content["arms"][arm] for arm in ("scratch", "patch-m50")}
-    text = yaml.safe_dump({**content, "arms": arms, "tracking": {"enabled": False}}, sort_keys=False)
-    (workspace / TINY / "params.yaml").write_text(text, encoding="utf-8")
+    content |= {"tracking": {"enabled": False}, "arms": {arm: content["arms"][arm] for arm in (OTHER, ARM)}}
+    content["evaluation"]["classifier_epochs"] = 1
+    content["tuning"]["trials"] = {}
+    (workspace.tiny / "params.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    (workspace.tiny / "dvc.yaml").symlink_to("../../dvc.yaml")
+    for words in (("git", "init", "-q"), ("dvc", "init", "-q"), ("dvc", "config", "core.analytics", "false")):
+        workspace.run(*words)
+    return workspace
 
 
-def change_params(workspace: Path, **sections: dict[str, object]) -> None:
-    """Add to sections of params.yaml, or change their values."""
-    file = workspace / TINY / "params.yaml"
-    params = yaml.safe_load(file.read_text(encoding="utf-8"))
-    for name, content in sections.items():
-        params[name] = {**params.get(name, {}), **content}
-    file.write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
+def of_arm(arm: str, stages: tuple[str, ...] = OF_AN_ARM) -> set[str]:
+    """The records of an arm's stages."""
+    return {f"{stage}-{arm}-seed-0" for stage in stages}
 
 
-def dvc_stages(workspace: Path) -> dict[str, Stage]:
-    """DVC's own listing of the tiny experiment, by the stage's command."""
-    script = (
-        "import json; from dvc.repo import Repo; "
-        "print(json.dumps([[s.cmd, [d.def_path for d in s.deps if 'params.yaml' not in str(d)], "
-        "[o.def_path for o in s.outs]] for s in Repo().index.stages if s.path_in_repo.startswith('experiments')]))"
+def worked(before: Mapping[str, bytes], after: Mapping[str, bytes]) -> set[str]:
+    """The stages that have worked in between."""
+    return {name for name in after if before.get(name) != after[name]}
+
+
+@pytest.fixture(scope="module")
+def fresh_once(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return new_workspace(tmp_path_factory.mktemp("fresh"))
+
+
+@pytest.fixture(scope="module")
+def finished_once(fresh_once: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """Everything was made by Snakemake."""
+    workspace = fresh_once.copy_to(tmp_path_factory.mktemp("finished") / "project")
+    workspace.run(*SNAKEMAKE)
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def both_once(finished_once: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """Everything was made by Snakemake, then DVC was called."""
+    workspace = finished_once.copy_to(tmp_path_factory.mktemp("both") / "project")
+    workspace.run(*REPRO)
+    return workspace
+
+
+@pytest.fixture
+def fresh(fresh_once: Workspace, tmp_path: Path) -> Workspace:
+    return fresh_once.copy_to(tmp_path / "project")
+
+
+@pytest.fixture
+def finished(finished_once: Workspace, tmp_path: Path) -> Workspace:
+    return finished_once.copy_to(tmp_path / "project")
+
+
+@pytest.fixture
+def both(both_once: Workspace, tmp_path: Path) -> Workspace:
+    return both_once.copy_to(tmp_path / "project")
+
+
+# --- the same stages ------------------------------------------------------------------------------------------------
+
+
+class Stage(NamedTuple):
+    """What an engine says of a stage: what it waits for, and what tells that it is done."""
+
+    inputs: frozenset[str]
+    outputs: frozenset[str]
+
+
+def dvc_stages(workspace: Workspace) -> dict[str, Stage]:
+    code = (
+        "import json; from dvc.repo import Repo; stages = Repo('.').index.stages; print(json.dumps([[s.cmd, "
+        "[str(d.def_path) for d in s.deps if 'params' not in type(d).__name__.lower()], "
+        "[str(o.def_path) for o in s.outs]] for s in stages if s.path_in_repo.startswith('experiments')]))"
     )
-    listed = json.loads(command(workspace / TINY, sys.executable, "-c", script).splitlines()[-1])
-    return {cmd: Stage(cmd, frozenset(deps), frozenset(outs)) for cmd, deps, outs in listed}
+    listed = json.loads(workspace.run(sys.executable, "-c", code).splitlines()[-1])
+    return {cmd: Stage(frozenset(inputs), frozenset(outputs)) for cmd, inputs, outputs in listed}
 
 
-def snakemake_stages(workspace: Path) -> dict[str, Stage]:
-    """Snakemake's own listing of the tiny experiment, by the stage's command."""
-    listing = command(workspace, "snakemake", "-d", TINY, "--cores", "1", "--dry-run", "--forceall")
+def snakemake_stages(workspace: Workspace) -> dict[str, Stage]:
+    listing = workspace.run(*SNAKEMAKE, "--dry-run", "--forceall")
     stages = {}
-    for block in re.split(r"\n(?=rule )|\nlocalrule ", listing):
-        found = re.search(r"Shell command: (maskdm .*?) > logs/", block)
-        if found:
-            stages[found[1]] = Stage(found[1], _listed(block, "input"), _listed(block, "output"))
+    for block in re.split(r"\n(?=rule )|\n(?=localrule )", listing):
+        if found := re.search(r"Shell command: (maskdm .*?) > logs/", block):
+            stages[found[1]] = Stage(_listed(block, "input"), _listed(block, "output"))
     return stages
 
 
@@ -109,288 +212,62 @@ def _listed(block: str, what: str) -> frozenset[str]:
     return frozenset(found[1].split(", ")) if found else frozenset()
 
 
-def executed(output: str) -> set[str]:
-    """The stages that an engine ran or would run, e.g. "pretrain --arm scratch --seed 0"."""
-    return {stage.strip() for stage in re.findall(r"(?:^> |Shell command: )maskdm (.*?) --stage-version", output, re.M)}
+def earlier_stages(stages: dict[str, Stage]) -> dict[str, set[str]]:
+    """For every stage all those that are done before it starts."""
 
+    def makes(stage: Stage, name: str) -> bool:
+        return any(name == o or name.startswith(f"{o}/") or o.startswith(f"{name}/") for o in stage.outputs)
 
-def digests(workspace: Path) -> dict[str, bytes]:
-    """Every result that must not depend on the engine, by path; records hold times, the report shows them."""
-    results = workspace / TINY / "results"
-    files = (
-        f
-        for kind in ("data", "features", "tuning", "chosen", "pretrain", "finetune", "samples", "metrics")
-        for f in (results / kind).rglob("*")
-    )
-    return {
-        str(file.relative_to(results)): file.read_bytes()
-        for file in files
-        if file.is_file() and file.name not in (".gitignore", ".snakemake_timestamp")
+    needed = {
+        cmd: {other for other, made in stages.items() if other != cmd and any(makes(made, n) for n in stage.inputs)}
+        for cmd, stage in stages.items()
     }
+    for _ in stages:
+        needed = {cmd: own | {far for near in own for far in needed[near]} for cmd, own in needed.items()}
+    return needed
 
 
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    yield make_workspace(tmp_path_factory.mktemp("workspace"))
+@pytest.mark.parametrize("trials", [{}, TWO_TRIALS])
+def test_both_engines_run_the_same_commands_in_the_same_order(fresh: Workspace, trials: dict[str, Any]) -> None:
+    fresh.change(tuning={"trials": trials})
+    dvc, snakemake = dvc_stages(fresh), snakemake_stages(fresh)
+    assert len(dvc) == 5 + 2 * len(trials) + 2 * 4
+    assert any(" tune " in cmd for cmd in dvc) == bool(trials)
+    assert earlier_stages(dvc) == earlier_stages(snakemake)
 
 
-def test_both_engines_list_the_same_stages(workspace: Path) -> None:
-    dvc, snakemake = dvc_stages(workspace), snakemake_stages(workspace)
-    arms, trials, of_arm = 2, 2, 4
-    assert len(dvc) == 5 + arms * trials + arms * of_arm
-    assert set(dvc) == set(snakemake)
-
-
-def covers(folders: frozenset[str], files: frozenset[str]) -> bool:
-    """Whether every file is, or lies in, exactly one of the folders, and every folder holds one of the files."""
-    covering = [[f for f in folders if file == f or file.startswith(f"{f}/")] for file in files]
-    return all(len(found) == 1 for found in covering) and {found[0] for found in covering} == folders
-
-
-def test_stages_have_the_same_inputs_and_outputs_in_both_engines(workspace: Path) -> None:
-    """DVC names the folder where Snakemake names the files of all arms and trials in it."""
-    dvc, snakemake = dvc_stages(workspace), snakemake_stages(workspace)
-    for cmd, stage in dvc.items():
-        if cmd.startswith(("maskdm choose", "maskdm report")):
-            assert covers(stage.inputs, snakemake[cmd].inputs), cmd
-            assert covers(stage.outputs, snakemake[cmd].outputs), cmd
-        else:
-            assert stage.inputs == snakemake[cmd].inputs, cmd
-            assert stage.outputs == snakemake[cmd].outputs, cmd
-
-
-def test_every_input_is_the_output_of_a_stage(workspace: Path) -> None:
-    """Also of a part of it: an arm's choice in the folder of all choices."""
-    stages = dvc_stages(workspace).values()
+def test_every_input_of_dvc_is_the_output_of_a_stage(fresh_once: Workspace) -> None:
+    stages = dvc_stages(fresh_once).values()
     outputs = {output for stage in stages for output in stage.outputs}
     for stage in stages:
         for name in stage.inputs:
-            made = any(name == o or name.startswith(f"{o}/") or o.startswith(f"{name}/") for o in outputs)
-            assert made, f"{stage.command}: nothing makes {name}"
+            assert any(name == o or name.startswith(f"{o}/") or o.startswith(f"{name}/") for o in outputs), name
 
 
-def test_an_arm_is_trained_after_its_choice_and_a_choice_after_all_trials(workspace: Path) -> None:
-    stages = snakemake_stages(workspace)
-    choose = next(stage for cmd, stage in stages.items() if cmd.startswith("maskdm choose"))
-    arms, trials = ("scratch", "patch-m50"), ("given", "lr-high")
-    of_trials = {f"results/tuning/{arm}/{trial}.json" for arm in arms for trial in trials}
-    assert choose.inputs == {"results/data", *of_trials}
-    for cmd, stage in stages.items():
-        if (found := re.match(r"maskdm (?:pretrain|finetune) --arm (\S+)", cmd)) is not None:
-            chosen = {name for name in stage.inputs if "chosen" in name}
-            assert chosen == {f"results/chosen/{found[1]}.json"}, "of this arm alone: others change without it"
-
-
-def test_the_command_lines_carry_the_versions_of_the_stages(workspace: Path) -> None:
-    carried = dict(re.fullmatch(r"maskdm (\w+).* --stage-version (\d+)", cmd).groups() for cmd in dvc_stages(workspace))  # type: ignore[union-attr]
+def test_the_command_lines_carry_the_versions_of_the_stages(fresh: Workspace) -> None:
+    fresh.change(tuning={"trials": TWO_TRIALS})
+    carried = dict(re.fullmatch(r"maskdm (\w+).* --stage-version (\d+)", cmd).groups() for cmd in dvc_stages(fresh))  # type: ignore[union-attr]
     assert {stage: int(version) for stage, version in carried.items()} == STAGE_VERSIONS
 
 
-def test_invalid_params_stop_snakemake_before_any_work(workspace: Path) -> None:
-    change_params(workspace, model={"depht": 3})
-    try:
-        output = command(workspace, "snakemake", "-d", TINY, "--cores", "1", check=False)
-    finally:
-        start_params(workspace)
+def test_dvc_keeps_every_output_and_watches_no_value_that_changes_rounding_alone() -> None:
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    for name, stage in stages.items():
+        for out in (*stage["outs"], *stage.get("metrics", [])):
+            ((_, options),) = out.items()
+            assert options["persist"], name
+        assert not {param for param in stage["params"] if param.startswith("compute")} - {
+            "compute.device",
+            "compute.precision",
+        }
+
+
+def test_invalid_params_stop_snakemake_before_any_work(fresh: Workspace) -> None:
+    fresh.change(model={"depht": 3})
+    output = fresh.run(*SNAKEMAKE, fails=True)
     assert "model.depht: unknown key; did you mean 'depth'?" in output
-    assert not executed(output)
-
-
-def of_arm(stages: set[str], arm: str) -> set[str]:
-    """The stages of an arm: its trials, training and scores."""
-    return {stage for stage in stages if f"--arm {arm} " in f"{stage} "}
-
-
-@pytest.mark.workflow
-def test_dvc_and_snakemake_give_the_same_bytes_and_know_what_the_other_has_made(workspace: Path) -> None:
-    everything = {c.removeprefix("maskdm ").rsplit(" --stage-version")[0] for c in dvc_stages(workspace)}
-
-    assert executed(command(workspace, *SNAKEMAKE)) == everything
-    by_snakemake = digests(workspace)
-    assert sum(name.startswith("metrics/") for name in by_snakemake) == 3  # two arms and the scale
-    assert not executed(command(workspace, *SNAKEMAKE))
-    assert_dvc_has_nothing_to_do(workspace)
-
-    add_a_trial_that_is_worse(workspace)
-    # In one go Snakemake would start all arms again: it plans that before `choose` has left their files as they were.
-    new = {f"tune --arm {arm} --trial slow" for arm in ("scratch", "patch-m50")}
-    assert executed(command(workspace, *SNAKEMAKE, "--until", "choose")) == new | {"choose"}
-    assert executed(command(workspace, *SNAKEMAKE, "--dry-run")) == {"report"}
-    assert "report:" in command(workspace / TINY, "dvc", "status", "dvc.yaml"), "a part alone is not told to DVC"
-
-    with dvc_at_work(workspace):
-        output = command(workspace, *SNAKEMAKE)
-    assert executed(output) == {"report"}
-    assert "warning: DVC could not be told what Snakemake has made" in output
-    assert not executed(command(workspace, *SNAKEMAKE)), "but DVC is told now"
-    assert "up to date" in command(workspace / TINY, "dvc", "status", "dvc.yaml")
-
-    for lost in (workspace / TINY / "results", workspace / TINY / ".work", workspace / TINY / ".snakemake"):
-        shutil.rmtree(lost)
-    shutil.rmtree(workspace / ".dvc/cache")
-    (workspace / TINY / "dvc.lock").unlink()
-    start_params(workspace)
-    assert executed(command(workspace, *REPRO)) == everything
-    assert digests(workspace) == by_snakemake
-    assert not executed(command(workspace, *REPRO))
-
-    with_rate(workspace, 0.25)  # before Snakemake was ever told of anything
-    changed = executed(command(workspace, *SNAKEMAKE, "--dry-run"))
-    assert of_arm(changed, "patch-m50") == of_arm(everything, "patch-m50")
-    assert not {stage for stage in of_arm(changed, "scratch") if stage.startswith("tune")}
-    assert {"prepare", "features", "scale"}.isdisjoint(changed)
-    start_params(workspace)
-    assert not executed(command(workspace, *SNAKEMAKE, "--dry-run"))
-
-    with_rate(workspace, 0.25)
-    add_a_trial_that_is_worse(workspace)
-    assert executed(command(workspace, *REPRO)) == of_arm(everything, "patch-m50") | new | {"choose", "report"}
-    chosen = {json.loads(file.read_bytes())["trial"] for file in (workspace / TINY / "results/chosen").glob("*.json")}
-    assert "slow" not in chosen
-    assert not executed(command(workspace, *SNAKEMAKE, "--dry-run"))
-
-    clone_with_results(workspace)
-    assert not executed(command(workspace, *SNAKEMAKE, "--dry-run"))
-    assert_dvc_has_nothing_to_do(workspace)
-    with_rate(workspace, 0.5)
-    assert of_arm(executed(command(workspace, *SNAKEMAKE, "--dry-run")), "patch-m50")
-
-
-def assert_dvc_has_nothing_to_do(workspace: Path) -> None:
-    assert "up to date" in command(workspace / TINY, "dvc", "status", "dvc.yaml")
-    assert not executed(command(workspace, *REPRO))
-
-
-def with_rate(workspace: Path, mask_rate: float) -> None:
-    change_params(workspace, arms={"patch-m50": {"strategy": "patch", "mask_rate": mask_rate}})
-
-
-@contextlib.contextmanager
-def dvc_at_work(workspace: Path) -> Iterator[None]:
-    """Hold DVC's lock, as another `dvc` does that is at work."""
-    with (workspace / ".dvc/tmp/lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def clone_with_results(workspace: Path) -> None:
-    """What `git clone` and `dvc pull` leave: dvc.lock and the results, all new; none of Snakemake's books."""
-    metrics = {file: file.read_bytes() for file in (workspace / TINY / "results/metrics").glob("*.json")}
-    for lost in ("results", ".work", ".snakemake"):
-        shutil.rmtree(workspace / TINY / lost)
-    for file, content in metrics.items():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(content)
-    command(workspace / TINY, "dvc", "checkout", "dvc.yaml")
-
-
-def add_a_trial_that_is_worse(workspace: Path) -> None:
-    trials = {"given": {}, "lr-high": {"pretrain.lr": 8e-3, "finetune.lr": 8e-3}}
-    slow = {"pretrain.lr": 1e-9, "finetune.lr": 1e-9}
-    change_params(workspace, tuning={"trials": {**trials, "slow": slow}})
-
-
-def test_values_are_written_equally_whichever_engine_has_read_them() -> None:
-    """`2e-4` and `on` are texts for one version of YAML and a number and a truth value for the other."""
-    one = {"lr": "2e-4", "flip": "on", "arms": {"a": [1, None, "patch"], "b": {}}}
-    other = {"arms": {"b": {}, "a": [1.0, None, "patch"]}, "flip": True, "lr": 0.0002}
-    assert repr(engines.plain(one)) == repr(engines.plain(other))
-    assert repr(engines.plain(one)) != repr(engines.plain({**one, "lr": "2e-5"}))
-    assert repr(engines.plain({"flip": True})) != repr(engines.plain({"flip": 1}))
-
-
-class Engine:
-    """An engine at work on the pretraining of a seed, in a session of its own, as in a terminal."""
-
-    def __init__(self, workspace: Path, engine: str, seed: int) -> None:
-        self.workspace, self.seed = workspace, seed
-        target = f"results/pretrain/patch-m50/seed-{seed}"
-        words = {"dvc": (*REPRO[:2], f"{REPRO[2]}:pretrain@patch-m50-{seed}"), "snakemake": (*SNAKEMAKE, target)}[
-            engine
-        ]
-        self.output, self.work = workspace / TINY / target, workspace / TINY / ".work" / target
-        self.said = workspace / f"{engine}-{seed}.txt"
-        with self.said.open("a") as file:
-            self.process = subprocess.Popen(
-                words,
-                cwd=workspace,
-                env=environment(),
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                # tests that were started in the background ignore Ctrl-C, and what they start would, too
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-            )
-
-    def stage_at_work(self) -> psutil.Process:
-        """The process of the stage, once it has saved a state."""
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            assert self.process.poll() is None, self.said.read_text()
-            if list(self.work.glob("state-*.safetensors")):
-                children = psutil.Process(self.process.pid).children(recursive=True)
-                return next(c for c in reversed(children) if "pretrain" in c.cmdline())
-            time.sleep(0.02)
-        raise AssertionError(f"no state in {self.work}:\n{self.said.read_text()}")
-
-    def everything_said(self) -> str:
-        """By the engine and, where that puts it into a file, by the stage."""
-        log = self.workspace / TINY / f"logs/pretrain-patch-m50-seed-{self.seed}.log"
-        return self.said.read_text() + (log.read_text() if log.is_file() else "")
-
-
-@pytest.fixture(scope="module")
-def slow_training(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A workspace with one arm, ready to be pretrained for some seconds for each of several seeds."""
-    workspace = make_workspace(tmp_path_factory.mktemp("slow"))
-    content = yaml.safe_load((workspace / TINY / "params.yaml").read_text(encoding="utf-8"))
-    content |= {"seeds": [0, 1, 2], "arms": {"patch-m50": content["arms"]["patch-m50"]}}
-    content |= {"tuning": {"enabled": False, "trials": {"given": {}}}, "saving": {"every_seconds": 0.1}}
-    content["tuning"] |= {"seed": 1000, "budget_fraction": 0.5}
-    content["budget"] |= {"unmasked_steps": 160, "milestones": [1.0]}
-    content["pretrain"]["share"] = 0.9
-    (workspace / TINY / "params.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    command(workspace, *REPRO[:2], f"{REPRO[2]}:choose")
-    return workspace
-
-
-KILLS = {
-    "the engine": lambda engine, stage: engine.process.kill(),
-    "both": lambda engine, stage: (engine.process.kill(), stage.kill()),
-    "Ctrl-C": lambda engine, stage: os.killpg(engine.process.pid, signal.SIGINT),
-}
-
-
-@pytest.mark.workflow
-@pytest.mark.parametrize(
-    ("seed", "engine", "what"),
-    [
-        (0, "dvc", "the engine"),
-        (1, "dvc", "Ctrl-C"),
-        (2, "snakemake", "both"),
-    ],
-)
-def test_after_a_kill_the_same_command_again_is_all_it_takes(
-    slow_training: Path, seed: int, engine: str, what: str
-) -> None:
-    first = Engine(slow_training, engine, seed)
-    KILLS[what](first, first.stage_at_work())
-    assert first.process.wait(timeout=30) != 0
-
-    again = Engine(slow_training, engine, seed)
-    assert again.process.wait(timeout=60) == 0, again.said.read_text()
-    assert list(again.output.glob("*.safetensors"))
-    record = json.loads((slow_training / TINY / f"results/records/pretrain-patch-m50-seed-{seed}.json").read_bytes())
-    if what == "the engine":  # its stage worked on, and the second one found the work done
-        assert record["starts"] == 1
-        assert re.search(
-            rf"pretrain patch-m50 seed {seed}: (process \d+ has done it|done before)", again.everything_said()
-        )
-    else:
-        assert record["starts"] == 2
-        assert f"pretrain patch-m50 seed {seed}: going on from step" in again.everything_said()
-    if what == "Ctrl-C":
-        assert "stopped by SIGINT: saved pretrain" in again.said.read_text()
+    assert not (fresh.tiny / "results").exists()
+    assert "Traceback" not in output
 
 
 @pytest.mark.parametrize(
@@ -402,5 +279,224 @@ def test_stages_reserve_a_gpu_where_they_will_use_one(
 ) -> None:
     for number in range(num_gpus):
         (tmp_path / f"0000:{number:02}:00.0").mkdir()
-    monkeypatch.setattr(engines, "NVIDIA_GPUS", tmp_path)
-    assert engines.stages_use_a_gpu(device) == expected
+    monkeypatch.setattr(markers, "NVIDIA_GPUS", tmp_path)
+    assert markers.stages_use_a_gpu(device) == expected
+
+
+# --- the same bytes, and no work twice ------------------------------------------------------------------------------
+
+
+@pytest.mark.workflow
+def test_both_engines_make_the_same_bytes(fresh: Workspace, finished_once: Workspace) -> None:
+    """(I) With no trials nobody but `prepare` makes results/tuning, on which `choose` depends in DVC."""
+    assert "up to date" not in fresh.run(*REPRO).replace("Data and pipelines are up to date", "")
+    assert fresh.digests() == finished_once.digests()
+    records = fresh.records()
+    fresh.run(*SNAKEMAKE)
+    assert fresh.records() == records, "Snakemake after DVC does no work"
+
+
+@pytest.mark.workflow
+def test_neither_engine_works_after_the_other(both: Workspace, finished_once: Workspace) -> None:
+    assert both.records() == finished_once.records(), "DVC after Snakemake does no work"
+    assert both.digests() == finished_once.digests()
+    assert "Data and pipelines are up to date" in both.run(*REPRO)
+    assert "Nothing to be done" in both.run(*SNAKEMAKE)
+    said = both.run(*SNAKEMAKE, "--forceall")
+    assert said.count(": up to date\n") == len(both.records()) + 1  # the report has no record
+    assert both.records() == finished_once.records()
+
+
+@pytest.mark.workflow
+def test_values_that_change_rounding_alone_rerun_nothing(both: Workspace) -> None:
+    before = both.records()
+    both.change(compute={"threads": 2, "attention": "fused", "activation_checkpointing": True})
+    assert "Nothing to be done" in both.run(*SNAKEMAKE)
+    assert "Data and pipelines are up to date" in both.run(*REPRO)
+    shutil.rmtree(both.tiny / "results/samples" / ARM)
+    both.run(*SNAKEMAKE)
+    assert of_arm(ARM, ("sample",)) <= worked(before, both.records()) <= of_arm(ARM, ("sample", "evaluate"))
+    assert both.record(f"sample-{ARM}-seed-0")["threads"] == 2
+
+
+@pytest.mark.workflow
+@pytest.mark.parametrize("engine", [SNAKEMAKE, REPRO], ids=["snakemake", "dvc"])
+def test_a_deleted_output_is_made_again_alone(both: Workspace, engine: tuple[str, ...]) -> None:
+    """(F) And later stages see the same content: they do not work."""
+    before, digests = both.records(), both.digests()
+    shutil.rmtree(both.tiny / f"results/pretrain/{ARM}")
+    both.run(*engine)
+    assert worked(before, both.records()) == {f"pretrain-{ARM}-seed-0"}
+    assert both.digests() == digests
+
+
+@pytest.mark.workflow
+def test_values_there_and_back_cost_no_training(both: Workspace) -> None:
+    """(C), (H) Snakemake with A, DVC with B, Snakemake with A; then DVC with B and A again."""
+    a, bytes_of_a = both.records(), both.digests()
+    both.set_rate(0.25)
+    both.run(*REPRO)
+    b = both.records()
+    assert worked(a, b) == of_arm(ARM), "a changed arm reruns that arm alone"
+    both.set_rate(0.5)
+    both.run(*SNAKEMAKE)
+    assert both.records() == a
+    assert both.digests() == bytes_of_a
+    both.set_rate(0.25)
+    both.run(*REPRO)
+    assert both.records() == b
+    both.set_rate(0.5)
+    said = both.run(*REPRO)
+    assert "made before with the same values and inputs" in said
+    assert both.digests() == bytes_of_a
+
+
+@pytest.mark.workflow
+def test_snakemakes_memory_decides_nothing(finished: Workspace) -> None:
+    """(D) `.snakemake` is deleted and a value changed; (E) a value changed, then `snakemake --touch`."""
+    before = finished.records()
+    shutil.rmtree(finished.tiny / ".snakemake")
+    finished.set_rate(0.25)
+    finished.run(*SNAKEMAKE, "--touch")
+    finished.run(*SNAKEMAKE)
+    between = finished.records()
+    assert worked(before, between) == of_arm(ARM)
+    shutil.rmtree(finished.tiny / ".snakemake")
+    assert "Nothing to be done" in finished.run(*SNAKEMAKE)
+    finished.set_rate(0.75)
+    finished.run(*SNAKEMAKE, "--touch", "--forceall")
+    finished.run(*SNAKEMAKE)
+    assert worked(between, finished.records()) == of_arm(ARM)
+
+
+@pytest.mark.workflow
+def test_an_arm_that_is_removed_and_added_again_is_there(both: Workspace) -> None:
+    """(J)"""
+    a, arms = both.records(), both.params["arms"]
+    both.change(arms=arms)
+    content = both.params
+    content["arms"] = {OTHER: arms[OTHER]}
+    (both.tiny / "params.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    both.run(*SNAKEMAKE)
+    both.run(*REPRO)
+    both.change(arms=arms)
+    both.run(*REPRO)
+    assert worked(a, both.records()) <= {"choose"}
+    assert "Nothing to be done" in both.run(*SNAKEMAKE)
+
+
+@pytest.mark.workflow
+def test_a_clone_with_pulled_results_has_nothing_to_do(both: Workspace, tmp_path: Path) -> None:
+    """(G) `dvc push`, `git clone`, `dvc pull`, then either engine."""
+    remote, before = tmp_path / "remote", both.records()
+    both.run("dvc", "remote", "add", "-q", "-d", "storage", str(remote))
+    both.run("dvc", "push", "-q", "--recursive", TINY)
+    both.run("git", "add", "--all")
+    both.run("git", "-c", "user.name=n", "-c", "user.email=e", "commit", "-qm", "results")
+    both.run("git", "clone", "-q", ".", str(tmp_path / "clone"))
+    clone = Workspace(tmp_path / "clone")
+    clone.run("dvc", "pull", "-q", "--recursive", TINY)
+    assert clone.digests() == both.digests()
+    assert "Nothing to be done" in clone.run(*SNAKEMAKE)
+    assert "Data and pipelines are up to date" in clone.run(*REPRO)
+    assert clone.records() == before
+
+
+@pytest.mark.workflow
+def test_a_better_trial_changes_its_arms_and_a_worse_one_nothing(fresh: Workspace) -> None:
+    fresh.change(tuning={"trials": TWO_TRIALS})
+    fresh.run(*SNAKEMAKE)
+    before = fresh.records()
+    slow = {"pretrain.lr": 1e-9, "finetune.lr": 1e-9}
+    fresh.change(tuning={"trials": {**TWO_TRIALS, "slow": slow}})
+    fresh.run(*SNAKEMAKE)
+    new = {f"tune-{arm}-trial-slow" for arm in (OTHER, ARM)}
+    assert worked(before, fresh.records()) == new | {"choose"}
+    chosen = {json.loads(file.read_bytes())["trial"] for file in (fresh.tiny / "results/chosen").glob("*-*.json")}
+    assert "slow" not in chosen
+
+
+# --- failures and kills ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.workflow
+@pytest.mark.parametrize("engine", [SNAKEMAKE, REPRO], ids=["snakemake", "dvc"])
+def test_a_failed_job_does_not_leave_an_older_output_as_done(both: Workspace, engine: tuple[str, ...]) -> None:
+    """(A), (K) The values are new and the stage fails: what was there before is kept, and is not taken for done."""
+    before, digests = both.records(), both.digests()
+    broken = {"strategy": "patch", "mask_rate": 0.5, "pretrain": {"lr": 1e30}}
+    both.change(arms={ARM: broken})
+    said = both.run(*engine, fails=True)
+    assert "not finite" in said
+    assert both.digests() == digests, "the old output is there until there is a new one"
+    assert "not finite" in both.run(*engine, fails=True), "and not taken for the new one"
+    (failure,) = (both.tiny / f".work/results/pretrain/{ARM}/seed-0").glob("*/failed.json")
+    assert "not finite" in json.loads(failure.read_bytes())["reason"]
+    both.set_rate(0.5)
+    both.run(*engine)
+    assert both.records() == before
+
+
+class Training(NamedTuple):
+    """A workspace whose next stage takes some seconds, and saves its state all the time."""
+
+    workspace: Workspace
+    target: str
+    work: Path
+
+    def at_work(self, engine: subprocess.Popen[bytes]) -> psutil.Process:
+        """The process of the stage, once it has saved a state."""
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline:
+            assert engine.poll() is None, self.said()
+            if list(self.work.glob("*/state-*.safetensors")):
+                children = psutil.Process(engine.pid).children(recursive=True)
+                return next(child for child in reversed(children) if "pretrain" in child.cmdline())
+            time.sleep(0.02)
+        raise AssertionError(f"no state in {self.work}:\n{self.said()}")
+
+    def said(self) -> str:
+        log = self.workspace.tiny / f"logs/pretrain-{ARM}-seed-0.log"
+        return (self.workspace.folder / "said.txt").read_text() + (log.read_text() if log.is_file() else "")
+
+
+@pytest.fixture
+def training(both: Workspace) -> Iterator[Training]:
+    """The pretraining of one arm has new values; it is (B) a rerun, with an older output in its place."""
+    both.change(saving={"every_seconds": 0.1}, budget={"unmasked_steps": 300, "milestones": [1.0]})
+    both.change(pretrain={"share": 0.9})
+    yield Training(both, f"results/pretrain/{ARM}/seed-0", both.tiny / f".work/results/pretrain/{ARM}/seed-0")
+
+
+KILLS: dict[str, Callable[[subprocess.Popen[bytes], psutil.Process], Any]] = {
+    "the engine": lambda engine, stage: engine.kill(),
+    "both": lambda engine, stage: (engine.kill(), stage.kill()),
+    "Ctrl-C": lambda engine, stage: os.killpg(engine.pid, signal.SIGINT),
+    "SIGTERM": lambda engine, stage: stage.terminate(),
+}
+
+
+@pytest.mark.workflow
+@pytest.mark.parametrize(
+    ("engine", "what"), [("dvc", "the engine"), ("dvc", "Ctrl-C"), ("snakemake", "both"), ("snakemake", "SIGTERM")]
+)
+def test_after_a_kill_the_same_command_again_is_all_it_takes(training: Training, engine: str, what: str) -> None:
+    """(B), (K)"""
+    target = f"{TINY}/dvc.yaml:pretrain@{ARM}-0" if engine == "dvc" else f".work/done/pretrain-{ARM}-seed-0"
+    words = (*REPRO[:2], target) if engine == "dvc" else (*SNAKEMAKE, target)
+    first = training.workspace.start(words)
+    KILLS[what](first, training.at_work(first))
+    assert first.wait(timeout=60) != 0
+
+    again = training.workspace.start(words)
+    assert again.wait(timeout=120) == 0, training.said()
+    record = training.workspace.record(f"pretrain-{ARM}-seed-0")
+    assert record["steps"] == record["timings"][-1]["step"]
+    if what == "the engine":  # its stage worked on; the second one waited, and found the work done
+        assert record["starts"] == 1
+        assert f"pretrain {ARM} seed 0: up to date" in training.said()
+    else:
+        assert record["starts"] == 2
+        assert f"pretrain {ARM} seed 0: going on from step" in training.said()
+    if what == "Ctrl-C":
+        assert "stopped by SIGINT: saved pretrain" in training.said()

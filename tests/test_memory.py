@@ -7,7 +7,7 @@ import torch
 
 from maskdm.config import StageConfig
 from maskdm.device import Compute
-from maskdm.memory import FILLED, MemoryCounter, fills_device, micro_batch_size
+from maskdm.memory import FILLED, MemoryCounter, micro_batch_size
 from tests.factories import FP32, tiny_params
 
 PARAMS = tiny_params()
@@ -55,20 +55,11 @@ def test_fewer_visible_patches_and_recomputed_activations_leave_room_for_more(mo
     assert micro_batch_size(again, FP32, config, 16) > whole
 
 
-def test_states_that_take_more_than_half_of_the_device_are_to_be_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
-    states = 5 * 4 * MemoryCounter(PARAMS, FP32).num_parameters
-    device_of(monkeypatch, 2 * states)
-    assert not fills_device(PARAMS, FP32)
-    device_of(monkeypatch, 2 * states - 2)
-    assert fills_device(PARAMS, FP32)
-
-
-def test_shards_leave_room_and_what_is_taken_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_taken_otherwise_leaves_less_room(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = tiny_params(model={"dim": 256, "depth": 9})
     device_of(monkeypatch, MemoryCounter(wide, FP32).training(64, 16, 16) / FILLED + 100)
     whole = micro_batch_size(wide, FP32, automatic(64), 16)
     assert whole == 16
-    assert micro_batch_size(wide, FP32, automatic(64), 16, num_shards=4) > whole
     assert micro_batch_size(wide, FP32, automatic(64), 16, taken=1_000_000) < whole
 
 

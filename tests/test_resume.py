@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from maskdm.errors import UserError
-from maskdm.resume import Pieces, StateStore
+from maskdm.resume import Pieces, ProgressNote, StateStore
 
 Damage = Callable[[bytes], bytes]
 DAMAGES: dict[str, Damage] = {
@@ -211,6 +212,38 @@ def test_a_process_killed_while_it_saves_leaves_a_whole_state(tmp_path: Path) ->
         assert loaded is not None
         assert set(loaded[0]["raw"]["a"].tolist()) == {float(loaded[1]["step"])}
         assert not list(folder.glob("*.damaged"))
+
+
+# --- progress
+
+
+def test_progress_is_noted_once_a_second_with_the_time_that_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    note, file = ProgressNote(tmp_path, total=100, done=20), tmp_path / "progress.json"
+    now += 0.5
+    note.update(25)
+    assert not file.exists()
+    now += 3.5
+    note.update(30)
+    said = json.loads(file.read_text(encoding="utf-8"))
+    assert (said["done"], said["total"], said["unit"]) == (30, 100, "step")
+    assert said["seconds_left"] == 28.0, "70 steps at 10 in 4 s: what an earlier process has done took it no time"
+    now += 0.9
+    note.update(40)
+    assert json.loads(file.read_text(encoding="utf-8")) == said
+    assert [path.name for path in tmp_path.iterdir()] == ["progress.json"]
+
+
+def test_progress_that_can_not_be_noted_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    note = ProgressNote(tmp_path / "gone", total=10)
+    now = 2.0
+    note.update(5)
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- pieces

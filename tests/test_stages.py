@@ -6,12 +6,10 @@ import contextlib
 import io
 import itertools
 import json
-import os
 import re
 import shutil
 import signal
 import sqlite3
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,10 +23,10 @@ from torch import Tensor
 
 from maskdm import rng
 from maskdm.checkpoint import load_tensors
-from maskdm.checksums import checked
-from maskdm.compute import build_model, count_image_flops, plan_arm
-from maskdm.config import Params, fingerprint, load_params
-from maskdm.publishing import one_writer, publish_description
+from maskdm.checksums import checked, short_hash
+from maskdm.compute import build_model, count_image_flops
+from maskdm.config import Params, Run, load_params
+from maskdm.publishing import publish_description
 from maskdm.resume import StateStore
 
 if TYPE_CHECKING:
@@ -63,16 +61,15 @@ def weights_of(experiment: Experiment, arm: str, which: str = "raw", seed: int =
     return load_tensors(folder_of(experiment, "pretrain", arm, seed) / "checkpoint.safetensors")[0][which]
 
 
-def params_of(experiment: Experiment, arm: str | None = None) -> Params:
-    """What params.yaml says; of an arm, what it runs with: with the values that were chosen for it."""
-    params = load_params(experiment.file)
-    values = {} if arm is None else json_of(experiment, f"results/chosen/{arm}.json")["values"]
-    return params.with_values(arm, values) if arm and values else params
+def params_of(experiment: Experiment) -> Params:
+    """What params.yaml says."""
+    return load_params(experiment.file)
 
 
-def with_chosen_values_of(experiment: Experiment, arm: str) -> Params:
-    params, chosen = params_of(experiment), json_of(experiment, f"results/chosen/{arm}.json")
-    return params.with_values(arm, chosen["values"]) if params.tuning.enabled else params
+def run_of(experiment: Experiment, arm: str = ARM) -> Run:
+    """An arm with the values that were chosen for it."""
+    with contextlib.chdir(experiment.folder):
+        return experiment.job("pretrain", arm, 0).run
 
 
 def assert_equal_weights(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -99,24 +96,25 @@ def write_images(folder: Path, count: int, kind: str = "png") -> None:
 # --- what they publish ----------------------------------------------------------------------------------------
 
 
-FEATURES = ("classifier.safetensors", "features.json", "reference.npy", "statistics.safetensors")
+FEATURES = ("classifier.safetensors", "features.json", "reference.npy", "stamp.json", "statistics.safetensors")
 
 
 def test_files_are_those_and_no_others(finished_once: Experiment) -> None:
-    expected = {f"results/data/{name}" for name in ("images-00000.npy", "labels.npy", "manifest.json", "preview.png")}
+    data = ("images-00000.npy", "labels.npy", "manifest.json", "preview.png", "stamp.json")
+    expected = {f"results/data/{name}" for name in data}
     expected |= {f"results/features/{n}" for n in FEATURES}
     expected |= {f"results/records/{stage}.json" for stage in ("prepare", "features", "scale", "choose")}
-    expected |= {"results/metrics/scale.json"}
+    expected |= {"results/metrics/scale.json", "results/tuning/README.md", "results/chosen/stamp.json"}
     for arm in ARMS:
         expected |= {f"results/tuning/{arm}/{trial}.json" for trial in TRIALS}
         expected |= {f"results/records/tune-{arm}-trial-{trial}.json" for trial in TRIALS}
         expected |= {f"results/chosen/{arm}.json"}
-        pretrained = ("checkpoint.safetensors", "curve.csv", "run.json")
+        pretrained = ("checkpoint.safetensors", "curve.csv", "stamp.json")
         expected |= {f"results/pretrain/{arm}/seed-0/{name}" for name in pretrained}
-        finetuned = ["milestones.json", "run.json", "curve.csv", *(f"milestone-{m}.safetensors" for m in MILESTONES)]
+        finetuned = ["milestones.json", "stamp.json", "curve.csv", *(f"milestone-{m}.safetensors" for m in MILESTONES)]
         expected |= {f"results/finetune/{arm}/seed-0/{name}" for name in finetuned}
         drawn = ["samples.json", *(f"milestone-{m}.{kind}" for m in MILESTONES for kind in ("npy", "png"))]
-        expected |= {f"results/samples/{arm}/seed-0/{name}" for name in drawn}
+        expected |= {f"results/samples/{arm}/seed-0/{name}" for name in (*drawn, "stamp.json")}
         expected |= {f"results/metrics/{arm}-seed-0.json"}
         stages = ("pretrain", "finetune", "sample", "evaluate")
         expected |= {f"results/records/{stage}-{arm}-seed-0.json" for stage in stages}
@@ -124,9 +122,8 @@ def test_files_are_those_and_no_others(finished_once: Experiment) -> None:
     reported = {f for f in found if f.startswith("results/report/")}
     assert found - reported == expected
     assert {f"results/report/{n}" for n in ("report.html", "summary.csv", "verdicts.csv", "summary.md")} <= reported
-    left = [f for f in finished_once.path(".work").rglob("*") if f.is_file() and f.suffix != ".lock"]
-    others = [f.name for f in left if "finished" not in f.parts and f.name not in ("owner.json", "verified.json")]
-    assert not others, "what a finished stage was made from is gone"
+    left = {f for f in finished_once.path(".work").rglob("*") if f.is_file() and "previous" not in f.parts}
+    assert {f.name for f in left} == {"lock", "record.json", "verified.json"}, "what a stage goes on from is gone"
     assert not finished_once.path("mlflow.db").exists(), "tracking is off"
 
 
@@ -180,30 +177,27 @@ def test_pretraining_changes_the_weights_and_their_average_differs(scored_once: 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 @pytest.mark.parametrize("arm", MASKED)
 def test_curve_has_a_row_per_interval_and_milestone(scored_once: Experiment, stage: str, arm: str) -> None:
-    params, curve = params_of(scored_once, arm), curve_of(scored_once, stage, arm)
-    plan, lr = plan_arm(params, arm), (params.pretrain_of(arm) if stage == "pretrain" else params.finetune_of(arm)).lr
-    num_steps = getattr(plan, stage).num_steps
-    steps = {*range(5, num_steps + 1, 5), num_steps} | (
-        {s for _, s in plan.milestones} if stage == "finetune" else set()
-    )
+    run, curve = run_of(scored_once, arm), curve_of(scored_once, stage, arm)
+    training = getattr(run, stage)
+    steps = {*range(5, training.num_steps + 1, 5), training.num_steps, *training.milestones}
     assert list(curve.columns) == ["step", "loss", "lr", "images_seen", "tokens_seen", "flops"]
     assert list(curve["step"]) == sorted(steps)
-    assert np.isfinite(curve["loss"]).all() and (curve["lr"] == lr).all()
+    assert np.isfinite(curve["loss"]).all() and (curve["lr"] == training.config.lr).all()
 
 
 @pytest.mark.parametrize("arm", MASKED)
 def test_compute_in_the_curve_goes_on_from_pretraining_to_finetuning(scored_once: Experiment, arm: str) -> None:
-    plan = plan_arm(params_of(scored_once), arm)
+    run = run_of(scored_once, arm)
     pretrained, finetuned = curve_of(scored_once, "pretrain", arm), curve_of(scored_once, "finetune", arm)
     for curve, stage, before in (
-        (pretrained, plan.pretrain, (0, 0, 0)),
-        (finetuned, plan.finetune, tuple(pretrained[["images_seen", "tokens_seen", "flops"]].iloc[-1])),
+        (pretrained, run.pretrain, (0, 0, 0)),
+        (finetuned, run.finetune, tuple(pretrained[["images_seen", "tokens_seen", "flops"]].iloc[-1])),
     ):
         images = curve["step"] * stage.batch_size
         assert (curve["images_seen"] == before[0] + images).all()
         assert (curve["tokens_seen"] == before[1] + images * stage.num_visible).all()
         assert (curve["flops"] == before[2] + curve["step"] * stage.flops_per_step).all()
-    assert finetuned["flops"].iloc[-1] == plan.flops
+    assert finetuned["flops"].iloc[-1] == run.flops
 
 
 def test_samples_are_images_of_the_dataset(scored_once: Experiment) -> None:
@@ -242,12 +236,9 @@ def test_metrics_say_what_they_are_of(scored_once: Experiment, arm: str, rate: f
         *SCALE,
         "protocol",
         "flip",
-        "trained_with",
-        "scored_with",
         "milestones",
+        "stamp",
     }
-    params = with_chosen_values_of(scored_once, arm)
-    assert (metrics["trained_with"], metrics["scored_with"]) == (params.trained_with(arm), params.scored_with)
     assert (metrics["arm"], metrics["seed"], metrics["block_size"]) == (arm, 0, block)
     assert metrics["realised_mask_rate"] == rate
     assert metrics["mask_rate"] == (rate or None)
@@ -277,7 +268,7 @@ def test_records_say_what_made_them(scored_once: Experiment) -> None:
     for stage, arm in itertools.product(("pretrain", "finetune", "sample", "evaluate"), ARMS):
         record = record_of(scored_once, stage, arm)
         assert (record["stage"], record["arm"], record["seed"], record["trial"]) == (stage, arm, 0, None)
-        assert record["params_fingerprint"] == fingerprint(params_of(scored_once, arm))
+        assert record["params_fingerprint"] == short_hash(params_of(scored_once))
         assert record["versions"]["torch"] == torch.__version__
         assert record["wall_seconds"] > 0 and record["peak_memory_gib"] > 0 and record["machine"]["cores"] >= 1
         assert record["git_commit"] is None, "the folder is in no repository"
@@ -288,9 +279,9 @@ def test_records_say_what_made_them(scored_once: Experiment) -> None:
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_records_of_training_account_for_the_compute(scored_once: Experiment, arm: str) -> None:
-    plan, weights = plan_arm(params_of(scored_once), arm), weights_of(scored_once, arm)
+    run, weights = run_of(scored_once, arm), weights_of(scored_once, arm)
     for stage in ("pretrain", "finetune"):
-        record, planned = record_of(scored_once, stage, arm), getattr(plan, stage)
+        record, planned = record_of(scored_once, stage, arm), getattr(run, stage)
         assert (record["steps"], record["num_visible"]) == (planned.num_steps, planned.num_visible)
         assert record["flops"] == planned.num_steps * planned.flops_per_step
         assert record["realised_mask_rate"] == 1 - planned.num_visible / 16
@@ -352,25 +343,6 @@ def test_stage_run_again_gives_equal_bytes(scored: Experiment, stage: str) -> No
     assert stage == "report" or output.with_name("aside").stat().st_ino == old_inode, "written anew"
 
 
-@pytest.mark.parametrize("stage", ["features", "scale", "tune", "pretrain", "finetune", "sample", "evaluate"])
-def test_finished_stage_run_again_restores_its_output_and_record_and_computes_nothing(
-    scored: Experiment, stage: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What an engine that has lost its books costs."""
-    of = ["--arm", ARM, "--trial", "lr-high"] if stage == "tune" else OF_ARM if "/" + ARM in OUTPUTS[stage] else []
-    records = [file for file in scored.hashes("results/records") if f"/{stage}" in file and (not of or ARM in file)]
-    record = next(file for file in records if stage != "tune" or "lr-high" in file)
-    before = scored.hashes(OUTPUTS[stage]) | scored.hashes(record)
-    for place in (OUTPUTS[stage], record):
-        path = scored.path(place)
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    monkeypatch.setattr("maskdm.publishing.link_or_copy", None)  # nothing is kept again
-    outcome = scored.succeed(stage, *of)
-    assert "done before with the same inputs" in outcome.err
-    assert scored.hashes(OUTPUTS[stage]) | scored.hashes(record) == before
-    assert not re.search(r"\d+/\d+", outcome.err), "no progress, for there was none to make"
-
-
 def test_seed_changes_what_is_trained(prepared: Experiment) -> None:
     prepared.change(seeds=[0, 1])
     first_losses = []
@@ -381,21 +353,23 @@ def test_seed_changes_what_is_trained(prepared: Experiment) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 1000])
-def test_samples_do_not_depend_on_their_batch(scored: Experiment, scored_once: Experiment, batch_size: int) -> None:
+def test_samples_do_not_depend_on_their_batch(one_arm: Experiment, one_arm_once: Experiment, batch_size: int) -> None:
     if batch_size == 1:
-        scored.change(sampling={"num_samples": 50})
-    scored.change(sampling={"batch_size": batch_size}).succeed("sample", *OF_ARM)
+        one_arm.change(sampling={"num_samples": 50})
+    one_arm.change(sampling={"batch_size": batch_size}).succeed("sample", *OF_ARM)
     for milestone in MILESTONES:
         name = f"milestone-{milestone}.npy"
-        drawn = np.load(folder_of(scored, "samples") / name)
-        expected = np.load(folder_of(scored_once, "samples") / name)[: len(drawn)]
+        drawn = np.load(folder_of(one_arm, "samples") / name)
+        expected = np.load(folder_of(one_arm_once, "samples") / name)[: len(drawn)]
         assert (drawn == expected).mean() >= 0.999
 
 
-def test_evaluation_hardly_depends_on_its_batch(scored: Experiment, scored_once: Experiment) -> None:
-    scored.change(evaluation={"batch_size": 5}).succeed("evaluate", *OF_ARM)
+def test_evaluation_hardly_depends_on_its_batch(one_arm: Experiment, one_arm_once: Experiment) -> None:
+    one_arm.change(evaluation={"batch_size": 5})
+    for words in (["features"], ["scale"], ["evaluate", *OF_ARM]):
+        one_arm.succeed(*words)
     place = f"results/metrics/{ARM}-seed-0.json"
-    got, expected = json_of(scored, place), json_of(scored_once, place)
+    got, expected = json_of(one_arm, place), json_of(one_arm_once, place)
     for score in ("fid", "kid", "precision", "recall"):
         assert got[score] == pytest.approx(expected[score], rel=1e-3, abs=1e-6)
 
@@ -419,11 +393,16 @@ def test_tracking_changes_no_byte_of_the_results_and_mlflow_gets_the_stage(
         runs = database.execute("select value from tags where key = 'maskdm.stage'").fetchall()
     assert runs == [("pretrain",)]
     assert {"data_sha256", "params_fingerprint", "version.torch"} <= tags
-    assert {"lr", "batch_size", "strategy", "mask_rate", "device", "precision"} <= params
+    assert {"pretrain.lr", "pretrain.batch_size", "mask.strategy", "mask.mask_rate", "compute.device"} <= params
     assert {"loss", "flops", "images_per_second", "wall_seconds", "peak_memory_gib", "realised_mask_rate"} <= metrics
 
 
 # --- resuming -------------------------------------------------------------------------------------------------
+
+
+def work_of(experiment: Experiment, stage: str) -> Path:
+    """Where a folder for each key holds what is unfinished."""
+    return experiment.path(".work", "results", stage, ARM, "seed-0")
 
 
 def more_steps(experiment: Experiment) -> Experiment:
@@ -448,16 +427,16 @@ def test_killed_training_goes_on_and_ends_as_if_uninterrupted(
     experiment = uninterrupted.copy_to(tmp_path)
     shutil.rmtree(folder_of(experiment, stage))
     shutil.rmtree(experiment.path(".work"))
-    work = experiment.path(".work", "results", stage, ARM, "seed-0")
+    work = work_of(experiment, stage)
     # finetuning is killed after a milestone: its weights must survive too
-    started = "state-*.safetensors" if stage == "pretrain" else "milestones/*.safetensors"
+    started = "*/state-*.safetensors" if stage == "pretrain" else "*/milestones/*.safetensors"
     outcome = stop_when(experiment.start(stage, *OF_ARM), lambda: any(work.glob(started)), signal.SIGKILL)
     assert outcome.code == -signal.SIGKILL and not folder_of(experiment, stage).exists()
     again = experiment.succeed(stage, *OF_ARM)
     step = re.search(rf"{stage} {ARM} seed 0: going on from step (\d+)", again.out)
-    assert step and 0 < int(step[1]) < getattr(plan_arm(params_of(experiment), ARM), stage).num_steps
+    assert step and 0 < int(step[1]) < getattr(run_of(experiment), stage).num_steps
     assert experiment.hashes(OUTPUTS[stage]) == uninterrupted.hashes(OUTPUTS[stage])
-    assert {path.name for path in work.iterdir()} == {"owner.json", "finished"}
+    assert {path.name for path in work.iterdir()} == {"lock", "record.json"}
     assert record_of(experiment, stage)["starts"] == 2
 
 
@@ -506,25 +485,22 @@ def no_steps(stopped: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
     ids=str,
 )
 def test_state_of_other_params_is_not_gone_on_from(stopped: Experiment, change: dict[str, Any]) -> None:
-    outcome = stopped.change(**change).succeed("pretrain", *OF_ARM)
-    assert "going on from" not in outcome.out
-    assert "what lay in .work/results/pretrain/patch-m50/seed-0 was begun with other inputs (" in outcome.err
-    assert "set aside in .work/set-aside/results/pretrain/patch-m50/seed-0/" in outcome.err
+    assert "going on from" not in stopped.change(**change).succeed("pretrain", *OF_ARM).out
+    assert len(list(work_of(stopped, "pretrain").glob("*/state-0000000020.safetensors"))) == 1, "it is kept"
 
 
 @pytest.mark.usefixtures("no_steps")
 def test_state_of_other_data_is_not_gone_on_from(stopped: Experiment) -> None:
     stopped.change(dataset={"limit": 150}).succeed("prepare")
-    assert "other inputs (data_sha256 was " in stopped.succeed("pretrain", *OF_ARM).err
+    assert "going on from" not in stopped.succeed("pretrain", *OF_ARM).out
 
 
 def test_work_of_other_params_is_taken_up_when_they_are_those_again(
     stopped: Experiment, uninterrupted: Experiment
 ) -> None:
     lr = stopped.content["pretrain"]["lr"]
-    assert "set aside" in stopped.change(pretrain={"lr": 1e-3}).succeed("pretrain", *OF_ARM).err
-    outcome = stopped.change(pretrain={"lr": lr}).succeed("pretrain", *OF_ARM)
-    assert "taking up what was set aside" in outcome.err and "going on from step 20\n" in outcome.out
+    assert "going on from" not in stopped.change(pretrain={"lr": 1e-3}).succeed("pretrain", *OF_ARM).out
+    assert "going on from step 20\n" in stopped.change(pretrain={"lr": lr}).succeed("pretrain", *OF_ARM).out
     assert stopped.hashes(OUTPUTS["pretrain"]) == uninterrupted.hashes(OUTPUTS["pretrain"])
 
 
@@ -539,7 +515,7 @@ def test_damaged_states_are_reported_and_the_result_is_the_same(
     stopped: Experiment, uninterrupted: Experiment, damaged: list[int], goes_on: str | None
 ) -> None:
     for step in damaged:
-        state = stopped.path(".work/results/pretrain", ARM, f"seed-0/state-{step:010d}.safetensors")
+        (state,) = work_of(stopped, "pretrain").glob(f"*/state-{step:010d}.safetensors")
         state.write_bytes(state.read_bytes()[:-100])
     outcome = stopped.succeed("pretrain", *OF_ARM)
     assert outcome.err.count("is damaged and was renamed") == len(damaged)
@@ -552,7 +528,9 @@ def test_loss_that_is_not_finite_ends_the_stage_and_keeps_the_last_good_state(pr
     outcome = prepared.stage("pretrain")
     assert_refused(outcome, f"pretrain {ARM} seed 0: the loss is not finite at step ", "(learning rate 1e+12)")
     step = int(re.findall(r"not finite at step (\d+)", outcome.err)[0])
-    saved = StateStore(prepared.path(".work/results/pretrain", ARM, "seed-0"), 60.0).load()
+    (failed,) = work_of(prepared, "pretrain").glob("*/failed.json")
+    assert "the loss is not finite" in json.loads(failed.read_text(encoding="utf-8"))["reason"]
+    saved = StateStore(failed.parent, 60.0).load()
     assert saved is not None
     states, info = saved
     assert info["step"] == step >= 1
@@ -563,8 +541,7 @@ def test_loss_that_is_not_finite_ends_the_stage_and_keeps_the_last_good_state(pr
     )
     assert not folder_of(prepared, "pretrain").exists()
     assert not prepared.path(f"results/records/pretrain-{ARM}-seed-0.json").exists()
-    again = prepared.change(pretrain={"lr": 2e-3}).succeed("pretrain", *OF_ARM)
-    assert "other inputs (pretrain.lr was 1000000000000.0, is 0.002): set aside" in again.err
+    prepared.change(pretrain={"lr": 2e-3}).succeed("pretrain", *OF_ARM)
 
 
 def test_loss_that_is_not_finite_between_two_rows_makes_no_update(
@@ -592,45 +569,60 @@ def test_loss_that_is_not_finite_between_two_rows_makes_no_update(
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"model": {"dim": 32}}, "dim is 16 there and 32 in params.yaml"),
-        ({"model": {"depth": 5}}, "depth is 3 there and 5 in params.yaml"),
-        ({"diffusion": {"prediction": "v"}}, "prediction is 'x_0' there and 'v' in params.yaml"),
+        ({"model": {"dim": 32}}, "model.dim was 16, is 32"),
+        ({"model": {"depth": 5}}, "model.depth was 3, is 5"),
+        ({"diffusion": {"prediction": "v"}}, 'diffusion.prediction was "x_0", is "v"'),
+        ({"training": {"flip": 0.5}}, "training.flip was 0.0, is 0.5"),
     ],
     ids=str,
 )
-def test_checkpoint_of_another_architecture_is_refused(
-    scored: Experiment, stage: str, change: dict[str, Any], says: str
+def test_weights_trained_with_other_values_are_refused(
+    one_arm: Experiment, stage: str, change: dict[str, Any], says: str
 ) -> None:
-    before = scored.hashes(OUTPUTS[stage])
-    assert_refused(scored.change(**change).stage(stage), "holds another architecture", says, "Run the pretrain")
-    assert scored.hashes(OUTPUTS[stage]) == before
+    before = one_arm.hashes(OUTPUTS[stage])
+    outcome = one_arm.change(**change).stage(stage)
+    assert_refused(outcome, f"results/pretrain/{ARM}/seed-0 is out of date: {says}")
+    assert_refused(outcome, f"run first: maskdm pretrain --arm {ARM} --seed 0 ")
+    assert one_arm.hashes(OUTPUTS[stage]) == before
 
 
-@pytest.mark.parametrize("content", [lambda old: old[: len(old) // 2], lambda old: b"", lambda old: b"\x80" * 99])
-@pytest.mark.parametrize(
-    ("stage", "file"),
-    [
-        ("finetune", f"results/pretrain/{ARM}/seed-0/checkpoint.safetensors"),
-        ("sample", f"results/finetune/{ARM}/seed-0/milestone-0.600.safetensors"),
-        ("evaluate", "results/features/classifier.safetensors"),
-    ],
-)
-def test_damaged_weights_are_refused(
-    scored: Experiment, stage: str, file: str, content: Callable[[bytes], bytes]
+def test_weights_trained_on_other_images_are_refused(one_arm: Experiment) -> None:
+    one_arm.change(dataset={"limit": 1000}).succeed("prepare")
+    outcome = one_arm.stage("finetune")
+    assert_refused(outcome, "results/data has changed", f"run first: maskdm pretrain --arm {ARM} --seed 0 ")
+    one_arm.succeed("pretrain", *OF_ARM)
+    one_arm.succeed("finetune", *OF_ARM)
+
+
+CHECKPOINTS = {
+    "finetune": f"results/pretrain/{ARM}/seed-0/checkpoint.safetensors",
+    "sample": f"results/finetune/{ARM}/seed-0/milestone-0.600.safetensors",
+    "evaluate": "results/features/classifier.safetensors",
+}
+
+
+@pytest.mark.parametrize("content", [lambda old: old[: len(old) // 2], lambda old: b"", None])
+@pytest.mark.parametrize("stage", CHECKPOINTS)
+def test_weights_that_are_cut_off_or_gone_are_refused(
+    one_arm: Experiment, stage: str, content: Callable[[bytes], bytes] | None
 ) -> None:
-    before = scored.hashes(OUTPUTS[stage])
-    path = scored.path(file)
-    path.write_bytes(content(path.read_bytes()))
-    assert_refused(scored.stage(stage), f"{file} is not a readable safetensors file")
-    assert scored.hashes(OUTPUTS[stage]) == before
+    before = one_arm.hashes(OUTPUTS[stage])
+    path = one_arm.path(CHECKPOINTS[stage])
+    path.write_bytes(content(path.read_bytes())) if content else path.unlink()
+    makes = {"finetune": "pretrain", "sample": "finetune", "evaluate": "features"}[stage]
+    why = f"{CHECKPOINTS[stage]} {'has' if content else 'is missing'}"
+    assert_refused(one_arm.stage(stage), why, f"run first: maskdm {makes}")
+    assert one_arm.hashes(OUTPUTS[stage]) == before
 
 
-@pytest.mark.parametrize("stage", ["sample", "evaluate"])
-def test_missing_weights_of_a_milestone_are_refused(scored: Experiment, stage: str) -> None:
-    file = folder_of(scored, "finetune") / "milestone-0.600.safetensors"
-    file.unlink()
-    where = str(file.relative_to(scored.folder))
-    assert_refused(scored.stage(stage), f"{where} is missing; run first: maskdm finetune --arm {ARM} --seed 0")
+@pytest.mark.parametrize("stage", CHECKPOINTS)
+def test_damaged_weights_of_the_right_size_are_refused(one_arm: Experiment, stage: str) -> None:
+    before = one_arm.hashes(OUTPUTS[stage])
+    path = one_arm.path(CHECKPOINTS[stage])
+    path.write_bytes(b"\x80" * path.stat().st_size)
+    says = f"{CHECKPOINTS[stage]} is not a readable safetensors file"
+    assert_refused(one_arm.run(stage, *OF_ARM, "--force"), says, "Delete it and run the stage that makes it again")
+    assert one_arm.hashes(OUTPUTS[stage]) == before
 
 
 def npy_of(array: np.ndarray) -> bytes:
@@ -642,19 +634,23 @@ def npy_of(array: np.ndarray) -> bytes:
 @pytest.mark.parametrize(
     "content",
     [
-        pytest.param(lambda old: old[: len(old) // 2], id="cut off"),
-        pytest.param(lambda old: b"no array", id="garbage"),
-        pytest.param(lambda old: npy_of(np.array([{"a": 1}])), id="pickle"),
-        pytest.param(lambda old: b"", id="empty"),
+        pytest.param(lambda size: b"no array", id="garbage"),
+        pytest.param(lambda size: npy_of(np.array([{"a": 1}])), id="pickle"),
+        pytest.param(lambda size: b"", id="empty"),
+        pytest.param(lambda size: b"no array".ljust(size), id="garbage of the right size"),
+        pytest.param(lambda size: npy_of(np.array([{"a": 1}])).ljust(size), id="pickle of the right size"),
         pytest.param(None, id="missing"),
     ],
 )
-def test_damaged_samples_are_refused(scored: Experiment, content: Callable[[bytes], bytes] | None) -> None:
-    file = folder_of(scored, "samples") / "milestone-1.000.npy"
-    file.write_bytes(content(file.read_bytes())) if content else file.unlink()
-    before = scored.hashes(OUTPUTS["evaluate"])
-    assert_refused(scored.stage("evaluate"), f"{file.relative_to(scored.folder)}", "run the sample stage again")
-    assert scored.hashes(OUTPUTS["evaluate"]) == before
+def test_damaged_samples_are_refused(one_arm: Experiment, content: Callable[[int], bytes] | None) -> None:
+    file = folder_of(one_arm, "samples") / "milestone-1.000.npy"
+    size = file.stat().st_size
+    file.write_bytes(content(size)) if content else file.unlink()
+    before = one_arm.hashes(OUTPUTS["evaluate"])
+    is_seen = not file.exists() or file.stat().st_size != size
+    advice = "run first: maskdm sample" if is_seen else "delete its folder and run the sample stage again"
+    assert_refused(one_arm.run("evaluate", *OF_ARM, "--force"), f"{file.relative_to(one_arm.folder)}", advice)
+    assert one_arm.hashes(OUTPUTS["evaluate"]) == before
 
 
 @pytest.mark.parametrize(
@@ -662,90 +658,87 @@ def test_damaged_samples_are_refused(scored: Experiment, content: Callable[[byte
     [
         ("evaluate", "results/features/features.json"),
         ("evaluate", "results/features/reference.npy"),
+        ("evaluate", "results/metrics/scale.json"),
         ("evaluate", f"results/finetune/{ARM}/seed-0/milestones.json"),
         ("sample", f"results/finetune/{ARM}/seed-0/milestones.json"),
     ],
 )
-def test_cut_off_description_is_refused(scored: Experiment, stage: str, file: str) -> None:
-    path = scored.path(file)
+def test_cut_off_description_is_refused(one_arm: Experiment, stage: str, file: str) -> None:
+    path = one_arm.path(file)
     path.write_bytes(path.read_bytes()[:20])
-    assert_refused(scored.stage(stage), file)
+    assert_refused(one_arm.stage(stage), file, "run first: maskdm ")
 
 
-def test_features_of_another_classifier_are_refused(scored: Experiment) -> None:
-    kept = scored.path("results/features/features.json").read_bytes()
-    scored.change(evaluation={"classifier_epochs": 1}).succeed("features")
-    scored.path("results/features/features.json").write_bytes(kept)
-    before = scored.hashes(OUTPUTS["evaluate"])
-    assert_refused(scored.stage("evaluate"), "results/features was made with classifier", "maskdm features")
-    assert scored.hashes(OUTPUTS["evaluate"]) == before
+def test_features_of_another_classifier_are_refused(one_arm: Experiment, tmp_path: Path) -> None:
+    """Two files of different runs in one folder, and nobody's stamp says so."""
+    folder = one_arm.path("results/features")
+    other = one_arm.copy_to(tmp_path / "other").change(evaluation={"classifier_epochs": 1})
+    other.succeed("features")
+    shutil.copy(other.path("results/features/classifier.safetensors"), folder)
+    stamp = json_of(one_arm, "results/features/stamp.json")
+    stamp["files"]["classifier.safetensors"]["size"] = (folder / "classifier.safetensors").stat().st_size
+    publish_description(folder / "stamp.json", stamp)
+    before = one_arm.hashes(OUTPUTS["evaluate"])
+    outcome = one_arm.run("evaluate", *OF_ARM, "--force")
+    assert_refused(outcome, "results/features was made with classifier", "run first: maskdm features --force")
+    assert one_arm.hashes(OUTPUTS["evaluate"]) == before
 
 
-def test_features_of_another_extractor_are_refused(scored: Experiment) -> None:
-    outcome = scored.change(evaluation={"features": "vgg16"}).stage("evaluate")
-    assert_refused(outcome, "was made with classifier", "but params.yaml names vgg16", "run first: maskdm features")
+def test_features_of_another_extractor_are_refused(one_arm: Experiment) -> None:
+    outcome = one_arm.change(evaluation={"features": "vgg16"}).stage("evaluate")
+    says = 'results/features is out of date: evaluation.features was "classifier", is "vgg16"'
+    assert_refused(outcome, says, "run first: maskdm features")
 
 
-def test_features_of_other_data_are_refused(scored: Experiment) -> None:
-    scored.change(dataset={"limit": 150}).succeed("prepare")
-    assert_refused(scored.stage("evaluate"), "was made from other data", "run first: maskdm features")
+@pytest.mark.parametrize("stage", ["evaluate", "scale"])
+def test_features_of_other_data_are_refused(one_arm: Experiment, stage: str) -> None:
+    one_arm.change(dataset={"limit": 150}).succeed("prepare")
+    outcome = one_arm.run(stage, *(OF_ARM if stage == "evaluate" else []))
+    assert_refused(outcome, "results/features is out of date: results/data has changed; run first: maskdm features ")
 
 
-def test_samples_of_other_weights_are_refused(scored: Experiment) -> None:
-    folder = folder_of(scored, "finetune")
-    shutil.copy(folder / f"milestone-{MILESTONES[0]}.safetensors", folder / f"milestone-{MILESTONES[1]}.safetensors")
-    assert_refused(scored.stage("evaluate"), "was not drawn from the weights", f"maskdm sample --arm {ARM}")
+def test_samples_of_other_weights_are_refused(one_arm: Experiment) -> None:
+    one_arm.change(finetune={"lr": 1e-3}).succeed("finetune", *OF_ARM)
+    says = f"results/samples/{ARM}/seed-0 is out of date: results/finetune/{ARM}/seed-0 has changed"
+    assert_refused(one_arm.stage("evaluate"), says, f"run first: maskdm sample --arm {ARM} --seed 0 ")
 
 
-@pytest.mark.parametrize("change", [{"num_steps": 2}, {"sampler": "ddpm"}], ids=str)
-def test_samples_drawn_otherwise_than_params_say_are_refused(scored: Experiment, change: dict[str, Any]) -> None:
-    scored.change(sampling=change).succeed("scale")
-    before = scored.hashes(OUTPUTS["evaluate"])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [({"num_steps": 2}, "num_steps was 5, is 2"), ({"sampler": "ddpm"}, 'sampler was "ddim", is "ddpm"')],
+    ids=str,
+)
+def test_samples_drawn_otherwise_than_params_say_are_refused(
+    one_arm: Experiment, change: dict[str, Any], says: str
+) -> None:
+    one_arm.change(sampling=change).succeed("scale")
+    before = one_arm.hashes(OUTPUTS["evaluate"])
     assert_refused(
-        scored.run("evaluate", *OF_ARM),
-        f"results/samples/{ARM}/seed-0 was drawn with other values of sampling than params.yaml has",
-        f"run first: maskdm sample --arm {ARM} --seed 0",
+        one_arm.run("evaluate", *OF_ARM),
+        f"results/samples/{ARM}/seed-0 is out of date: sampling.{says}",
+        f"run first: maskdm sample --arm {ARM} --seed 0 ",
     )
-    assert scored.hashes(OUTPUTS["evaluate"]) == before
-    scored.succeed("sample", *OF_ARM)
-    scored.succeed("evaluate", *OF_ARM)
+    assert one_arm.hashes(OUTPUTS["evaluate"]) == before
+    one_arm.succeed("sample", *OF_ARM)
+    one_arm.succeed("evaluate", *OF_ARM)
 
 
-def test_a_scale_of_an_earlier_version_is_refused(scored: Experiment) -> None:
-    file = scored.path("results/metrics/scale.json")
-    content = {
-        k: v for k, v in json_of(scored, "results/metrics/scale.json").items() if k not in ("protocol", "checksum")
-    }
-    publish_description(file, content)
-    assert_refused(scored.run("evaluate", *OF_ARM), "another protocol; run first: maskdm scale")
+def test_a_scale_of_an_earlier_version_is_refused(one_arm: Experiment) -> None:
+    scale = json_of(one_arm, "results/metrics/scale.json")
+    version = scale["stamp"]["version"]
+    scale["stamp"]["version"] -= 1
+    publish_description(one_arm.path("results/metrics/scale.json"), scale)
+    says = f"results/metrics/scale.json is out of date: version was {version - 1}, is {version}"
+    assert_refused(one_arm.run("evaluate", *OF_ARM), says, "run first: maskdm scale ")
 
 
 def test_params_of_finetuning_are_none_of_pretrainings(prepared: Experiment) -> None:
     """A finished pretraining of days survives them."""
     prepared.succeed("pretrain", *OF_ARM)
-    before = json_of(prepared, f"results/pretrain/{ARM}/seed-0/run.json")
-    said = prepared.change(finetune={"lr": 1e-4}).succeed("pretrain", *OF_ARM).err
-    assert "done before with the same inputs" in said
-    prepared.change(pretrain={"lr": 1e-4}).succeed("pretrain", *OF_ARM)
-    after = json_of(prepared, f"results/pretrain/{ARM}/seed-0/run.json")
-    assert before["trained_with"] != after["trained_with"]
-    assert before["init_sha256"] is after["init_sha256"] is None
-
-
-@pytest.mark.parametrize("change", [{"training": {"flip": 0.5}}, {"dataset": {"limit": 1000}}], ids=str)
-def test_finetuning_refuses_weights_pretrained_with_other_values_or_images(
-    prepared: Experiment, change: dict[str, Any]
-) -> None:
-    prepared.succeed("pretrain", *OF_ARM)
-    prepared.change(**change).succeed("prepare")
-    assert_refused(
-        prepared.run("finetune", *OF_ARM),
-        f"results/pretrain/{ARM}/seed-0 was pretrained with other values than params.yaml has now",
-        f"run first: maskdm pretrain --arm {ARM} --seed 0",
-    )
-    assert not prepared.path(OUTPUTS["finetune"]).exists()
-    prepared.succeed("pretrain", *OF_ARM)
-    prepared.change(training={"log_every": 7}).succeed("finetune", *OF_ARM)
+    before = prepared.hashes(OUTPUTS["pretrain"])
+    assert "up to date" in prepared.change(finetune={"lr": 1e-4}).succeed("pretrain", *OF_ARM).out
+    assert prepared.hashes(OUTPUTS["pretrain"]) == before
+    assert "up to date" not in prepared.change(pretrain={"lr": 1e-4}).succeed("pretrain", *OF_ARM).out
 
 
 @pytest.mark.parametrize("count", [3, 4])
@@ -768,36 +761,19 @@ def test_a_second_process_of_a_stage_waits_for_the_first(scored_once: Experiment
     assert tuned.hashes(OUTPUTS["pretrain"]) == scored_once.hashes(OUTPUTS["pretrain"])
 
 
-def test_one_writer_says_for_whom_it_waits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lock, order = tmp_path / "locks" / "x.lock", []
-
-    def second() -> None:
-        with one_writer(lock, "pretrain x"):
-            order.append("second")
-
-    with one_writer(lock, "pretrain x"):
-        thread = threading.Thread(target=second)
-        thread.start()
-        thread.join(0.3)
-        order.append("first")
-    thread.join()
-    assert order == ["first", "second"]
-    assert f"pretrain x: waiting for process {os.getpid()}, which is at work on it" in capsys.readouterr().err
+def test_fewer_samples_than_the_metrics_need_are_refused(prepared: Experiment) -> None:
+    prepared.change(dataset={"limit": 55}).succeed("prepare")
+    says = "55 real images are fewer than the metrics need: 60"
+    assert_refused(prepared.change(evaluation={"kid_subset_size": 60}).run("features"), says)
+    assert_refused(prepared.run("prepare", "--force"), says)
 
 
-def test_fewer_samples_than_the_metrics_need_are_refused(scored: Experiment) -> None:
-    scored.change(dataset={"limit": 55}).succeed("prepare")
-    scored.change(evaluation={"kid_subset_size": 60})
-    for stage in ("prepare", "features"):
-        assert_refused(scored.run(stage), "55 real images are fewer than the metrics need: 60")
-
-
-def test_samples_of_another_count_than_params_say_are_scored_as_they_are(scored: Experiment) -> None:
-    scored.change(sampling={"num_samples": 50}).succeed("sample", *OF_ARM)
-    assert_refused(scored.run("evaluate", *OF_ARM), "scale.json", "run first: maskdm scale")  # its floor is of 64
-    scored.succeed("scale")
-    scored.succeed("evaluate", *OF_ARM)
-    assert json_of(scored, OUTPUTS["evaluate"])["num_samples"] == 50
+def test_as_many_samples_are_scored_as_params_say(one_arm: Experiment) -> None:
+    one_arm.change(sampling={"num_samples": 50}).succeed("sample", *OF_ARM)
+    assert_refused(one_arm.run("evaluate", *OF_ARM), "scale.json", "run first: maskdm scale")  # its floor is of 64
+    one_arm.succeed("scale")
+    one_arm.succeed("evaluate", *OF_ARM)
+    assert json_of(one_arm, OUTPUTS["evaluate"])["num_samples"] == 50
 
 
 @pytest.mark.parametrize("kind", ["cut off", "text"])
@@ -835,7 +811,7 @@ def test_empty_or_missing_image_folder_is_refused(prepared: Experiment, exists: 
 def unlabelled(tiny: Experiment) -> Experiment:
     """The tiny experiment on images without classes."""
     write_images(tiny.path("images"), 60)
-    tiny.change(dataset={"source": "image_folder", "root": "images"}, tuning={"enabled": False}).succeed("prepare")
+    tiny.change(dataset={"source": "image_folder", "root": "images"}, tuning={"trials": {}}).succeed("prepare")
     tiny.succeed("choose")
     return tiny
 
@@ -861,11 +837,11 @@ def test_data_of_another_shape_than_params_say_is_refused(prepared: Experiment, 
     assert_refused(prepared.change(dataset=dataset).stage("pretrain"), "maskdm prepare")
 
 
-def test_class_conditional_arm_goes_through_every_stage(scored: Experiment) -> None:
-    scored.change(model={"class_conditional": True})
+def test_class_conditional_arm_goes_through_every_stage(one_arm: Experiment) -> None:
+    one_arm.change(model={"class_conditional": True}).succeed("scale")
     for stage in ("pretrain", "finetune", "sample", "evaluate"):
-        scored.succeed(stage, *OF_ARM)
-    assert np.isfinite(json_of(scored, OUTPUTS["evaluate"])["fid"])
+        one_arm.succeed(stage, *OF_ARM)
+    assert np.isfinite(json_of(one_arm, OUTPUTS["evaluate"])["fid"])
 
 
 @pytest.mark.parametrize("strategy", ["crop", "none"])
@@ -874,4 +850,4 @@ def test_every_strategy_goes_through_training(prepared: Experiment, strategy: st
     prepared.change(arms={ARM: config})
     for stage in ("pretrain", "finetune"):
         prepared.succeed(stage, *OF_ARM)
-    assert curve_of(prepared, "finetune")["flops"].iloc[-1] == plan_arm(params_of(prepared), ARM).flops
+    assert curve_of(prepared, "finetune")["flops"].iloc[-1] == run_of(prepared).flops

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -10,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from maskdm.cli import ARM_STAGES, TRIAL_STAGES
+from maskdm.config.jobs import ARM_STAGES
 from maskdm.eager import EagerAdam, EagerAdamW
-from tests.imported import after, modules_after, run_python
+from tests.imported import AFTER, after, modules_after, run_python
 
 if TYPE_CHECKING:
     from tests.conftest import Experiment
@@ -42,7 +41,7 @@ NOT_IMPORTED = {
 
 
 def words_of(stage: str) -> list[str]:
-    return [stage, *(OF_ARM if stage in ARM_STAGES else OF_TRIAL if stage in TRIAL_STAGES else [])]
+    return [stage, *(OF_ARM if stage in ARM_STAGES else OF_TRIAL if stage == "tune" else [])]
 
 
 @pytest.mark.parametrize("words", [["--help"], ["plan", "--help"], ["validate"]], ids=" ".join)
@@ -52,13 +51,21 @@ def test_commands_that_compute_nothing_import_neither_tensors_nor_engines(tiny: 
 
 @pytest.mark.parametrize("stage", list(NOT_IMPORTED))
 def test_a_stage_that_does_its_work_imports_only_what_it_uses(scored: Experiment, stage: str) -> None:
-    shutil.rmtree(scored.path(".work"))  # else the stage would find its work done
-    unused = modules_after(scored.folder, *words_of(stage)) & NOT_IMPORTED[stage]
+    unused = modules_after(scored.folder, *words_of(stage), "--force") & NOT_IMPORTED[stage]
     assert not unused, unused
 
 
-def test_without_tuning_a_trial_needs_no_torch(prepared: Experiment) -> None:
-    assert not modules_after(prepared.folder, *words_of("tune")) & (TRAINING | {"torch"})
+@pytest.mark.parametrize("stage", list(NOT_IMPORTED))
+def test_a_stage_that_is_up_to_date_imports_neither_tensors_nor_engines(finished_once: Experiment, stage: str) -> None:
+    said, modules = run_python(AFTER.format(words=words_of(stage), more=""), finished_once.folder)
+    assert said.endswith(": up to date")
+    assert not {*modules.split()} & (TENSORS | TRAINING)
+
+
+@pytest.mark.parametrize("module", ["maskdm.config.jobs", "maskdm.markers", "maskdm.stages.runner", "maskdm.status"])
+def test_what_only_compares_stamps_imports_neither_tensors_nor_engines(module: str, tiny: Experiment) -> None:
+    (modules,) = run_python(f"import sys, {module}; print(*sys.modules)", tiny.folder)
+    assert not {*modules.split()} & (TENSORS | TRAINING)
 
 
 def test_kernels_are_deterministic_although_the_compiler_is_not_told(prepared: Experiment) -> None:
@@ -71,7 +78,7 @@ def test_imported_modules_are_kept_out_of_garbage_collection_and_nothing_else_is
 import gc
 print(gc.isenabled(), gc.get_freeze_count() > 10_000, len(gc.get_objects()) < gc.get_freeze_count())
 """
-    assert after(prepared.folder, "choose", more=asked)[1:] == ["True True True"]
+    assert after(prepared.folder, "choose", "--force", more=asked)[1:] == ["True True True"]
 
 
 # --- optimizers without the compiler

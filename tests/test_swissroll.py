@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from maskdm import distances
 from maskdm.checksums import file_sha256
-from maskdm.config import DatasetConfig, Params, load_params, parse_params
+from maskdm.config import DatasetConfig, Params, load_params, parse_params, resolve
 from maskdm.data.swissroll import NOISE, NUM_POINTS, RADIUS, TURNS, load_swissroll, on_roll, swissroll
 from maskdm.report import points as report
 from maskdm.report.figures.against_scratch import AGAINST_SCRATCH
@@ -37,7 +37,7 @@ from maskdm.report.tables import (
     verdict_frame,
 )
 from maskdm.report.verdicts import answer, judge_arms
-from maskdm.stages.sample import PatchesAlone, has_primer
+from maskdm.stages.sample import PatchesAlone
 from tests.made_up_results import compared, make_params, make_results
 from tests.test_figures import assert_is_printed_whole
 
@@ -237,9 +237,9 @@ def roll(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
         evaluation={"features": "pixels"},
         compute={"device": "cpu"},
         tracking={"enabled": False},
-        tuning={"enabled": False},
     )
     content = experiment.content
+    content["tuning"]["trials"] = {}
     arms = {"scratch": {"strategy": "none"}, "patch-m50": {"strategy": "patch", "mask_rate": 0.5}}
     experiment.rewrite({**content, "arms": arms})
     for stage in ("prepare", "features", "scale", "choose"):
@@ -294,12 +294,14 @@ def test_distances_are_those_of_the_published_points(roll: Experiment) -> None:
 
 
 def test_samples_of_other_pretrained_weights_are_refused(roll: Experiment, tmp_path: Path) -> None:
-    other = roll.copy_to(tmp_path)
-    place = "results/pretrain/patch-m50/seed-0/checkpoint.safetensors"
-    other.path(place).write_bytes(other.path("results/pretrain/scratch/seed-0/checkpoint.safetensors").read_bytes())
-    outcome = other.stage("evaluate", "patch-m50")
-    assert outcome.code == 1
-    assert "was not drawn from the weights in results/pretrain/patch-m50/seed-0 at the primer" in outcome.err
+    other = roll.copy_to(tmp_path).change(pretrain={"lr": 1e-3})
+    other.succeed("pretrain", "--arm", "patch-m50", "--seed", "0")
+    for stage in ("finetune", "sample"):
+        outcome = other.stage("evaluate", "patch-m50")
+        assert outcome.code == 1
+        assert f"results/pretrain/patch-m50/seed-0 has changed; run first: maskdm {stage} --arm" in outcome.err
+        other.succeed(stage, "--arm", "patch-m50", "--seed", "0")
+    other.succeed("evaluate", "--arm", "patch-m50", "--seed", "0")
 
 
 def test_without_pretrained_weights_the_command_that_makes_them_is_named(roll: Experiment, tmp_path: Path) -> None:
@@ -342,7 +344,7 @@ def made_up(params: Params, gain: float = 0.5) -> Results:
         own = primers if run.arm == "primer" else {}
         runs.append(replace(run, metrics={**run.metrics, "milestones": milestones, **own}))
     floor = {"mean": scored(0.0), "std": dict.fromkeys(scored(0.0), 0.002), "draws": 10, "num_samples": 200}
-    scale = {**(results.scale or {}), "distances": {"floor": floor, "untrained": scored(1.0)}}
+    scale = {**results.scale, "distances": {"floor": floor, "untrained": scored(1.0)}}
     manifest = {**results.manifest, "shards": [{"file": "images-00000.npy"}]}
     return replace(results, runs=runs, scale=scale, manifest=manifest)
 
@@ -497,12 +499,6 @@ def test_the_report_says_that_fid_is_blind_to_the_shape_of_points_alone() -> Non
     assert report.points_caution(make_params()) == ""
 
 
-def test_without_a_scale_the_table_has_the_arms_alone() -> None:
-    params = roll_params()
-    table = report.distance_table(params, replace(made_up(params), scale=None))
-    assert list(table["arm"])[-1] == "primer"
-
-
 @pytest.fixture
 def published(tmp_path: Path) -> Path:
     """A folder with points where the stages publish them."""
@@ -558,4 +554,6 @@ def test_the_experiment_is_valid_and_sees_one_coordinate_at_a_time() -> None:
     assert distances.apply_to(params)
     masked = [arm for arm in params.arms if params.arm(arm).strategy != "none"]
     assert masked
-    assert all(params.visible_of(arm).num_visible == 1 and has_primer(params, arm) for arm in masked)
+    given: dict[str, Any] = {}  # as if the choice were made
+    runs = [resolve(params, arm, 0, chosen=given) for arm in masked]
+    assert all(run.pretrain.num_visible == 1 and run.has_primer for run in runs)

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from maskdm.config import ComputeConfig, Params, StageConfig, TrainingConfig
+from maskdm.config import ComputeConfig, Params, StageConfig, Training
 from maskdm.data.batches import Batches
 from maskdm.device import Compute, resolve
 from maskdm.diffusion import Diffusion, draw_step
@@ -24,7 +24,6 @@ from maskdm.optimization import Ema, clip_gradients, lr_at, make_optimizer
 from maskdm.resume import StateStore
 from maskdm.training import (
     NonFiniteLossError,
-    TrainRun,
     TrainState,
     accumulate_gradients,
     restore_state,
@@ -47,34 +46,30 @@ def fresh_state(params: Params, seed: int = 0, device: torch.device = CPU) -> Tr
     return TrainState(model, Ema(model, params.training.ema_decay), make_optimizer(model, params.training, 1e-3))
 
 
-def run_of(params: Params, num_steps: int, arm: str = "patch-m50", device: torch.device = CPU) -> TrainRun:
+def run_of(params: Params, num_steps: int, arm: str = "patch-m50") -> Training:
     config = params.arm(arm)
-    return TrainRun(
-        name=f"pretrain {arm} seed 0",
-        stage=params.pretrain,
-        training=params.training,
-        num_steps=num_steps,
-        milestones=(),
+    return Training(
+        stage="pretrain",
+        params=params,
+        arm=arm,
         seed=0,
-        stream="pretrain",
-        masking=Masking(config.strategy, params.grid, config.mask_rate or 0.0, config.block_size),
-        diffusion=Diffusion(
-            params.diffusion.num_timesteps, params.diffusion.schedule, params.diffusion.prediction, device
-        ),
-        patch_size=params.model.patch_size,
-        patch_dim=params.patch_dim,
+        config=params.pretrain,
+        num_steps=num_steps,
+        strategy=config.strategy,
+        mask_rate=config.mask_rate or 0.0,
+        block_size=config.block_size,
     )
 
 
-def batches_of(run: TrainRun, labelled: bool = False, device: torch.device = CPU) -> Batches:
-    return Batches(digits(), run.stage.batch_size, run.seed, run.stream, device, labelled)
+def batches_of(run: Training, labelled: bool = False, device: torch.device = CPU) -> Batches:
+    return Batches(digits(), run.batch_size, run.seed, run.stage, device, labelled)
 
 
 class ChangedBatches(Batches):
     """Batches whose images are changed, step by step."""
 
-    def __init__(self, run: TrainRun, change: Change) -> None:
-        super().__init__(digits(), run.stage.batch_size, run.seed, run.stream, CPU)
+    def __init__(self, run: Training, change: Change) -> None:
+        super().__init__(digits(), run.batch_size, run.seed, run.stage, CPU)
         self._change = change
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor | None]:
@@ -94,11 +89,18 @@ class Watch:
         self.log, self.take, self.wants = log, take, wants
 
 
+def train_watched(state: TrainState, run: Training, batches: Batches, compute: Compute, watch: Watch) -> None:
+    """Train in the micro-batches that the run's params name."""
+    micro = run.config.micro_batch_size
+    assert micro != "auto"
+    train(state, run, batches, compute, watch, micro_batch_size=micro)
+
+
 def train_quietly(
-    state: TrainState, run: TrainRun, compute: Compute = FP32, batches: Batches | None = None, labelled: bool = False
+    state: TrainState, run: Training, compute: Compute = FP32, batches: Batches | None = None, labelled: bool = False
 ) -> TrainState:
     batches = batches or batches_of(run, labelled, compute.device)
-    train(state, run, batches, compute, Watch())
+    train_watched(state, run, batches, compute, Watch())
     return state
 
 
@@ -126,12 +128,11 @@ def assert_same_tensors(got: dict[str, dict[str, Tensor]], expected: dict[str, d
 
 def gradients(params: Params, micro_batch_size: int | None) -> tuple[Tensor, list[Tensor]]:
     """Loss and gradients of one batch of 8, in micro-batches."""
-    run = run_of(params, num_steps=1)
-    run = replace(run, stage=StageConfig(lr=1e-3, batch_size=8, micro_batch_size=micro_batch_size))
-    model = tiny_model(params)
+    run, model = run_of(params, num_steps=1), tiny_model(params)
+    masking, diffusion = Masking(run.strategy, run.grid, run.mask_rate), Diffusion(1000, "cosine", "epsilon")
     x_0, labels = batches_of(run, labelled=params.model.class_conditional)(0)
-    draws = draw_step(8, run.patch_dim, run.masking, 1000, 0.5, torch.Generator().manual_seed(0))
-    loss = accumulate_gradients(model, run, x_0, draws, labels)
+    draws = draw_step(8, params.patch_dim, masking, 1000, 0.5, torch.Generator().manual_seed(0))
+    loss = accumulate_gradients(model, diffusion, x_0, draws, labels, params.model.patch_size, micro_batch_size)
     return loss, [p.grad for p in model.parameters() if p.grad is not None]
 
 
@@ -151,9 +152,8 @@ def test_training_in_micro_batches_follows_training_in_big_ones() -> None:
     params = tiny_params(training={"log_every": 1})
     curves = []
     for micro in (None, 2):
-        run = run_of(params, num_steps=6)
-        stage = StageConfig(lr=1e-3, batch_size=8, micro_batch_size=micro)
-        curves.append(losses(train_quietly(fresh_state(params), replace(run, stage=stage))))
+        config = StageConfig(lr=1e-3, batch_size=8, micro_batch_size=micro)
+        curves.append(losses(train_quietly(fresh_state(params), replace(run_of(params, 6), config=config))))
     np.testing.assert_allclose(*curves, rtol=1e-4)
 
 
@@ -164,7 +164,7 @@ class Interrupted(Exception):  # noqa: N818  (no error: what a killed process lo
     """Training stops here."""
 
 
-def train_in_two_goes(params: Params, run: TrainRun, at_step: int, folder: Path, compute: Compute) -> TrainState:
+def train_in_two_goes(params: Params, run: Training, at_step: int, folder: Path, compute: Compute) -> TrainState:
     """Train until the state of `at_step` is on disk, then go on from there in another network."""
     store = StateStore(folder, every_seconds=0.0)
 
@@ -176,7 +176,7 @@ def train_in_two_goes(params: Params, run: TrainRun, at_step: int, folder: Path,
     labelled = params.model.class_conditional
     state, batches = fresh_state(params, device=compute.device), batches_of(run, labelled, compute.device)
     with pytest.raises(Interrupted):
-        train(state, run, batches, compute, Watch(take=take, wants=lambda step: step == at_step))
+        train_watched(state, run, batches, compute, Watch(take=take, wants=lambda step: step == at_step))
     saved = StateStore(folder, every_seconds=0.0).load()
     assert saved is not None
     resumed = fresh_state(params, seed=99, device=compute.device)
@@ -199,7 +199,7 @@ def train_in_two_goes(params: Params, run: TrainRun, at_step: int, folder: Path,
 )
 def test_resuming_is_going_on_bit_for_bit(changes: dict[str, Any], compute: Compute, tmp_path: Path) -> None:
     params = tiny_params(**{**changes, "training": {"log_every": 3, **changes.get("training", {})}})
-    run = replace(run_of(params, num_steps=10, device=compute.device), milestones=(4,))
+    run = replace(run_of(params, num_steps=10), milestones=(4,))
     labelled = params.model.class_conditional
     whole = train_quietly(fresh_state(params, device=compute.device), run, compute, labelled=labelled)
     for at_step in (3, 4, 8, 9):  # 4 is a milestone, and after 8 steps a row is half full
@@ -216,10 +216,10 @@ def test_equal_runs_are_equal_and_other_seeds_are_not() -> None:
     first, second = (train_quietly(fresh_state(params), run) for _ in range(2))
     other_init = train_quietly(fresh_state(params, seed=1), run)
     other_draws = train_quietly(fresh_state(params), replace(run, seed=1))
-    other_stream = train_quietly(fresh_state(params), replace(run, stream="finetune"))
+    other_stage = train_quietly(fresh_state(params), replace(run, stage="finetune"))
     assert_same_tensors(frozen(first), frozen(second))
     assert first.curve == second.curve
-    for other in (other_init, other_draws, other_stream):
+    for other in (other_init, other_draws, other_stage):
         assert losses(other) != losses(first)
         weights = [state.model.get_parameter("decoder_pred.weight") for state in (first, other)]
         assert not torch.equal(*weights)
@@ -246,7 +246,7 @@ def test_rows_come_at_intervals_milestones_and_the_end_and_states_are_taken_when
         take=lambda good: events.append(("take", good.step)),
         wants=lambda step: asked.append(step) or step in (3, 8),
     )
-    train(state, run, batches_of(run), FP32, watch)
+    train_watched(state, run, batches_of(run), FP32, watch)
     assert events == [
         ("take", 3),
         ("log", 4),
@@ -257,7 +257,7 @@ def test_rows_come_at_intervals_milestones_and_the_end_and_states_are_taken_when
         ("log", 10),
     ]
     assert asked == [1, 2, 3, 4, 6, 7, 8, 9, 10], "at every step, but at milestones it is taken anyhow"
-    every_step = train_quietly(fresh_state(params), replace(run, training=TrainingConfig(log_every=1)))
+    every_step = train_quietly(fresh_state(params), replace(run, params=tiny_params(training={"log_every": 1})))
     means = [np.mean(losses(every_step)[a:b]) for a, b in ((0, 4), (4, 5), (5, 8), (8, 10))]
     np.testing.assert_allclose(losses(state), means, rtol=1e-6)
 
@@ -282,14 +282,14 @@ class FakeTime:
         return slow
 
 
-def train_timed(clock: FakeTime, state: TrainState, run: TrainRun) -> list[dict[str, float]]:
+def train_timed(clock: FakeTime, state: TrainState, run: Training) -> list[dict[str, float]]:
     """Train where a step takes 1 s and its data 0.25 s, logging 100 s and saving 1000 s (three times); its rows."""
     rows: list[dict[str, float]] = []
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("maskdm.training.clip_gradients", clock.taking(1.0, clip_gradients))
         batches: Any = clock.taking(0.25, batches_of(run))
         watch = Watch(clock.taking(100.0, rows.append), clock.taking(1000.0), lambda step: step in (3, 7, 8))
-        train(state, run, batches, FP32, watch)
+        train_watched(state, run, batches, FP32, watch)
     return rows
 
 
@@ -369,7 +369,7 @@ def test_a_bad_loss_stops_training_before_its_update(
     run, events, state = run_of(params, num_steps=30), [], fresh_state(params)
     batches = ChangedBatches(run, spoil(3, value, images))
     with pytest.raises(NonFiniteLossError) as caught:
-        train(state, run, batches, FP32, Watch(events.append, events.append))
+        train_watched(state, run, batches, FP32, Watch(events.append, events.append))
     for part in ("pretrain patch-m50 seed 0", "not finite at step 3 ", "learning rate 0.002"):
         assert part in str(caught.value)
     assert caught.value.reason == "the loss is not finite at step 3 (learning rate 0.002)"
@@ -390,7 +390,9 @@ def test_a_bad_loss_names_the_first_bad_step_and_its_learning_rate_and_keeps_wha
 
     batches = ChangedBatches(run, change)
     with pytest.raises(NonFiniteLossError, match=r"at step 7 \(learning rate 0\.0004\)"):
-        train(state, run, batches, FP32, Watch(take=lambda good: saved.append(good.step), wants=lambda step: step != 8))
+        train_watched(
+            state, run, batches, FP32, Watch(take=lambda good: saved.append(good.step), wants=lambda step: step != 8)
+        )
     assert saved == [1, 2, 3, 4, 5, 6, 7], "after the step with index 7 nothing is good"
     assert [row["step"] for row in state.curve] == [5]
 
@@ -401,7 +403,9 @@ def test_gradients_that_overflow_under_a_finite_loss_are_never_saved() -> None:
     weight, steps = state.model.get_parameter("norm.weight"), iter(range(4))
     weight.register_hook(lambda gradient: gradient * math.inf if next(steps) == 3 else gradient)
     with pytest.raises(NonFiniteLossError, match=r"pretrain patch-m50 seed 0: .* not finite after step 3") as caught:
-        train(state, run, batches_of(run), FP32, Watch(take=lambda good: saved.append(good.step), wants=lambda _: True))
+        train_watched(
+            state, run, batches_of(run), FP32, Watch(take=lambda good: saved.append(good.step), wants=lambda _: True)
+        )
     assert caught.value.reason == "the weights are not finite after step 3 (learning rate 0.001)"
     assert saved == [1, 2, 3]
 
@@ -431,7 +435,7 @@ def test_training_averages_the_weights_after_every_update() -> None:
     run, state, weights = run_of(params, num_steps=4), fresh_state(params), []
     expected = state.model.get_parameter("norm.weight").detach().clone()
     watch = Watch(take=lambda good: weights.append(frozen(good)["raw"]), wants=lambda step: True)
-    train(state, run, batches_of(run), FP32, watch)
+    train_watched(state, run, batches_of(run), FP32, watch)
     for decay, raw in zip((1 / 10, 2 / 11, 3 / 12, 4 / 13), weights, strict=True):
         expected = decay * expected + (1 - decay) * raw["norm.weight"]
     torch.testing.assert_close(state.ema.state_dict()["norm.weight"], expected, rtol=0, atol=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -15,12 +16,12 @@ import pandas as pd
 import pytest
 
 from maskdm import device, paths
-from maskdm.checksums import checked, with_checksum
-from maskdm.compute import plan_arm
-from maskdm.config import load_params
+from maskdm.checksums import checked, values_sha256
+from maskdm.config import Run, load_params, resolve
 from maskdm.drawing import draw_images, load_model
 from maskdm.evaluation import compute_metrics, floor_metrics
 from maskdm.extractors import open_classifier
+from maskdm.publishing import publish_description
 
 if TYPE_CHECKING:
     from tests.conftest import Experiment, Outcome
@@ -40,13 +41,20 @@ def read(experiment: Experiment, path: Path) -> dict[str, Any]:
 
 
 def edit(experiment: Experiment, path: Path, **values: Any) -> None:
-    """Change values of a result by hand."""
-    content = with_checksum({**read(experiment, path), **values})
-    experiment.path(str(path)).write_text(json.dumps(content), encoding="utf-8")
+    """Let a stage have made a result with other values."""
+    content = {**read(experiment, path), **values}
+    stamp = {**content.pop("stamp"), "content": values_sha256(content)}
+    publish_description(experiment.path(str(path)), {**content, "stamp": stamp})
 
 
 def trial_of(experiment: Experiment, trial: str, arm: str = ARM) -> dict[str, Any]:
     return read(experiment, paths.trial(arm, trial))
+
+
+def run_of(experiment: Experiment, arm: str = ARM) -> Run:
+    """An arm with the values that were chosen for it."""
+    with contextlib.chdir(experiment.folder):
+        return experiment.job("pretrain", arm, 0).run
 
 
 def choice_of(experiment: Experiment, arm: str = ARM) -> str:
@@ -94,16 +102,15 @@ def test_trials_say_what_they_are_of(tuned_once: Experiment) -> None:
     for arm in ARMS:
         for trial, values in (("given", {}), ("lr-high", LR_HIGH)):
             result = trial_of(tuned_once, trial, arm)
-            about = ["arm", "trial", "values", "seed", "budget_fraction", "trained", "failed"]
-            assert set(result) == {*about, *SCORES, *SPENT, *ORIGIN, "protocol"}
-            assert [result[key] for key in about] == [arm, trial, values, 1000, 0.5, True, None]
+            about = ["arm", "trial", "values", "seed", "budget_fraction", "failed"]
+            assert set(result) == {*about, *SCORES, *SPENT, *ORIGIN, "protocol", "stamp"}
+            assert [result[key] for key in about] == [arm, trial, values, 1000, 0.5, None]
             assert result["num_samples"] == 64
         assert trial_of(tuned_once, "given", arm)["fid"] != trial_of(tuned_once, "lr-high", arm)["fid"]
 
 
 def test_trials_of_all_arms_spend_the_same_to_within_a_step(tuned_once: Experiment) -> None:
-    params = load_params(tuned_once.file)
-    step = plan_arm(params, "scratch").finetune.flops_per_step
+    step = run_of(tuned_once, "scratch").finetune.flops_per_step
     spent = {arm: {trial_of(tuned_once, trial, arm)["flops"] for trial in ("given", "lr-high")} for arm in ARMS}
     assert all(len(flops) == 1 for flops in spent.values()), "the trials of an arm, which share their batch size here"
     assert spent["scratch"] == {10 * step}
@@ -115,37 +122,30 @@ def test_trials_leave_no_state_behind_and_a_record_of_both_stages(tuned_once: Ex
     for arm in ARMS:
         record = read(tuned_once, paths.record("tune", arm, trial="lr-high"))
         assert (record["stage"], record["arm"], record["seed"], record["trial"]) == ("tune", arm, None, "lr-high")
-        plan = plan_arm(load_params(tuned_once.file).for_trial(arm, LR_HIGH), arm)
+        run = resolve(load_params(tuned_once.file), arm, 0, trial="lr-high")
         for stage in ("pretrain", "finetune"):
-            of_stage, planned = record[stage], getattr(plan, stage)
+            of_stage, planned = record[stage], getattr(run, stage)
             assert (of_stage["steps"], of_stage["flops"]) == (planned.num_steps, planned.flops)
             assert (of_stage["device_seconds"] > 0) == (planned.num_steps > 0)
         seconds = record["pretrain"]["device_seconds"] + record["finetune"]["device_seconds"]
         assert 0 < seconds < record["wall_seconds"]
 
 
-def test_without_tuning_a_trial_runs_nothing_and_says_so(prepared: Experiment) -> None:
-    """Not even the features are needed."""
-    before = prepared.hashes("results/data")
-    prepared.try_values("lr-high")
-    result = trial_of(prepared, "lr-high")
-    assert (result["trained"], result["failed"], result["values"]) == (False, None, LR_HIGH)
-    assert all(result[key] is None for key in (*SCORES, *SPENT, *ORIGIN))
-    assert not prepared.path(".work/results").exists()
-    assert prepared.hashes("results/data") == before
-    assert not prepared.path("results/features").exists()
+def test_where_nothing_is_tuned_there_is_no_trial(prepared: Experiment) -> None:
+    outcome = prepared.run("tune", "--arm", ARM, "--trial", "lr-high")
+    assert (outcome.code, "no trial 'lr-high' in tuning.trials: none, nothing is tuned" in outcome.err) == (2, True)
 
 
 def test_a_trial_needs_the_features(prepared: Experiment) -> None:
-    outcome = prepared.change(tuning={"enabled": True}).run("tune", "--arm", ARM, "--trial", "given")
-    assert_refused(outcome, "results/features is missing; run first: maskdm features")
-    assert not prepared.path("results/tuning").exists()
+    outcome = with_trials(prepared, given={}, lr_high=LR_HIGH).run("tune", "--arm", ARM, "--trial", "given")
+    assert_refused(outcome, "results/features is missing; run first: maskdm features ")
+    assert not prepared.path("results/tuning", ARM).exists()
 
 
 def test_a_trial_is_not_scored_against_features_of_other_data(tuned: Experiment) -> None:
     tuned.change(dataset={"limit": 150}).succeed("prepare")
     outcome = tuned.run("tune", "--arm", ARM, "--trial", "given")
-    assert_refused(outcome, "was made from other data", "run first: maskdm features")
+    assert_refused(outcome, "results/features is out of date: results/data has changed; run first: maskdm features ")
 
 
 def more_steps(experiment: Experiment) -> Experiment:
@@ -169,27 +169,27 @@ def test_a_killed_trial_goes_on_and_ends_as_if_uninterrupted(
     experiment = long_trial.copy_to(tmp_path)
     result = paths.trial(ARM, "lr-high")
     experiment.path(str(result)).unlink()
-    work = experiment.path(str(paths.work(result.with_suffix(""))))
+    work = experiment.path(str(paths.work(result)))
     shutil.rmtree(work)
     process = experiment.start("tune", "--arm", ARM, "--trial", "lr-high")
     assert (
-        stop_when(process, lambda: any((work / stage).glob("state-*.safetensors")), signal.SIGKILL).code
+        stop_when(process, lambda: any(work.glob(f"*/{stage}/state-*.safetensors")), signal.SIGKILL).code
         == -signal.SIGKILL
     )
     assert not experiment.path(str(result)).exists()
     out = experiment.try_values("lr-high").out
     resumed = {s: int(n) for s, n in re.findall(rf"(\w+) {ARM} trial lr-high: going on from step (\d+)", out)}
-    params = load_params(experiment.file)
-    plan = plan_arm(params.for_trial(ARM, params.tuning.trials["lr-high"]), ARM)
-    assert 0 < resumed[stage] < getattr(plan, stage).num_steps
+    run = resolve(load_params(experiment.file), ARM, 0, trial="lr-high")
+    assert 0 < resumed[stage] < getattr(run, stage).num_steps
     if stage == "finetune":
-        assert resumed["pretrain"] == plan.pretrain.num_steps, "not trained again"
+        assert resumed["pretrain"] == run.pretrain.num_steps, "not trained again"
     assert experiment.hashes(str(result)) == long_trial.hashes(str(result))
-    assert {path.name for path in work.iterdir()} == {"owner.json", "finished"}
+    assert {path.name for path in work.iterdir()} == {"lock", "record.json"}
 
 
 def test_a_second_process_of_a_trial_waits_for_the_first(tuned: Experiment) -> None:
     before = tuned.hashes(str(paths.trial(ARM, "given")))
+    tuned.path(str(paths.trial(ARM, "given"))).unlink()
     processes = [tuned.start("tune", "--arm", ARM, "--trial", "given") for _ in range(2)]
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
@@ -207,8 +207,8 @@ def test_a_trial_whose_loss_is_not_finite_has_failed_and_is_not_chosen(wild: Exp
     result = trial_of(wild, "wild")
     assert re.fullmatch(r"the (loss is|weights are) not finite .*\(learning rate 1e\+12\)", result["failed"])
     assert f"{ARM} trial wild has failed, {result['failed']}" in outcome.err
-    assert result["trained"] is True
     assert all(result[key] is None for key in SCORES)
+    wild.try_values("given")
     wild.succeed("choose")
     assert read(wild, paths.chosen(ARM)) == {"arm": ARM, "trial": "given", "values": {}}
 
@@ -217,9 +217,8 @@ def test_a_failed_trial_fails_again_rather_than_going_on_from_its_bad_state(wild
     wild.try_values("wild")
     before = wild.hashes(str(paths.trial(ARM, "wild")))
     work = wild.path(str(paths.work(paths.trial(ARM, "wild"))))
-    assert not list(work.rglob("*.safetensors"))
-    shutil.rmtree(work)
-    wild.try_values("wild")
+    assert {path.name for path in work.iterdir()} == {"lock", "record.json"}
+    wild.succeed("tune", "--arm", ARM, "--trial", "wild", "--force")
     assert wild.hashes(str(paths.trial(ARM, "wild"))) == before
 
 
@@ -264,7 +263,7 @@ def test_of_two_equal_trials_the_first_of_params_is_chosen(tuned: Experiment) ->
 
 
 def test_without_tuning_the_values_as_given_are_chosen(prepared_once: Experiment) -> None:
-    assert not prepared_once.path("results/tuning").exists(), "no trial is needed"
+    assert [path.name for path in prepared_once.path("results/tuning").iterdir()] == ["README.md"], "no trial is needed"
     for arm in ARMS:
         assert read(prepared_once, paths.chosen(arm)) == {"arm": arm, "trial": "given", "values": {}}
     assert read(prepared_once, paths.record("choose"))["num_trials"] == 1
@@ -274,43 +273,26 @@ def test_the_record_of_the_choice_says_how_many_trials_there_were(tuned_once: Ex
     assert read(tuned_once, paths.record("choose"))["num_trials"] == 2
 
 
-STALE: dict[str, tuple[str, dict[str, Any]]] = {
-    "values": ("lr-high", {"tuning": {"trials": {"given": {}, "lr-high": {"finetune.lr": 7e-3}}}}),
-    "seed": ("given", {"tuning": {"seed": 1001}}),
-    "fraction": ("given", {"tuning": {"budget_fraction": 0.6}}),
+STALE: dict[str, tuple[str, dict[str, Any], str]] = {
+    "values": (
+        "lr-high",
+        {"tuning": {"trials": {"given": {}, "lr-high": {"finetune.lr": 7e-3}}}},
+        ": finetune.lr was 0.008, is 0.007",
+    ),
+    "seed": ("given", {"tuning": {"seed": 1001}}, "pretrain.seed was 1000, is 1001"),
+    "fraction": ("given", {"tuning": {"budget_fraction": 0.6}}, "finetune.num_steps was 10, is 12"),
+    "model": ("given", {"model": {"class_conditional": True}}, "model.class_conditional was false, is true"),
 }
 
 
 @pytest.mark.parametrize("case", STALE)
 def test_a_trial_of_other_values_is_refused_with_the_command(tuned: Experiment, case: str) -> None:
-    trial, change = STALE[case]
+    trial, change, says = STALE[case]
     before = tuned.hashes("results/chosen")
     outcome = tuned.change(**change).run("choose")
-    says = f"results/tuning/scratch/{trial}.json was made with other values than params.yaml names"
-    assert_refused(outcome, says, f"run first: maskdm tune --arm scratch --trial {trial}")
+    assert_refused(outcome, f"results/tuning/scratch/{trial}.json is out of date: ", says)
+    assert f"run first: maskdm tune --arm scratch --trial {trial} " in outcome.err
     assert tuned.hashes("results/chosen") == before
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "says"),
-    [("num_samples", 63, "num_samples: 64 and 63"), ("extractor_sha256", "f" * 64, "extractor_sha256: ")],
-)
-def test_trials_of_different_protocols_do_not_compete(tuned: Experiment, key: str, value: Any, says: str) -> None:
-    before = tuned.hashes("results/chosen")
-    protocol = trial_of(tuned, "lr-high", "scratch")["protocol"]
-    edit(tuned, paths.trial("scratch", "lr-high"), protocol={**protocol, key: value})
-    outcome = tuned.run("choose")
-    assert_refused(outcome, f"the trials of arm scratch were scored by different protocols ({says}")
-    assert "maskdm tune --arm scratch --trial TRIAL" in outcome.err
-    assert tuned.hashes("results/chosen") == before
-
-
-def test_a_trial_that_was_not_run_since_tuning_was_off_is_refused(prepared: Experiment) -> None:
-    prepared.keep_arm(ARM)
-    for trial in ("given", "lr-high"):
-        prepared.try_values(trial)
-    outcome = prepared.change(tuning={"enabled": True}).run("choose")
-    assert_refused(outcome, f"results/tuning/{ARM}/given.json", f"run first: maskdm tune --arm {ARM} --trial given")
 
 
 def test_a_missing_trial_is_refused_with_the_command(tuned: Experiment) -> None:
@@ -322,20 +304,22 @@ def test_a_missing_trial_is_refused_with_the_command(tuned: Experiment) -> None:
 def test_a_damaged_trial_is_refused(tuned: Experiment) -> None:
     file = tuned.path(str(paths.trial(ARM, "given")))
     file.write_bytes(file.read_bytes()[:30])
-    assert_refused(tuned.run("choose"), f"results/tuning/{ARM}/given.json can't be read", "tune")
+    says = f"results/tuning/{ARM}/given.json is damaged or of an older version"
+    assert_refused(tuned.run("choose"), says, f"run first: maskdm tune --arm {ARM} --trial given ")
 
 
-def test_a_worse_trial_more_changes_no_byte_of_the_choice(tuned: Experiment) -> None:
-    """So that the engines retrain nothing."""
-    before = tuned.hashes("results/chosen")
+def test_a_worse_trial_more_trains_nothing_again(tuned: Experiment) -> None:
+    tuned.succeed("pretrain", *OF_ARM)
+    before = {arm: tuned.hashes(str(paths.chosen(arm))) for arm in ARMS}
     values = dict(tuned.content["tuning"]["trials"], slow={"pretrain.lr": 1e-9, "finetune.lr": 1e-9})
     tuned.change(tuning={"trials": values})
     for arm in ARMS:
         tuned.try_values("slow", arm)
         assert trial_of(tuned, "slow", arm)["kid"] > trial_of(tuned, choice_of(tuned, arm), arm)["kid"]
     tuned.succeed("choose")
-    assert tuned.hashes("results/chosen") == before
+    assert {arm: tuned.hashes(str(paths.chosen(arm))) for arm in ARMS} == before
     assert read(tuned, paths.record("choose"))["num_trials"] == 3
+    assert "up to date" in tuned.succeed("pretrain", *OF_ARM).out
 
 
 def choose(experiment: Experiment, trial: str, arm: str = ARM) -> None:
@@ -374,27 +358,47 @@ def test_a_chosen_batch_size_leaves_the_budget_as_it_was(tuned: Experiment) -> N
         for stage in ("pretrain", "finetune"):
             tuned.succeed(stage, *OF_ARM)
         flops[trial] = read(tuned, Path(f"results/finetune/{ARM}/seed-0/milestones.json"))["1.000"]
-    step = plan_arm(load_params(tuned.file), ARM).finetune.flops_per_step  # of 32 images
+    step = resolve(load_params(tuned.file), ARM, 0).finetune.flops_per_step  # of 32 images
     assert abs(flops["given"]["flops"] - flops["larger"]["flops"]) <= 1.5 * step
     assert flops["larger"]["step"] == pytest.approx(flops["given"]["step"] / 2, abs=1)
 
 
-CHANGES_OF_TUNING: dict[str, dict[str, Any]] = {
-    "values": {"trials": {"given": {}, "lr-high": {"finetune.lr": 7e-3}}},
-    "name": {"trials": {"given": {}, "high": LR_HIGH}},
-    "off": {"enabled": False},
+CHANGES_OF_TUNING: dict[str, tuple[dict[str, Any], str]] = {
+    "values": (
+        {"given": {}, "lr-high": {"finetune.lr": 7e-3}},
+        f"results/tuning/{ARM}/lr-high.json is out of date: finetune.lr was 0.008, is 0.007; ",
+    ),
+    "name": (
+        {"given": {}, "high": LR_HIGH},
+        f"high.json is missing; run first: maskdm tune --arm {ARM} --trial high ",
+    ),
 }
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune", "sample", "evaluate"])
 @pytest.mark.parametrize("case", CHANGES_OF_TUNING)
-def test_a_choice_that_params_do_not_know_is_refused(scored: Experiment, stage: str, case: str) -> None:
-    if choice_of(scored) == "given":
-        choose(scored, "lr-high")
+def test_a_choice_among_other_trials_than_params_have_is_refused(scored: Experiment, stage: str, case: str) -> None:
+    trials, says = CHANGES_OF_TUNING[case]
     before = scored.hashes("results")
-    outcome = scored.change(tuning=CHANGES_OF_TUNING[case]).stage(stage)
-    assert_refused(outcome, f"results/chosen/{ARM}.json says trial 'lr-high' with", "run first: maskdm choose")
+    assert_refused(scored.change(tuning={"trials": trials}).stage(stage), says)
     assert scored.hashes("results") == before
+
+
+def test_another_arms_trials_do_not_matter_to_the_choice_of_an_arm(scored: Experiment) -> None:
+    arms = scored.content["arms"]
+    scored.change(arms={"block2-m75": {**arms["block2-m75"], "mask_rate": 0.5}})
+    assert "up to date" in scored.stage("evaluate").out
+    assert_refused(scored.stage("pretrain", "block2-m75"), "results/tuning/block2-m75/given.json is out of date: ")
+
+
+def test_where_nothing_is_tuned_any_more_an_arm_runs_with_the_values_as_given(tuned: Experiment) -> None:
+    choose(tuned, "lr-high")
+    tuned.succeed("pretrain", *OF_ARM)
+    with_trials(tuned)
+    says = f"results/pretrain/{ARM}/seed-0 is out of date: pretrain.lr was 0.008, is 0.002"
+    assert_refused(tuned.stage("finetune"), says, f"run first: maskdm pretrain --arm {ARM} --seed 0 ")
+    tuned.succeed("pretrain", *OF_ARM)
+    assert learning_rates(tuned, "pretrain") == {2e-3}
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune", "sample", "evaluate"])
@@ -404,8 +408,15 @@ def test_an_arm_without_a_choice_is_refused(scored: Experiment, stage: str) -> N
 
 
 def test_a_damaged_choice_is_refused(tuned: Experiment) -> None:
-    tuned.path(str(paths.chosen(ARM))).write_text('{"arm": ', encoding="utf-8")
-    assert_refused(tuned.stage("pretrain"), f"results/chosen/{ARM}.json can't be read", "choose")
+    file = tuned.path(str(paths.chosen(ARM)))
+    size = file.stat().st_size
+    file.write_text('{"arm": ', encoding="utf-8")
+    says = f"results/chosen/{ARM}.json has 8 bytes, expected {size}; run first: maskdm choose "
+    assert_refused(tuned.stage("pretrain"), says)
+    file.write_text('{"arm": '.ljust(size), encoding="utf-8")
+    assert_refused(tuned.stage("pretrain"), f"results/chosen/{ARM}.json is damaged", "run first: maskdm choose --force")
+    tuned.succeed("choose", "--force")
+    tuned.succeed("pretrain", *OF_ARM)
 
 
 # --- the scale of the metrics ---------------------------------------------------------------------------------
@@ -414,7 +425,7 @@ def test_a_damaged_choice_is_refused(tuned: Experiment) -> None:
 def test_the_scale_says_what_it_is_of(tuned_once: Experiment) -> None:
     scale = read(tuned_once, paths.SCALE)
     features = read(tuned_once, Path("results/features/features.json"))
-    assert set(scale) == {"floor", "untrained", "protocol", *ORIGIN}
+    assert set(scale) == {"floor", "untrained", "protocol", "stamp", *ORIGIN}
     assert set(scale["floor"]) == set(scale["untrained"]) == set(SCORES)
     assert {key: scale[key] for key in ORIGIN} == {key: features[key] for key in ORIGIN}
     assert scale["data_sha256"] == read(tuned_once, Path("results/data/manifest.json"))["sha256"]
@@ -448,19 +459,3 @@ def test_every_arm_lies_on_the_scale(scored_once: Experiment) -> None:
         metrics = read(scored_once, paths.metrics(arm, 0))
         for score in ("fid", "kid"):
             assert scale["floor"][score] < metrics[score] < scale["untrained"][score]
-
-
-@pytest.mark.parametrize("key", ORIGIN)
-def test_a_scale_of_other_data_or_another_extractor_is_refused(scored: Experiment, key: str) -> None:
-    before = scored.hashes(str(paths.metrics(ARM, 0)))
-    edit(scored, paths.SCALE, **{key: "other"})
-    says = "results/metrics/scale.json is of other data, another extractor or another protocol; run first: maskdm scale"
-    assert_refused(scored.stage("evaluate"), says)
-    assert scored.hashes(str(paths.metrics(ARM, 0))) == before
-
-
-def test_a_scale_needs_features_of_the_same_data(tuned: Experiment) -> None:
-    before = tuned.hashes(str(paths.SCALE))
-    tuned.change(dataset={"limit": 150}).succeed("prepare")
-    assert_refused(tuned.run("scale"), "was made from other data", "run first: maskdm features")
-    assert tuned.hashes(str(paths.SCALE)) == before

@@ -17,10 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from maskdm.company import Company
-from maskdm.config import Params, parse_params
-from maskdm.parallel import Ranks, whole
+from maskdm.config import Params, parse_params, resolve
+from maskdm.parallel import Ranks
 from maskdm.stages.inputs import open_data
-from maskdm.stages.pretrain import pretraining_job
 from maskdm.stages.training import Trainer
 from maskdm.tracking import StageRun
 from maskdm.training import NonFiniteLossError, state_tensors
@@ -32,15 +31,15 @@ Change = Callable[[int, Tensor], Tensor]
 def params_with(**compute: Any) -> Params:
     """The experiment of this folder, with all that averaging over ranks could get wrong."""
     content = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
-    content["training"].update(devices=2, flip=0.5, grad_clip=0.1, log_every=4)
+    content["training"].update(flip=0.5, grad_clip=0.1, log_every=4)
     content["pretrain"].update(micro_batch_size=8)
-    content["compute"].update(compute)
+    content["compute"].update(devices=2, **compute)
     return parse_params(content)
 
 
 def trained(params: Params, ranks: Ranks, folder: Path, change: Change = lambda step, x_0: x_0) -> dict[str, Tensor]:
     """Pretrain; this rank's weights at the end, what the network was given at step 0, and the losses of the curve."""
-    trainer = Trainer(pretraining_job(params, ARM, 0), open_data(params), folder, ranks)
+    trainer = Trainer(resolve(params, ARM, 0).pretrain, open_data(params), folder, ranks)
     model, batches, seen = trainer.state.model, trainer.batches, list[tuple[Tensor, ...]]()
     model.register_forward_pre_hook(lambda _, given: seen.append(given))
     trainer.batches = lambda step: (change(step, batches(step)[0]), None)  # type: ignore[assignment, misc]
@@ -49,7 +48,7 @@ def trained(params: Params, ranks: Ranks, folder: Path, change: Change = lambda 
         trainer.run(StageRun(), {})
     except NonFiniteLossError:
         failed = True
-    sets = whole(state_tensors(trainer.state))
+    sets = state_tensors(trainer.state)
     micro_batches = params.pretrain.batch_size // ranks.num_ranks // 8
     first = seen[:micro_batches]
     return {
@@ -72,10 +71,8 @@ def spoil_last_image(ranks: Ranks) -> Change:
 
 
 CASES: dict[str, Callable[[Ranks, Path], dict[str, Tensor]]] = {
-    "replicated": lambda ranks, folder: trained(params_with(), ranks, folder),
-    "sharded": lambda ranks, folder: trained(params_with(sharding="full"), ranks, folder),
-    "replicated-bad": lambda ranks, folder: trained(params_with(), ranks, folder, spoil_last_image(ranks)),
-    "sharded-bad": lambda ranks, folder: trained(params_with(sharding="full"), ranks, folder, spoil_last_image(ranks)),
+    "good": lambda ranks, folder: trained(params_with(), ranks, folder),
+    "bad": lambda ranks, folder: trained(params_with(), ranks, folder, spoil_last_image(ranks)),
 }
 
 

@@ -1,4 +1,4 @@
-"""Opening what an earlier stage made, or saying which command makes it."""
+"""Opening what earlier stages made; the runner has checked that it is there and up to date."""
 
 from __future__ import annotations
 
@@ -10,21 +10,9 @@ import numpy as np
 
 from maskdm import paths
 from maskdm.checksums import checked, file_sha256
-from maskdm.config import Params
+from maskdm.config import Params, Training
 from maskdm.data.arrays import ImageArrays
 from maskdm.errors import UserError
-
-
-def require(path: Path, stage: str, arm: str | None = None, seed: int | None = None) -> Path:
-    """The path, if an earlier stage has made it.
-
-    Raises:
-        UserError: it is missing; says which command makes it.
-    """
-    if not path.exists():
-        which = "" if arm is None else f" --arm {arm} --seed {seed}"
-        raise UserError(f"{path} is missing; run first: maskdm {stage}{which}   (or everything: dvc repro)")
-    return path
 
 
 def open_data(params: Params, verify: bool = False, folder: Path = paths.DATA) -> ImageArrays:
@@ -38,48 +26,27 @@ def open_data(params: Params, verify: bool = False, folder: Path = paths.DATA) -
     Raises:
         UserError: it is missing, damaged, or of another shape than params say.
     """
-    require(folder, "prepare")
     images = ImageArrays.open(folder)
     expected = params.dataset.shape
     if images.shape != expected:
         raise UserError(
             f"the images in {folder} are {_times(images.shape)}, but params.yaml says {_times(expected)}; "
-            "run first: maskdm prepare"
+            "run first: maskdm prepare --force"
         )
     if verify:
         images.verify(paths.WORK / f"verified{'' if folder == paths.DATA else '-' + folder.name}.json")
     return images
 
 
-def open_pretraining_data(params: Params, arm: str, verify: bool = False) -> ImageArrays:
-    """What an arm is pretrained on: the one of `datasets` that it names, else the dataset.
+def open_training_data(training: Training, verify: bool = False) -> ImageArrays:
+    """What a training stage sees: in pretraining the one of `datasets` that the arm names, else the dataset.
 
     Raises:
         UserError: as `open_data`.
     """
-    name = params.pretrain_of(arm).dataset
-    return open_data(params.for_pretraining(arm), verify, paths.DATA if name is None else paths.pretrain_data(name))
-
-
-def with_chosen_values(params: Params, arm: str) -> Params:
-    """The params that an arm runs with: those of the trial that the stage `choose` took.
-
-    Raises:
-        UserError: it has not run, or for other params.
-    """
-    chosen = read_json(require(paths.chosen(arm), "choose"), "choose")
-    if chosen["trial"] is None:
-        raise UserError(
-            f"every trial of arm {arm} has failed ({chosen['failed']}): it can't run; give tuning.trials smaller "
-            "learning rates, or remove the arm"
-        )
-    given = params.tuning.trials.get(chosen["trial"]) if params.tuning.enabled else {}
-    if chosen["values"] != given:
-        raise UserError(
-            f"{paths.chosen(arm)} says trial {chosen['trial']!r} with {chosen['values']}, which is not in params.yaml; "
-            "run first: maskdm choose"
-        )
-    return params.with_values(arm, chosen["values"]) if params.tuning.enabled else params
+    config = training.params.pretrain_of(training.arm)
+    other = config.dataset if training.stage == "pretrain" else None
+    return open_data(training.params, verify, paths.DATA if other is None else paths.pretrain_data(other))
 
 
 def read_json(path: Path, stage: str) -> Any:

@@ -1,61 +1,52 @@
-"""A stage's session shared by several processes, one per device: the first leads, the others follow."""
+"""A stage's work shared by several processes, one per device: the first leads, the others follow."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
-from maskdm import device, paths
-from maskdm.company import Company, is_follower
-from maskdm.config import Params
+from maskdm import device
+from maskdm.company import Company
+from maskdm.config import Run
+from maskdm.config.jobs import Job
 from maskdm.interrupts import Stopped
 from maskdm.parallel import Ranks
-from maskdm.stages.session import Session, stage_session
+from maskdm.stages.runner import is_follower
 from maskdm.training import NonFiniteLossError
 
 
 @contextmanager
-def joint_session(
-    params: Params,
-    stage: str,
-    arm: str,
-    seed: int | None = None,
-    trial: str | None = None,
-    *,
-    output: Path,
-    inputs: Mapping[str, Any],
-    is_shared: bool = True,
-) -> Iterator[tuple[Session, Ranks]]:
-    """`stage_session`, and `training.devices` processes that work in it; all run the block.
+def sharing(job: Job, is_shared: bool = True) -> Iterator[Ranks]:
+    """Let `compute.devices` processes run the block together.
 
-    Only the first one has the stage's lock, work folder, MLflow run and record, and only it may publish. For another
-    one the block is all that it does: its process ends with it.
+    Only the first one writes the output. For another one the block is all that it does: its process ends with it.
 
     Args:
-        params: the experiment.
-        stage: its name.
-        arm: that it works on.
-        seed: of the arm's run.
-        trial: of the arm's tuning.
-        output: what the stage publishes.
-        inputs: all that the output depends on.
+        job: what they work on.
         is_shared: whether there is enough work for more than one.
 
     Raises:
-        UserError: a place can't be written, or another process has ended before its time.
+        UserError: another process has ended before its time.
         SystemExit: this process follows, and its part is done.
     """
-    company = Company(params.training.devices, device.resolve(params.compute, params.training.devices).device)
+    company = _company(job.run)
     if is_follower():
         with company.follow() as ranks, _ending_with_the_first():
-            yield Session(True, paths.WORK), ranks
+            yield ranks
         return
-    with stage_session(params, stage, arm, seed, trial, inputs=inputs, output=output) as session:
-        which = ("--seed", str(seed)) if trial is None else ("--trial", trial)
-        with company.lead((stage, "--arm", arm, *which), session.is_to_do and is_shared) as ranks:
-            yield session, ranks
+    with company.lead(job.words, is_shared) as ranks:
+        yield ranks
+
+
+def dismiss(run: Run) -> None:
+    """Tell the processes that a launcher has started that there is no work."""
+    with _company(run).lead((), is_work=False):
+        pass
+
+
+def _company(run: Run) -> Company:
+    compute = run.params.compute
+    return Company(compute.devices, device.resolve(compute, compute.devices).device)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from typing import Any
 from maskdm import paths
 from maskdm.config import Params
 from maskdm.data.arrays import ImageArrays
-from maskdm.errors import UserError
 from maskdm.stages.inputs import open_data
 from maskdm.stored_images import StoredImages
 
@@ -55,13 +54,8 @@ def open_dataset(params: Params, verify: bool = False) -> Dataset:
         verify: check that every file is the one that was written.
 
     Raises:
-        UserError: a part is missing, damaged, of another shape or of other classes.
+        UserError: a part is missing, damaged or of another shape.
     """
     train = open_data(params, verify)
     held_out = open_data(params, verify, paths.HELD_OUT) if params.dataset.held_out else None
-    if held_out is not None and held_out.class_names != train.class_names:
-        raise UserError(
-            f"{paths.HELD_OUT} has other classes than {paths.DATA}: they come from different runs; "
-            "run first: maskdm prepare"
-        )
     return Dataset(train, held_out)

@@ -15,41 +15,33 @@ from maskdm.extractors import FeatureExtractor
 from maskdm.protocol import Protocol, drawn_as, metrics_as
 from maskdm.references import load_statistics
 from maskdm.stages import features
-from maskdm.stages.inputs import open_data, read_array, read_json, require
-
-INFO_KEYS = {"data_sha256", "held_out_sha256", "real_sha256", "images", "num_real", "reference_sha256"}
-INFO_KEYS |= {"extractor", "extractor_sha256", "weights_sha256"}
+from maskdm.stages.inputs import read_array, read_json
 
 
 class Scorer:
-    """Scores images against all real ones; features of two extractors or datasets never meet.
+    """Scores images against all real ones.
 
     Args:
         params: the experiment.
         compute: where the extractor runs.
-        data_sha256: of results/data.
 
     Attributes:
         real: features of the real images, (M, D).
-        reference_sha256: of their file.
         origin: what every score is to be published with: data, extractor and protocol.
 
     Raises:
-        UserError: results/features is missing, of other data or of another extractor, or too few samples are asked for.
+        UserError: results/features is damaged or of another extractor, or too few samples are asked for.
     """
 
-    def __init__(self, params: Params, compute: Compute, data_sha256: str) -> None:
-        folder = require(paths.FEATURES, "features")
+    def __init__(self, params: Params, compute: Compute) -> None:
+        folder, sha256 = paths.FEATURES, "reference_sha256"
         info = read_json(folder / features.INFO_FILE, "features")
-        _check_data(params, data_sha256, info)
         self._config = params.evaluation
         self._extractor = _open_same_extractor(params, compute, info)
-        self.reference_sha256 = info["reference_sha256"]
-        self.real = read_array(folder / features.REFERENCE_FILE, "features", self.reference_sha256)
-        self._reference = load_statistics(folder, self.real, self.reference_sha256, params.evaluation.prc_neighborhood)
+        self.real = read_array(folder / features.REFERENCE_FILE, "features", info[sha256])
+        self._reference = load_statistics(folder, self.real, info[sha256], params.evaluation.prc_neighborhood)
         self.origin: dict[str, Any] = {
-            "data_sha256": data_sha256,
-            **{key: info[key] for key in ("extractor", "extractor_sha256")},
+            **{key: info[key] for key in ("data_sha256", "extractor", "extractor_sha256")},
             "protocol": protocol_of(params, info).as_dict(),
         }
         check_counts(params.sampling.num_samples, len(self.real), params.evaluation)
@@ -88,28 +80,12 @@ def protocol_of(params: Params, info: dict[str, Any]) -> Protocol:
     )
 
 
-def _check_data(params: Params, data_sha256: str, info: dict[str, Any]) -> None:
-    """Features must be of the images that are there now."""
-    if INFO_KEYS - set(info):
-        raise UserError("results/features is of an earlier version of maskdm; run first: maskdm features")
-    if info["data_sha256"] != data_sha256:
-        raise UserError("results/features was made from other data than results/data; run first: maskdm features")
-    held_out = open_data(params, folder=paths.HELD_OUT).sha256 if params.dataset.held_out else None
-    if info["held_out_sha256"] != held_out:
-        raise UserError(
-            f"results/features was made from other images held out than {paths.HELD_OUT}; run first: maskdm features"
-        )
-
-
 def _open_same_extractor(params: Params, compute: Compute, info: dict[str, Any]) -> FeatureExtractor:
-    """The extractor that made the reference."""
-    wanted: str = params.evaluation.features
-    if info["extractor"].split("/")[0] == wanted:
-        extractor = features.open_extractor(params, paths.FEATURES, compute)
-        if extractor.sha256 == info["extractor_sha256"]:
-            return extractor
-        wanted = f"{extractor.name} ({extractor.sha256[:12]})"
-    raise UserError(
-        f"results/features was made with {info['extractor']} ({info['extractor_sha256'][:12]}), but params.yaml "
-        f"names {wanted}; run first: maskdm features"
-    )
+    """The extractor that made the reference; weights that are downloaded may be others on another machine."""
+    extractor = features.open_extractor(params, paths.FEATURES, compute)
+    if extractor.sha256 != info["extractor_sha256"]:
+        raise UserError(
+            f"results/features was made with {info['extractor']} ({info['extractor_sha256'][:12]}), but here it is "
+            f"{extractor.name} ({extractor.sha256[:12]}); run first: maskdm features --force"
+        )
+    return extractor

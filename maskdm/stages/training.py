@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,25 +12,21 @@ from maskdm import device, interrupts, memory, rng
 from maskdm.architecture import architecture_of
 from maskdm.backbone import Block, uses_plain_attention
 from maskdm.checkpoint import DamagedError, load_tensors, save_tensors
-from maskdm.compute import StagePlan, build_model
-from maskdm.config import Params, StageConfig
+from maskdm.compute import build_model
+from maskdm.config import DiffusionConfig, Training
 from maskdm.data.arrays import ImageArrays
 from maskdm.data.batches import Batches, is_resident, num_bytes
-from maskdm.diffusion import Diffusion
 from maskdm.errors import UserError
 from maskdm.formats import CURVE_COLUMNS
 from maskdm.interrupts import Deferral, Stopped
-from maskdm.masking import Masking
 from maskdm.optimization import Ema, make_optimizer
-from maskdm.parallel import ALONE, Ranks, Sets, is_sharded, whole
+from maskdm.parallel import ALONE, Ranks, Sets
 from maskdm.progress import Progress
 from maskdm.publishing import replace_file
-from maskdm.resume import StateStore, put_aside
-from maskdm.stages.versions import STAGE_VERSIONS
+from maskdm.resume import ProgressNote, StateStore, put_aside
 from maskdm.tracking import StageRun
 from maskdm.training import (
     NonFiniteLossError,
-    TrainRun,
     TrainState,
     Watcher,
     restore_state,
@@ -40,109 +35,18 @@ from maskdm.training import (
     train,
 )
 
-DOES_NOT_FIT = (
-    "or images kept on the device (data.device_resident), did not fit; try data.device_resident: false, or more "
-    "training.devices with compute.sharding: full"
-)
-
-
-@dataclass(frozen=True)
-class Spent:
-    """Compute spent so far.
-
-    Attributes:
-        images_seen: images that went through the network.
-        tokens_seen: patches of them that did.
-        flops: forward and backward.
-    """
-
-    images_seen: int = 0
-    tokens_seen: int = 0
-    flops: int = 0
-
-    def after(self, num_steps: int, plan: StagePlan) -> Spent:
-        """What is spent after so many more steps."""
-        images = num_steps * plan.batch_size
-        return Spent(
-            self.images_seen + images,
-            self.tokens_seen + images * plan.num_visible,
-            self.flops + num_steps * plan.flops_per_step,
-        )
-
-    def as_dict(self) -> dict[str, int]:
-        """Plain values."""
-        return {"images_seen": self.images_seen, "tokens_seen": self.tokens_seen, "flops": self.flops}
-
-
-@dataclass(frozen=True)
-class TrainingJob:
-    """One training stage of one arm and seed.
-
-    Attributes:
-        params: the experiment.
-        stage: which.
-        arm: its key.
-        seed: of the run.
-        config: optimisation of this stage.
-        plan: steps and cost.
-        masking: how M is drawn.
-        milestones: steps whose weights are kept.
-        spent: before this stage.
-        init: weights to start from; None draws them from the seed.
-        init_sha256: of the file that `init` comes from.
-        trial: of tuning, if it is one; for messages.
-    """
-
-    params: Params
-    stage: Literal["pretrain", "finetune"]
-    arm: str
-    seed: int
-    config: StageConfig
-    plan: StagePlan
-    masking: Masking
-    milestones: tuple[int, ...] = ()
-    spent: Spent = Spent()
-    init: dict[str, Tensor] | None = None
-    init_sha256: str = ""
-    trial: str | None = None
-
-    @property
-    def title(self) -> str:
-        """For messages and progress."""
-        run = f"seed {self.seed}" if self.trial is None else f"trial {self.trial}"
-        return f"{self.stage} {self.arm} {run}"
-
-    def inputs(self, data_sha256: str) -> dict[str, Any]:
-        """All that the job's result depends on."""
-        p, masking = self.params, self.masking
-        return {
-            "stage_version": STAGE_VERSIONS[self.stage],
-            "model": p.model,
-            "diffusion": p.diffusion,
-            "training": p.training.model_dump(mode="json", exclude={"devices"}),  # any number can go on from another's
-            "compute": p.compute,
-            self.stage: self.config,
-            "mask": {
-                "strategy": masking.strategy,
-                "mask_rate": masking.mask_rate,
-                "block_size": masking.block_size,
-            },
-            "seed": self.seed,
-            "steps": self.plan.num_steps,
-            "milestones": self.milestones,
-            "init_sha256": self.init_sha256,
-            "data_sha256": data_sha256,
-        }
+DOES_NOT_FIT = "or images kept on the device (data.device_resident), did not fit; try data.device_resident: false"
 
 
 class Trainer:
-    """Runs a `TrainingJob`: everything is built here, then `run` trains.
+    """Runs one training stage: everything is built here, then `run` trains.
 
     Args:
-        job: what to do.
+        training: what to do.
         images: the dataset.
-        folder: where states and milestones are kept until the job is done; the first rank's.
+        folder: where states and milestones are kept until the stage is done; the first rank's.
         ranks: that share every batch.
+        init: weights to start from; None draws them from the seed, or the first rank gives them to this one.
 
     Attributes:
         compute: device and precision.
@@ -154,25 +58,31 @@ class Trainer:
         UserError: a class-conditional model and no labels; CUDA asked for and not there.
     """
 
-    def __init__(self, job: TrainingJob, images: ImageArrays, folder: Path, ranks: Ranks = ALONE) -> None:
-        params = job.params
+    def __init__(
+        self,
+        training: Training,
+        images: ImageArrays,
+        folder: Path,
+        ranks: Ranks = ALONE,
+        init: dict[str, Tensor] | None = None,
+    ) -> None:
+        params = training.params
         if params.model.class_conditional and images.labels is None:
             raise UserError("model.class_conditional needs a dataset with labels (class folders); this one has none")
-        self.job, self.folder, self.ranks = job, folder, ranks
+        self.training, self.folder, self.ranks = training, folder, ranks
         self._taken: Sets = {}
-        self.compute = device.resolve(params.compute, params.training.devices)
+        self.compute = device.resolve(params.compute, params.compute.devices)
         self.architecture = architecture_of(params, images.num_classes)
+        if not training.num_steps:  # initial weights serve every diffusion
+            self.architecture = {k: v for k, v in self.architecture.items() if k not in DiffusionConfig.model_fields}
         self.store = StateStore(folder, params.saving.every_seconds, params.saving.every_steps)
-        num_shards = ranks.num_ranks if ranks.shared(self._is_to_be_sharded()) else 1
         resident = is_resident(params.data.device_resident, images, self.compute.device, self.compute.memory_bytes)
         taken = num_bytes(images) if resident else 0
         self.micro_batch_size = ranks.shared(
-            memory.micro_batch_size(
-                params, self.compute, job.config, job.plan.num_visible, ranks.num_ranks, num_shards, taken
-            )
+            memory.micro_batch_size(params, self.compute, training.config, training.num_visible, ranks.num_ranks, taken)
         )
-        with device.explain_out_of_memory(f"{job.title}: the network with its optimizer, {DOES_NOT_FIT}"):
-            self.state = self._fresh_state(images.num_classes, num_shards > 1)
+        with device.explain_out_of_memory(f"{training.title}: the network with its optimizer, {DOES_NOT_FIT}"):
+            self.state = self._fresh_state(images.num_classes, init)
             self.batches = self._make_batches(images, resident)
 
     def run(self, tracked: StageRun, record: dict[str, Any], prefix: str = "") -> TrainState:
@@ -191,7 +101,7 @@ class Trainer:
         if not self.ranks.is_first:
             self._follow()
             return self.state
-        bar = Progress(self.job.plan.num_steps, self.job.title, "step", initial=self.state.step)
+        bar = Progress(self.training.num_steps, self.training.title, "step", initial=self.state.step)
         try:
             with interrupts.deferring() as signals, device.explain_out_of_memory(self._needs_less_memory()):
                 self._train(_Watcher(self, tracked, bar, signals, prefix))
@@ -217,25 +127,25 @@ class Trainer:
             Stopped: there is one.
         """
         signal = self.ranks.shared(signal)
-        self._taken = whole(state_tensors(state))
+        self._taken = state_tensors(state)
         if self.ranks.is_first:
-            if state.step in self.job.milestones:
+            if state.step in self.training.milestones:
                 with replace_file(self.milestone(state.step)) as building:
                     self.save_weights(building)
             if signal or self.store.is_due(state.step):
                 self._save()
         if signal:
-            of = f"{state.step} of {self.job.plan.num_steps}"
-            raise Stopped(signal, f"saved {self.job.title} at step {of}; the same command goes on from there")
+            of = f"{state.step} of {self.training.num_steps}"
+            raise Stopped(signal, f"saved {self.training.title} at step {of}; the same command goes on from there")
 
     def save_weights(self, path: Path) -> None:
         """Write the raw and the averaged weights of the last state taken; after `run`, the final one."""
-        spent = self.job.spent.after(self.state.step, self.job.plan)
+        spent = self.training.spent_after(self.state.step)
         info = {
             "architecture": self.architecture,
-            "arm": self.job.arm,
-            "seed": self.job.seed,
-            "stage": self.job.stage,
+            "arm": self.training.arm,
+            "seed": self.training.seed,
+            "stage": self.training.stage,
             "step": self.state.step,
             **spent.as_dict(),
         }
@@ -243,19 +153,15 @@ class Trainer:
 
     def _train(self, watcher: Watcher) -> None:
         """Train to the end, and save: whatever becomes of publishing."""
-        train(self.state, self.train_run(), self.batches, self.compute, watcher, self.ranks)
-        self._taken = whole(state_tensors(self.state))
+        train(self.state, self.training, self.batches, self.compute, watcher, self.ranks, self.micro_batch_size)
+        self._taken = state_tensors(self.state)
         if self.ranks.is_first:
             self._save()
 
     def _follow(self) -> None:
         """What another rank than the first does."""
-        try:
-            with device.explain_out_of_memory(self._needs_less_memory()):
-                self._train(_Follower(self))
-        except NonFiniteLossError:
-            self._keep_last_good()
-            raise
+        with device.explain_out_of_memory(self._needs_less_memory()):
+            self._train(_Follower(self))
 
     def _restore(self) -> None:
         """Go on from what the first rank has saved, if anything."""
@@ -263,7 +169,7 @@ class Trainer:
         if (shared := self.ranks.share_state(saved)) is not None:
             restore_state(self.state, *shared)
             if self.ranks.is_first:
-                print(f"{self.job.title}: going on from step {self.state.step}", flush=True)
+                print(f"{self.training.title}: going on from step {self.state.step}", flush=True)
 
     def _save(self) -> None:
         """Save the state that was taken, unless that was done at this step."""
@@ -272,7 +178,7 @@ class Trainer:
 
     def _milestones_are_kept(self, info: dict[str, Any]) -> bool:
         """Whether all milestones before a state can be published; one that can't has to be trained for again."""
-        for step in (step for step in self.job.milestones if step <= info["step"]):
+        for step in (step for step in self.training.milestones if step <= info["step"]):
             file = self.milestone(step)
             try:
                 load_tensors(file)
@@ -284,20 +190,21 @@ class Trainer:
 
     def _needs_less_memory(self) -> str:
         """What to lower where memory does not suffice."""
-        job, micro = self.job, self.micro_batch_size
-        whole = job.config.batch_size
-        tokens = f"{job.plan.num_visible} visible tokens of {job.params.grid.num_patches} patches each"
+        training, micro = self.training, self.micro_batch_size
+        whole = training.batch_size
+        tokens = f"{training.num_visible} visible tokens of {training.grid.num_patches} patches each"
         size = f"{whole} images" if micro == whole else f"{whole} images in micro-batches of {micro}"
-        advice = [f"{job.stage}.micro_batch_size below {micro} (the result is the same)", "compute.precision: bf16"]
-        if job.masking.strategy != "none":
+        advice = [
+            f"{training.stage}.micro_batch_size below {micro} (the result is the same)",
+            "compute.precision: bf16",
+        ]
+        if training.strategy != "none":
             advice.append("a higher mask_rate")
-        return f"{job.title}: batches of {size}, {tokens}, did not fit; try {', or '.join(advice)}"
+        return f"{training.title}: batches of {size}, {tokens}, did not fit; try {', or '.join(advice)}"
 
     def _keep_last_good(self) -> str:
         """Write the weights of before the bad step, which no later update has touched; says where they are."""
-        raw = whole({"raw": dict(self.state.model.named_parameters())})["raw"]
-        if not self.ranks.is_first:
-            return ""
+        raw = {name: parameter.detach() for name, parameter in self.state.model.named_parameters()}
         if not all(bool(tensor.isfinite().all()) for tensor in raw.values()):
             return f"The last state that was saved, if any, is in {self.folder}"
         file = self.folder / "before-non-finite-loss.safetensors"
@@ -306,93 +213,67 @@ class Trainer:
         return f"The weights of before are in {file}"
 
     def _make_batches(self, images: ImageArrays, resident: bool) -> Batches:
-        job, ranks = self.job, self.ranks
+        training, ranks = self.training, self.ranks
         return Batches(
             images,
-            job.config.batch_size,
-            job.seed,
-            job.stage,
+            training.batch_size,
+            training.seed,
+            training.stage,
             self.compute.device,
-            with_labels=job.params.model.class_conditional,
+            with_labels=training.params.model.class_conditional,
             resident=resident,
             rank=ranks.rank,
             num_ranks=ranks.num_ranks,
         )
 
-    def _fresh_state(self, num_classes: int, is_sharded: bool) -> TrainState:
-        job, ranks, training = self.job, self.ranks, self.job.params.training
-        model = build_model(job.params, num_classes)
-        if job.init is None:
-            model.initialise(rng.generator(job.seed, "init"))
+    def _fresh_state(self, num_classes: int, init: dict[str, Tensor] | None) -> TrainState:
+        training, ranks, config = self.training, self.ranks, self.training.params.training
+        model = build_model(training.params, num_classes)
+        if init is None:
+            model.initialise(rng.generator(training.seed, "init"))
         else:
-            model.load_state_dict(job.init)
+            model.load_state_dict(init)
         ranks.share_weights(model)
-        blocks = [module for module in model.modules() if isinstance(module, Block)]
         if self.compute.compile_mode is not None and ranks.num_ranks > 1:
-            for block in blocks:
+            for block in (module for module in model.modules() if isinstance(module, Block)):
                 block.compile(dynamic=False)
-        if is_sharded:
-            ranks.shard(model, blocks, self.compute.device)
         model.to(self.compute.device)
-        ema = Ema(model, training.ema_decay) if ranks.is_first or is_sharded else None
-        return TrainState(model, ema, make_optimizer(model, training, job.config.lr))
-
-    def _is_to_be_sharded(self) -> bool:
-        """Whether the ranks divide the weights: as asked, or where they would fill a GPU."""
-        choice, on_gpu = self.job.params.compute.sharding, self.compute.device.type == "cuda"
-        if self.ranks.num_ranks == 1 or choice == "none":
-            return False
-        return choice == "full" or (on_gpu and memory.fills_device(self.job.params, self.compute))
-
-    def train_run(self) -> TrainRun:
-        """What `training.train` is to do."""
-        job, diffusion = self.job, self.job.params.diffusion
-        return TrainRun(
-            name=job.title,
-            stage=job.config.model_copy(update={"micro_batch_size": self.micro_batch_size}),
-            training=job.params.training,
-            num_steps=job.plan.num_steps,
-            milestones=job.milestones,
-            seed=job.seed,
-            stream=job.stage,
-            masking=job.masking,
-            diffusion=Diffusion(diffusion.num_timesteps, diffusion.schedule, diffusion.prediction, self.compute.device),
-            patch_size=job.params.model.patch_size,
-            patch_dim=job.params.patch_dim,
-            spent_after=lambda step: job.spent.after(step, job.plan).as_dict(),
-        )
+        ema = Ema(model, config.ema_decay) if ranks.is_first else None
+        return TrainState(model, ema, make_optimizer(model, config, training.config.lr))
 
     def _account(self, record: dict[str, Any], tracked: StageRun, prefix: str) -> None:
-        job, seconds, waited = self.job, self.state.device_seconds, self.state.data_wait_seconds
+        training, seconds, waited = self.training, self.state.device_seconds, self.state.data_wait_seconds
         facts = {
-            "steps": job.plan.num_steps,
-            "num_visible": job.plan.num_visible,
-            "realised_mask_rate": 1 - job.plan.num_visible / job.params.grid.num_patches,
-            "flops_per_step": job.plan.flops_per_step,
-            "flops": job.plan.flops,
+            "steps": training.num_steps,
+            "num_visible": training.num_visible,
+            "realised_mask_rate": training.realised_mask_rate,
+            "flops_per_step": training.flops_per_step,
+            "flops": training.flops,
             "device_seconds": round(seconds, 3),
             "data_wait_seconds": round(waited, 3),
             "data_wait_share": round(waited / seconds, 4) if seconds else 0.0,
-            "images_per_second": round(job.plan.num_steps * job.plan.batch_size / seconds, 1) if seconds else None,
+            "images_per_second": round(training.num_steps * training.batch_size / seconds, 1) if seconds else None,
             "num_parameters": num_parameters(self.state.model),
         }
         record.update(facts, timings=self.state.timings, **self.compute.describe(), **self._how_it_ran())
         if self.compute.compile_mode is not None:
-            print(f"{job.title}: compiled in {self.state.compile_seconds:.1f} s, before the first step", flush=True)
-        tracked.params(**self.compute.describe())
-        in_curve = {*job.spent.as_dict(), "device_seconds", "data_wait_seconds"}  # cumulative, with every row
+            print(
+                f"{training.title}: compiled in {self.state.compile_seconds:.1f} s, before the first step", flush=True
+            )
+        tracked.tags(**self.compute.describe())
+        in_curve = {*training.before.as_dict(), "device_seconds", "data_wait_seconds"}  # cumulative, with every row
         once = {prefix + name: fact for name, fact in facts.items() if fact is not None and name not in in_curve}
-        tracked.log(job.plan.num_steps, **once)
+        tracked.log(training.num_steps, **once)
 
     def _how_it_ran(self) -> dict[str, Any]:
-        """For records: what of the machine and its use changes no result."""
-        params, compute, model = self.job.params, self.compute, self.state.model
-        tokens = self.job.plan.num_visible + (2 if params.model.class_conditional else 1)
+        """For records: what of the machine and its use changes rounding alone."""
+        params, compute = self.training.params, self.compute
+        tokens = self.training.num_visible + (2 if params.model.class_conditional else 1)
         is_plain = uses_plain_attention(params.compute.attention, compute.device.type, compute.dtype, tokens)
         facts = {
             "attention": "plain" if is_plain else "fused",
+            "activation_checkpointing": params.compute.activation_checkpointing,
             "devices": self.ranks.num_ranks,
-            "sharding": "full" if is_sharded(model) else "none",
             "micro_batch_size": self.micro_batch_size,
         }
         return facts if compute.compile_mode is None else facts | {"compile_seconds": self.state.compile_seconds}
@@ -433,12 +314,14 @@ class _Watcher:
 
     def __init__(self, trainer: Trainer, tracked: StageRun, bar: Progress, signals: Deferral, prefix: str) -> None:
         self._trainer, self._tracked, self._bar, self._signals, self._prefix = trainer, tracked, bar, signals, prefix
+        self._note = ProgressNote(trainer.folder, trainer.training.num_steps, trainer.state.step)
 
     def log(self, row: dict[str, float]) -> None:
         """Track a row and show it."""
         step = int(row["step"])
         self._tracked.log(step, **{self._prefix + name: value for name, value in row.items() if name != "step"})
         self._bar.update_to(step, f"loss {row['loss']:.4f}")
+        self._note.update(step)
 
     def wants(self, step: int) -> bool:
         """Whether it is time to save, or to stop."""

@@ -1,50 +1,107 @@
-"""Stage `tune`: one trial of one arm; where tuning is not enabled, a file that says so, made without torch."""
+"""Stage `tune`: one trial of one arm: the whole arm with other values, at a fraction of the budget, scored."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
-from maskdm import paths
-from maskdm.config import Params
-from maskdm.formats import ORIGIN_KEYS
-from maskdm.publishing import publish_description
-from maskdm.stages.session import stage_session
+import numpy as np
 
-SPENT = ("images_seen", "tokens_seen", "flops")
+from maskdm import device
+from maskdm.compute import build_model
+from maskdm.config import Training
+from maskdm.drawing import draw_images, load_model
+from maskdm.formats import ORIGIN_KEYS
+from maskdm.parallel import Ranks
+from maskdm.publishing import replace_file
+from maskdm.resume import Pieces
+from maskdm.stages.finetune import pretrained_weights
+from maskdm.stages.inputs import open_training_data
+from maskdm.stages.joint import sharing
+from maskdm.stages.pretrain import starting_weights
+from maskdm.stages.runner import Task, is_follower
+from maskdm.stages.scoring import Scorer
+from maskdm.stages.training import Trainer
+from maskdm.training import NonFiniteLossError
+
 SCORES = ("fid", "kid", "kid_std", "precision", "recall", "num_samples")
 
 
-def run(params: Params, arm: str, trial: str) -> None:
-    """Try a trial into results/tuning/ARM/TRIAL.json; without tuning it says that nothing was run.
+def run(task: Task, _: Path) -> dict[str, Any]:
+    """Train, draw and score.
 
-    A trial whose loss becomes non-finite has failed, which is a result: another one will be chosen.
+    A loss that becomes non-finite is a result too: the trial has `failed`, and another one will be chosen.
 
     Raises:
-        UserError: data or features are missing or do not fit.
+        UserError: data, features or weights do not fit, or memory does not suffice.
     """
+    trial, tuning = task.run, task.job.params.tuning
+    assert trial.trial is not None
+    compute = device.resolve(trial.params.compute, trial.params.compute.devices)
+    scorer = Scorer(trial.params, compute)
     result: dict[str, Any] = {
-        "arm": arm,
-        "trial": trial,
-        "values": params.tuning.trials[trial],
-        "seed": params.tuning.seed,
-        "budget_fraction": params.tuning.budget_fraction,
-        "trained": params.tuning.enabled,
+        "arm": trial.arm,
+        "trial": trial.trial,
+        "values": tuning.trials[trial.trial],
+        "seed": trial.seed,
+        "budget_fraction": tuning.budget_fraction,
         "failed": None,
-        **dict.fromkeys((*SPENT, *SCORES, *ORIGIN_KEYS, "protocol")),
+        **dict.fromkeys((*SCORES, *ORIGIN_KEYS, "protocol")),
+        **trial.finetune.spent_after(trial.finetune.num_steps).as_dict(),
+        **scorer.origin,
     }
-    output = paths.trial(arm, trial)
-    if not params.tuning.enabled:
-        print(f"tuning is not enabled: nothing to try, {arm} runs with the values as given")
-        with stage_session(params, "tune", arm, trial=trial, output=output):
-            publish_description(output, result)
-        return
-    from maskdm.stages.joint import joint_session
-    from maskdm.stages.trial import Trial
-
-    tried = Trial(params.for_trial(arm, params.tuning.trials[trial]), arm, trial)
-    inputs = {"given": result, **tried.inputs}
-    with joint_session(params, "tune", arm, trial=trial, inputs=inputs, output=output) as (session, ranks):
-        if session.is_to_do:
-            outcome = tried.run(session, ranks)
+    title = f"{trial.arm} trial {trial.trial}"
+    with sharing(task.job) as ranks:
+        try:
+            weights = _train(task, ranks)
+        except NonFiniteLossError as error:
             if ranks.is_first:
-                publish_description(output, result | outcome)
+                print(f"{title} has failed, {error.reason}: the arm is tuned over the others", file=sys.stderr)
+            return {**result, "failed": error.reason}
+        drawn = _draw(task, weights, f"sample {title}", ranks)
+        if not ranks.is_first:
+            return result
+        scores = scorer.score(drawn, f"score {title}").as_dict()
+    task.tracked.log(100, **scores)
+    return {**result, **scores}
+
+
+def _train(task: Task, ranks: Ranks) -> Path | None:
+    """Pretrain and finetune; the file of the finetuned weights, on the first rank."""
+    trial = task.run
+    images = open_training_data(trial.pretrain, verify=not is_follower())
+    init = starting_weights(trial.pretrain, images.num_classes)
+    pretrained = _train_stage(task, trial.pretrain, images, ranks, init)
+    images = open_training_data(trial.finetune, verify=not is_follower())
+    init = None if pretrained is None else pretrained_weights(trial, pretrained, images.num_classes)
+    return _train_stage(task, trial.finetune, images, ranks, init)
+
+
+def _train_stage(task: Task, training: Training, images: Any, ranks: Ranks, init: Any) -> Path | None:
+    """Run one training stage of the trial; the file of its weights, on the first rank."""
+    trainer = Trainer(training, images, task.work / training.stage, ranks, init)
+    own: dict[str, Any] = {}
+    trainer.run(task.tracked, own, prefix=f"{training.stage}/")
+    if not ranks.is_first:
+        return None
+    weights = trainer.folder / "weights.safetensors"
+    with replace_file(weights) as building:
+        trainer.save_weights(building)
+    task.record[training.stage] = own
+    return weights
+
+
+def _draw(task: Task, weights: Path | None, title: str, ranks: Ranks) -> np.ndarray:
+    """Samples, on the first rank; it gives the others its weights."""
+    trial, params = task.run, task.run.params
+    compute = device.resolve(params.compute, params.compute.devices)
+    num_classes = open_training_data(trial.finetune).num_classes
+    if weights is None:
+        model = build_model(params, num_classes).eval().to(compute.device)
+    else:
+        model = load_model(params, weights, num_classes, compute)
+    ranks.share_weights(model)
+    kept = Pieces(task.work / "samples") if ranks.is_first else None
+    count = params.sampling.num_samples
+    return draw_images(params, model, num_classes, trial.seed, count, compute, title, kept, ranks)

@@ -1,0 +1,352 @@
+"""Around every stage: is there work, who does it, what becomes of it.
+
+A stage fills a folder. The runner compares stamps before anything heavy is imported, lets one process at a time work,
+keeps what the output was before, moves the new output into its place, and writes the record. In this order:
+
+    .work/OUTPUT/KEY/           what a killed process goes on from; in it `output`, while it is built
+    .work/OUTPUT/previous/KEY/  the output before, with its record: going back to its values costs a rename
+    .work/OUTPUT/record.json    a copy of the record, should that get lost
+    results/records/            the record, written just before
+    results/OUTPUT              the output, renamed into its place
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import importlib
+import json
+import os
+import socket
+import sys
+import traceback
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from maskdm import paths
+from maskdm.checksums import checked
+from maskdm.config import Params, Run
+from maskdm.config.jobs import Job
+from maskdm.config.stamps import Stamp, missing_files, read_stamp, stamp_folder, stamped
+from maskdm.errors import UserError
+from maskdm.locks import holder_of, one_writer
+from maskdm.publishing import (
+    BUILDING,
+    explain_refusals,
+    move,
+    publish_description,
+    publish_json,
+    publish_text,
+    remove,
+    sync_tree,
+)
+from maskdm.records import measured
+from maskdm.tracking import StageRun, flat, stage_run, trial_params
+
+BEGUN, FAILED, OUTPUT, RECORD, PREVIOUS = "begun.json", "failed.json", "output", "record.json", "previous"
+LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun and its like set
+SHARED = ("tune", "pretrain", "finetune", "sample")  # stages that several processes may share
+KEYS_KEPT = 2  # unfinished work of so many different values is kept for an output
+# `choose` reads the folder of all trials. Where nothing is tuned nobody else makes it, and DVC wants it there.
+TRIALS_NOTE = "One file for every trial of every arm: what it changed, and its scores. Empty where nothing is tuned.\n"
+
+
+@dataclass
+class Task:
+    """A run of a stage, as the stage sees it.
+
+    Attributes:
+        job: what to do.
+        work: the folder for what a killed process goes on from; gone when the stage is done.
+        tracked: the MLflow run of the stage.
+        record: plain values that the stage adds to its record.
+        inputs: digests of what it reads, by name.
+    """
+
+    job: Job
+    work: Path
+    tracked: StageRun = field(default_factory=StageRun)
+    record: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, str | None] = field(default_factory=dict)
+
+    @property
+    def params(self) -> Params:
+        """The experiment, or of an arm's stage what the arm runs with."""
+        return self.job.params if self.job.arm is None else self.job.run.params
+
+    @property
+    def run(self) -> Run:
+        """The arm and seed, or the trial."""
+        return self.job.run
+
+
+def run_stage(job: Job, force: bool = False) -> None:
+    """Do a stage's work, if there is any.
+
+    Args:
+        job: which.
+        force: work even if the output is up to date.
+
+    Raises:
+        UserError: an input is missing or out of date, the stage can't do its work, or a place can't be written.
+        Stopped: a signal came; training has saved its state.
+    """
+    if is_follower():
+        _load(job.stage).run(Task(job, paths.WORK), paths.WORK)
+        return
+    job.require_inputs()
+    if not (force or job.why_outdated()):
+        _say_up_to_date(job)
+        return
+    with one_writer(job.lock, job.title):
+        _restore_record(job)
+        job.jobs.forget()  # another process may have worked meanwhile
+        job = job.jobs.find(job.stage, job.arm, job.seed, job.trial)
+        if force or job.why_outdated():
+            _work(job, job.wanted(), force)
+        else:
+            _say_up_to_date(job)
+
+
+def _restore_record(job: Job) -> None:
+    """Write a lost record again from the copy of the work folder: no training is repeated for it."""
+    stamp = None if job.record.exists() else read_stamp(job.output)
+    try:
+        text = (paths.work(job.output) / RECORD).read_text(encoding="utf-8")
+        is_its_own = stamp is not None and checked(json.loads(text))["key"] == stamp.key
+    except (OSError, ValueError, LookupError, RecursionError):
+        return
+    if is_its_own:
+        publish_text(job.record, text)
+
+
+def is_follower() -> bool:
+    """Whether another process is the first of those that share this stage's batches."""
+    return _is_launched() and int(os.environ["RANK"]) > 0
+
+
+def _is_launched() -> bool:
+    """Whether a launcher such as torchrun has started this process, perhaps with others."""
+    return all(name in os.environ for name in LAUNCHED)
+
+
+def _say_up_to_date(job: Job) -> None:
+    _make_extras(job)
+    if holder_of(job.lock) is None and (stamp := read_stamp(job.output)) is not None:
+        remove(paths.work(job.output) / stamp.key)  # of a process that was killed just before its end
+    print(f"{job.title}: up to date", flush=True)
+    if job.stage == "prepare" and job.params.dataset.root is not None:
+        print("the images behind dataset.root were not looked at; if they changed: maskdm prepare --force", flush=True)
+    _dismiss_others(job)
+
+
+def _dismiss_others(job: Job) -> None:
+    """Tell the processes that a launcher has started with this one that there is no work."""
+    if _is_launched() and int(os.environ["WORLD_SIZE"]) > 1 and job.stage in SHARED:
+        from maskdm.stages.joint import dismiss
+
+        dismiss(job.run)
+
+
+def _work(job: Job, stamp: Stamp, force: bool) -> None:
+    """Take the output from `previous`, or make it."""
+    folder = paths.work(job.output)
+    with explain_refusals(folder):
+        _remove_half_files(job)
+        if not force and _take_back(job, stamp.key):
+            _make_extras(job)
+            print(f"{job.title}: made before with the same values and inputs; it is back in {job.output}", flush=True)
+            _dismiss_others(job)
+            return
+        work = folder / stamp.key
+        begun = _begin(work)
+    if job.output.exists() and (reason := job.why_outdated()):
+        print(f"{job.title}: {reason}", file=sys.stderr, flush=True)
+    try:
+        _run(job, stamp, work, begun)
+    except (Exception, SystemExit) as error:
+        _note_failure(work, error)
+        raise
+    remove(work)
+
+
+def _remove_half_files(job: Job) -> None:
+    """Remove what processes were killed in the middle of writing; states may be large."""
+    output, record = job.output, job.record
+    halves = [*paths.work(output).glob(f"**/.*{BUILDING}"), *record.parent.glob(f".{record.name}.*{BUILDING}")]
+    for half in (*halves, output.with_name(f".{output.name}{BUILDING}")):
+        remove(half)
+
+
+def _run(job: Job, stamp: Stamp, work: Path, begun: dict[str, Any]) -> None:
+    building, module = work / OUTPUT, _load(job.stage)
+    remove(building)
+    with _tracked(job, begun["id"]) as tracked:
+        task = Task(job, work, tracked, inputs=stamp.inputs)
+        which = {"stage": job.stage, "arm": job.arm, "seed": job.seed, "trial": job.trial}
+        record = {**which, "id": begun["id"], "starts": begun["starts"], "key": stamp.key}
+        with measured(job.params, record), explain_refusals(job.output):
+            if job.output.suffix:
+                made = module.run(task, building)
+                publish_description(building, stamped(made, stamp))
+            else:
+                building.mkdir()
+                made = module.run(task, building)
+                stamp_folder(building, stamp)
+                sync_tree(building)
+        record["data_sha256"] = stamp.inputs.get(str(paths.DATA))
+        record |= task.record
+        with explain_refusals(job.output):
+            publish_description(work / RECORD, record)
+            _put_in_place(job, building, work / RECORD)
+            _make_extras(job)
+        tracked.log(0, wall_seconds=record["wall_seconds"], peak_memory_gib=record["peak_memory_gib"])
+        tracked.tags(**_origin(record))
+    if hasattr(module, "after"):
+        module.after(task, made)
+
+
+def _load(stage: str) -> ModuleType:
+    """Import a stage with all that it needs, and never look for garbage among it.
+
+    There is none, and looking is a quarter of the CPU time of starting and ending a process with PyTorch.
+    """
+    gc.disable()
+    try:
+        return importlib.import_module(f"maskdm.stages.{stage}")
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def _begin(work: Path) -> dict[str, Any]:
+    """Claim a work folder: whose run it is, and how many processes have worked on it, this one included."""
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        begun = dict(json.loads((work / BEGUN).read_bytes()))
+        begun = {"id": str(begun["id"]), "starts": int(begun["starts"]) + 1}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        begun = {"id": uuid.uuid4().hex, "starts": 1}
+    publish_json(work / BEGUN, {**begun, "pid": os.getpid(), "host": socket.gethostname(), "time": _now()})
+    remove(work / FAILED)
+    others = [path for path in work.parent.iterdir() if (path / BEGUN).is_file() and path != work]
+    for old in sorted(others, key=lambda path: (path / BEGUN).stat().st_mtime)[: -(KEYS_KEPT - 1)]:
+        remove(old)
+    return begun
+
+
+def _note_failure(work: Path, error: BaseException) -> None:
+    """Leave the reason where `maskdm status` finds it; a full disk may refuse even that."""
+    reason = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception_only(error)).strip()
+    failure = {"reason": reason, "host": socket.gethostname(), "pid": os.getpid(), "log": _log(), "time": _now()}
+    with suppress(OSError, UserError):
+        publish_json(work / FAILED, failure)
+
+
+def _log() -> str | None:
+    """The file that this process's messages go to, if it is one."""
+    with suppress(OSError):
+        target = Path("/proc/self/fd/2").readlink()
+        return str(target) if target.is_file() else None
+    return None
+
+
+def _take_back(job: Job, key: str) -> bool:
+    """Bring the output of a key back from `previous`; what is there takes its place. False where there is none."""
+    kept = paths.work(job.output) / PREVIOUS / key
+    stamp = read_stamp(kept / OUTPUT)
+    if stamp is None or stamp.key != key or missing_files(kept / OUTPUT, stamp):
+        return False
+    if job.stage != "report" and not (kept / RECORD).is_file():
+        return False
+    if (stamp_there := read_stamp(job.output)) is not None and stamp_there.key == key:
+        remove(job.output)  # the same one, incomplete
+    _put_in_place(job, kept / OUTPUT, kept / RECORD)
+    return True
+
+
+def _put_in_place(job: Job, made: Path, record: Path) -> None:
+    """Let an output and its record take the place of those that are there, which go to `previous`.
+
+    When that fails they come back. A process killed at any moment leaves the old or the new ones in place, or no output
+    there and the old one whole in `previous`.
+
+    Args:
+        job: whose.
+        made: the output, complete, elsewhere.
+        record: its record, elsewhere; the report has none, as it shows all records.
+    """
+    before = _copy_record_aside(job)
+    try:
+        if before is None:  # nothing, or what is not whole
+            remove(job.output)
+        else:
+            move(job.output, before / OUTPUT)
+        if job.stage != "report":
+            text = record.read_text(encoding="utf-8")
+            publish_text(job.record, text)
+            publish_text(paths.work(job.output) / RECORD, text)
+        move(made, job.output)
+    except BaseException:  # a signal too
+        if before is not None and not job.output.exists():
+            move(before / OUTPUT, job.output)
+            if (before / RECORD).is_file():
+                move(before / RECORD, job.record)
+        raise
+    _keep_one_previous(job, before)
+
+
+def _copy_record_aside(job: Job) -> Path | None:
+    """Make the folder in `previous` for the output that is there, with its record; None if there is nothing whole."""
+    stamp = read_stamp(job.output)
+    if stamp is None or missing_files(job.output, stamp):
+        return None
+    kept = paths.work(job.output) / PREVIOUS / stamp.key
+    remove(kept)
+    kept.mkdir(parents=True)
+    if job.record.is_file():
+        publish_text(kept / RECORD, job.record.read_text(encoding="utf-8"))
+    return kept
+
+
+def _keep_one_previous(job: Job, before: Path | None) -> None:
+    """Of the outputs in `previous`, keep the last one that is not the one in place."""
+    stamp, folder = read_stamp(job.output), paths.work(job.output) / PREVIOUS
+    now = None if stamp is None else folder / stamp.key
+    last = None if before == now else before
+    for kept in folder.iterdir() if folder.is_dir() else ():
+        if kept == now or (last is not None and kept != last):
+            remove(kept)
+
+
+def _make_extras(job: Job) -> None:
+    note = paths.TUNING / "README.md"
+    if job.stage == "prepare" and not note.is_file():
+        publish_text(note, TRIALS_NOTE)
+
+
+@contextmanager
+def _tracked(job: Job, key: str) -> Iterator[StageRun]:
+    run = None if job.arm is None else job.run
+    with stage_run(job.params, job.stage, run, key=key) as tracked:
+        if job.arm is not None and job.trial is not None:
+            tracked.params(**trial_params(job.params, job.arm, job.trial))
+        elif job.stage != "report":  # it shows all that there is
+            tracked.params(**dict(flat(job.values)))
+        yield tracked
+
+
+def _origin(record: dict[str, Any]) -> dict[str, Any]:
+    """Commit, data, params and versions, as tags."""
+    keys = ("git_commit", "git_dirty", "params_fingerprint", "data_sha256")
+    plain = {key: record[key] for key in keys if record[key] is not None}  # outside git there is no commit
+    return {**plain, **{f"version.{name}": version for name, version in record["versions"].items()}}
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
