@@ -1,0 +1,300 @@
+"""`maskdm status` and `maskdm verify`: where every stage stands, and whether outputs are whole. Imports no torch."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from maskdm import paths
+from maskdm.checksums import NOT_NOW
+from maskdm.config import Params, load_params
+from maskdm.config.jobs import ARM_STAGES, Job, Jobs, OutdatedError
+from maskdm.config.stamps import Stamp, damaged_files, read_stamp
+from maskdm.errors import UserError
+from maskdm.interrupts import Stopped
+from maskdm.locks import holder_of
+from maskdm.plan.units import duration, size
+from maskdm.progress import progress
+
+STATES = ("done", "running", "failed", "resumable", "out of date", "after tuning", "missing")
+BEGUN, FAILED, PROGRESS = "begun.json", "failed.json", "progress.json"  # in a work folder (`maskdm.stages.runner`)
+OUT_OF_DATE = " is out of date: "
+UNREADABLE = (UserError, OSError, ValueError, LookupError)  # a choice that is missing, outdated or damaged
+MIN_FREE_BYTES = 2**30
+REWRITTEN_SECONDS = 0.2  # by then DVC has rewritten its lock file, which is torn while it does
+CLEAR_SCREEN = "\033[H\033[2J"
+Details = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """Where one job stands.
+
+    Attributes:
+        job: which.
+        state: one of `STATES`.
+        details: plain values, as far as they are known: `reason`, `log`, `time`; `pid`, `host`, `since`; `done`,
+            `total`, `unit`, `seconds_left`, and the `phase` of a trial.
+    """
+
+    job: Job
+    state: str
+    details: Details = field(default_factory=dict)
+
+
+def run_status(as_json: bool = False, every_seconds: float | None = None) -> int:
+    """Print where the experiment in the working directory stands.
+
+    Args:
+        as_json: print one JSON object instead of the tables.
+        every_seconds: print it again after so long, until Ctrl-C; None prints it once.
+
+    Returns:
+        The exit code: 1 when something has failed or is in the way.
+
+    Raises:
+        ParamsError: params.yaml is missing or not valid.
+    """
+    clear = CLEAR_SCREEN if every_seconds is not None and sys.stdout.isatty() and not as_json else ""
+    try:
+        while True:
+            params = load_params()
+            found, problems = [look_at(job) for job in Jobs(params).all()], find_problems()
+            print(clear + (as_plain if as_json else as_text)(params, found, problems), flush=True)
+            if every_seconds is None:
+                return int(bool(problems) or any(one.state == "failed" for one in found))
+            time.sleep(every_seconds)
+    except KeyboardInterrupt as error:
+        if every_seconds is None or (isinstance(error, Stopped) and error.number != signal.SIGINT):
+            raise
+        return 0
+
+
+def look_at(job: Job) -> JobStatus:
+    """Find out where a job stands."""
+    folder = paths.work(job.output)
+    if (holder := holder_of(job.lock)) is not None:
+        return JobStatus(job, "running", {**holder, **_progress(folder, holder)})
+    begun = _newest(folder.glob(f"*/{BEGUN}"))
+    work = folder if begun is None else begun.parent  # if the key is not known
+    nothing_yet, reason, details = "missing", "", {}
+    try:
+        if not (reason := job.why_outdated()):
+            return JobStatus(job, "done")
+        work = folder / job.wanted().key
+    except OutdatedError:
+        nothing_yet = "after tuning"
+    except UNREADABLE as error:  # e.g. every trial of the arm has failed; the later stages wait for pretraining
+        reason = reason or str(error)
+        if job.stage == ARM_STAGES[0]:
+            nothing_yet, details = "failed", {"reason": str(error)}
+    saved = _saved(job, work)
+    if (failure := _read(work / FAILED)) is not None:
+        return JobStatus(job, "failed", {**failure, **saved})
+    if saved:
+        return JobStatus(job, "resumable", saved)
+    if job.output.exists():
+        return JobStatus(job, "out of date", {"reason": reason})
+    return JobStatus(job, nothing_yet, details)
+
+
+def _newest(files: Iterable[Path]) -> Path | None:
+    """The file that was written last; None where there is none, or one has just gone."""
+    with suppress(OSError):
+        return max(files, key=lambda file: file.stat().st_mtime, default=None)
+    return None
+
+
+def _progress(folder: Path, holder: Details) -> Details:
+    """What the process at work has written of its progress; that of an earlier one does not count."""
+    file = _newest(folder.rglob(PROGRESS))
+    if file is None or (note := _read(file)) is None:
+        return {}
+    since, written = _time(holder.get("since")), _time(note.pop("time", None))
+    is_own = since is not None and written is not None and written >= since
+    return {**note, **_phase(file)} if is_own else {}
+
+
+def _saved(job: Job, work: Path) -> Details:
+    """The step of the newest training state in a work folder; a trial finetunes after it has pretrained."""
+    files = work.rglob("state-*.safetensors")
+    newest = max(files, key=lambda file: (file.parent.name == "finetune", file.name), default=None)
+    if newest is None:
+        return {}
+    saved = {"done": int(newest.stem.removeprefix("state-")), "unit": "step", **_phase(newest)}
+    with suppress(*UNREADABLE):
+        saved["total"] = getattr(job.run, saved.get("phase", job.stage)).num_steps
+    return saved
+
+
+def _phase(file: Path) -> Details:
+    """The training stage within a trial, whose files are in a folder of its name."""
+    return {"phase": file.parent.name} if file.parent.name in ARM_STAGES else {}
+
+
+def find_problems() -> list[str]:
+    """What is in the way, with the command that helps; a line each."""
+    damaged = [
+        f"{file} was damaged and is not used: its stage resumes from what was saved before; to remove it: rm {file}"
+        for file in sorted(paths.WORK.rglob("*.damaged"))
+    ]
+    free = shutil.disk_usage(".").free
+    full = [f"the disk is nearly full: {size(free)} are free; remove something"] if free < MIN_FREE_BYTES else []
+    return [*_dvc_lock(), *damaged, *full]
+
+
+def _dvc_lock() -> list[str]:
+    """DVC's lock file, where DVC refuses to work because of it; pids that do not exist it drops by itself."""
+    file = paths.project_root() / ".dvc" / "tmp" / "rwlock"
+    shown, content = os.path.relpath(file), None
+    for pause in (REWRITTEN_SECONDS, 0):
+        if not file.exists():
+            return []
+        if (content := _read(file)) is not None:
+            break
+        time.sleep(pause)
+    if content is None:
+        return [f"{shown} is torn, and DVC refuses to work; if no DVC is running: rm {shown}"]
+    pids = {int(pid) for pid in re.findall(r'"pid": (\d+)', json.dumps(content))} - {os.getpid()}
+    found = {one.pid: one.info["cmdline"] or [] for one in psutil.process_iter(["cmdline"]) if one.pid in pids}
+    if not found or any("dvc" in (Path(word).name for word in words[:3]) for words in found.values()):
+        return []
+    names = f"process {', '.join(map(str, sorted(found)))}, which is not DVC any more"
+    return [f"{shown} names {names}: DVC refuses to work; if no DVC is running: rm {shown}"]
+
+
+def as_plain(params: Params, found: list[JobStatus], problems: list[str]) -> str:
+    """One JSON object."""
+    which = [{name: getattr(one.job, name) for name in ("stage", "arm", "seed", "trial")} for one in found]
+    jobs = [{**job, "state": one.state, "details": one.details} for job, one in zip(which, found, strict=True)]
+    return json.dumps({"experiment": params.name, "jobs": jobs, "problems": problems})
+
+
+def as_text(params: Params, found: list[JobStatus], problems: list[str]) -> str:
+    """Tables of all jobs, details below them, what is in the way, and what to do next."""
+    counts = Counter(one.state for one in found)
+    last = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
+    if counts["done"] < len(found):
+        snakefile = os.path.relpath(paths.project_root() / "Snakefile")
+        elsewhere = f"-s {snakefile} " if snakefile != "Snakefile" and Path(snakefile).is_file() else ""
+        last += f"; the same command again resumes: snakemake {elsewhere}--cores N, or dvc repro"
+    parts = [*_tables(params, found), _lines(found), [f"in the way: {line}" for line in problems], [last]]
+    return "\n\n".join("\n".join(part) for part in parts if part)
+
+
+def _tables(params: Params, found: list[JobStatus]) -> Iterator[list[str]]:
+    """The stages of the experiment, the trials, and a row for every arm and seed."""
+    cells = {(one.job.stage, one.job.arm, one.job.seed, one.job.trial): _cell(one) for one in found}
+    shared = [one.job.stage for one in found if one.job.arm is None]
+    yield _aligned(["experiment", *shared], [[params.name, *(cells[stage, None, None, None] for stage in shared)]])
+    if trials := params.tuning.trials:
+        rows = [[arm, *(cells["tune", arm, None, trial] for trial in trials)] for arm in params.arms]
+        yield _aligned(["tune", *trials], rows)
+    runs = [(arm, seed) for arm in params.arms for seed in params.seeds]
+    rows = [[arm, str(seed), *(cells[stage, arm, seed, None] for stage in ARM_STAGES)] for arm, seed in runs]
+    yield _aligned(["arm", "seed", *ARM_STAGES], rows)
+
+
+def _aligned(header: list[str], rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (header, *rows)]
+
+
+def _cell(one: JobStatus) -> str:
+    done, total = one.details.get("done"), one.details.get("total")
+    if one.state == "running" and done and total:
+        return f"running {done / total:.0%}"
+    return f"step {done}" + (f"/{total}" if total else "") if one.state == "resumable" else one.state
+
+
+def _lines(found: list[JobStatus]) -> list[str]:
+    """A line for every state and its details; the jobs that share them are named together."""
+    titles: dict[str, list[str]] = {}
+    for one in sorted(found, key=lambda one: STATES.index(one.state)):
+        if one.details:
+            titles.setdefault(f"{one.state}: {_sentence(one.details)}", []).append(one.job.title)
+    return [f"{_first_few(named)}: {text}" for text, named in titles.items()]
+
+
+def _first_few(names: list[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _sentence(details: Details) -> str:
+    """Details in words; of outputs that are out of date for the same reason only the first one is named."""
+    reason, at = details.get("reason"), _time(details.get("since") or details.get("time"))
+    parts = [] if reason is None else [OUT_OF_DATE.join(" ".join(str(reason).split()).split(OUT_OF_DATE)[-2:])]
+    if "done" in details:
+        step = [details.get("phase"), details.get("unit"), str(details["done"])]
+        step += ["of", str(details["total"])] if "total" in details else []
+        parts.append(f"at {' '.join(filter(None, step))}")
+    parts += [f"{duration(details['seconds_left'])} left"] if "seconds_left" in details else []
+    parts += [f"process {details['pid']} on {details.get('host')}"] if "pid" in details else []
+    parts += [f"{'since ' if 'since' in details else ''}{at:%Y-%m-%d %H:%M}"] if at is not None else []
+    parts += [f"log: {details['log']}"] if details.get("log") else []
+    return "; ".join(parts)
+
+
+def _read(file: Path) -> Details | None:
+    """A JSON object; None where there is none."""
+    with suppress(OSError, ValueError, TypeError):
+        return dict(json.loads(file.read_bytes()))
+    return None
+
+
+def _time(text: Any) -> datetime.datetime | None:
+    """A time in ISO's format, in this machine's zone; None where it is none."""
+    with suppress(ValueError, TypeError):
+        return datetime.datetime.fromisoformat(text).astimezone()
+    return None
+
+
+def run_verify() -> int:
+    """Hash every file of every output of the experiment in the working directory, and print what is damaged.
+
+    Outputs that are whole but out of date are not damaged.
+
+    Returns:
+        The exit code: 1 where an output is damaged.
+
+    Raises:
+        ParamsError: params.yaml is missing or not valid.
+        UserError: a file may not be read.
+    """
+    stamps = {job: read_stamp(job.output) for job in Jobs(load_params()).all() if job.output.exists()}
+    files = [(job, stamp, name) for job, stamp in stamps.items() for name in (stamp and stamp.files) or [""]]
+    damaged: dict[Job, list[str]] = {}
+    for job, stamp, name in progress(files, len(files), "verify", "file"):
+        if text := _damage(job.output, stamp, name):
+            damaged.setdefault(job, []).append(text)
+    for job, texts in damaged.items():
+        print(f"damaged: {_first_few(texts)}; to make it again: {job.command} --force")
+    if not damaged:
+        print(f"{len(stamps)} outputs, {len(files)} files: all are what was written")
+    return int(bool(damaged))
+
+
+def _damage(output: Path, stamp: Stamp | None, name: str) -> str:
+    """What is wrong with a file of an output, if anything."""
+    if stamp is None or not name:  # reading the stamp of a single file has compared it with the content
+        return "" if stamp else f"{output} has no stamp that fits its content"
+    try:
+        return next(damaged_files(output, replace(stamp, files={name: stamp.files[name]})), "")
+    except OSError as error:
+        if error.errno in NOT_NOW:
+            raise UserError(f"cannot read {output / name}: {error.strerror}") from error
+        return f"{output / name} can't be read: {error.strerror}"
