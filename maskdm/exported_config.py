@@ -22,7 +22,7 @@ from maskdm.errors import UserError
 from maskdm.formats import Which
 from maskdm.printable import printable
 
-FORMAT = "maskdm-model/1"
+FORMAT = "maskdm-model/2"
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 SECOND: dict[Which, str] = {"raw": "model-raw.safetensors", "ema": "model-ema.safetensors"}
 NAMES = {WEIGHTS, CONFIG, CARD, *SECOND.values()}
@@ -50,7 +50,7 @@ class Config(_Entry):
         source: where the weights come from, for people.
     """
 
-    format: Literal["maskdm-model/1"]
+    format: Literal["maskdm-model/2"]
     params: dict[str, Any]
     num_classes: Annotated[int, Field(ge=0)]
     which: Which

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import re
+import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from pickle import UnpicklingError
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,12 +26,14 @@ from maskdm.config import EvaluationConfig
 from maskdm.data.batches import to_model_range
 from maskdm.device import explain_out_of_memory
 from maskdm.errors import UserError
-from maskdm.plain_pickles import load_plain
+from maskdm.printable import printable
 from maskdm.progress import Progress
 from maskdm.torchvision_compat import declare_missing_operators
 
 # What torch-fidelity downloads for the extractors whose weights may also be a local file of plain tensors.
 PUBLISHED = {"inception-v3-compat": "weights-inception-2015-12-05-6726825d.pth", "vgg16": "vgg16-397923af.pth"}
+# What is wrong, as torch.load says it between pieces of advice to execute the file all the same.
+REASON = re.compile(r"(Unsupported|Trying|Detected)[^\n]*?(?= was not an allowed|\. The |\.?\n|$)")
 
 
 class Knobs(NamedTuple):
@@ -146,7 +152,7 @@ def open_classifier(path: Path, device: torch.device) -> FeatureExtractor:
     """
     states, info = load_tensors(path)
     if "classifier" not in states or info.get("architecture") != _sizes_of(states["classifier"]):
-        raise UserError(f"{path} holds no classifier; run first: maskdm features")
+        raise UserError(f"{path} holds no classifier; run first: maskdm features --force")
     model = Classifier(**info["architecture"])
     load_into(model, states["classifier"], path)
     model.eval().to(device)
@@ -247,13 +253,35 @@ def _check_is_published(name: str, path: Path, knobs: Knobs) -> None:
 
 
 def _check_is_plain(name: str, path: Path, knobs: Knobs) -> None:
-    """Refuse a file that would execute code, or fill the memory, when torch-fidelity unpickles it."""
+    """Refuse a file that would execute code when torch-fidelity, which allows it, unpickles it."""
     try:
         load_plain(path)
     except ValueError as error:
         raise UserError(
             f"{knobs.weights}: {path} is not a plain PyTorch weights file: {error}{_expected(name, knobs)}"
         ) from None
+
+
+def load_plain(path: Path) -> Any:
+    """The content of a file of `torch.save`: tensors on the CPU, plain values and containers of them.
+
+    Nothing in the file is executed. Tensors are mapped into memory where its layout allows that. One may claim more
+    elements than the file holds (a stride of 0): look at sizes before copying.
+
+    Args:
+        path: a regular file; a pipe would be waited for.
+
+    Raises:
+        ValueError: it is damaged, or holds more than plain tensors; the reason in one line.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Detected pickle protocol")  # a better reason than the error after it
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # what a damaged file raises may be almost anything
+        text = str(error) or "it is empty or cut off"
+        reason = shorten(found.group() if (found := REASON.search(text)) else text, 200, placeholder=" …")
+        raise ValueError(f"{printable(reason)} (only plain tensors are accepted)") from None
 
 
 def _expected(name: str, knobs: Knobs) -> str:

@@ -18,7 +18,7 @@ from maskdm.publishing import replace_file
 
 PIPELINE = "dvc.yaml"
 PATHS = ("root", "weights", "checkpoint")  # keys whose values are paths, seen from the folder of params.yaml
-WITH_FILES = ("mnist", "fashion_mnist", "cifar10", "celeba", "lsun")  # below data/ if no root is given
+WITH_FILES = ("mnist", "fashion_mnist", "celeba", "lsun")  # below data/ if no root is given
 WIDE = 4096  # columns: no line is broken
 
 

@@ -204,14 +204,11 @@ def test_digits_in_three_channels_and_another_size(tmp_path: Path) -> None:
     np.testing.assert_array_equal(large[3, ..., 0], np.asarray(reference))
 
 
-def test_equal_runs_give_equal_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_runs_give_equal_bytes(tmp_path: Path) -> None:
     files = []
     for place in ("here", "there"):
-        (tmp_path / place).mkdir()
-        monkeypatch.chdir(tmp_path / place)
-        prepare(make_params(limit=100, shard_images=30))
-        data = tmp_path / place / "results" / "data"
-        files.append({path.name: path.read_bytes() for path in data.iterdir()})
+        prepare(make_params(limit=100, shard_images=30), tmp_path / place)
+        files.append({path.name: path.read_bytes() for path in (tmp_path / place).iterdir()})
     assert files[0] == files[1]
     shards = {f"images-0000{number}.npy" for number in range(4)}
     assert set(files[0]) == shards | {"labels.npy", "manifest.json", "preview.png"}

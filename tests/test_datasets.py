@@ -8,12 +8,10 @@ import gzip
 import hashlib
 import http.server
 import io
-import os
-import pickle
-import re
 import struct
 import tarfile
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,13 +25,16 @@ from PIL import Image
 from maskdm import paths
 from maskdm.config import Params
 from maskdm.data.arrays import ImageArrays
-from maskdm.data.prepare import prepare
+from maskdm.data.opening import open_collection
+from maskdm.data.prepare import check_apart, prepare
 from maskdm.errors import ParamsError, UserError
-from maskdm.publishing import one_writer
+from maskdm.locks import one_writer
+from maskdm.publishing import publish_folder
 from tests.factories import data_params
 
 OUT = Path("out")
-STANDING = {Path("results"), Path(".work"), Path(".work/locks"), Path(".work/locks/download.lock")}
+LOCK = paths.WORK / "download.lock"
+STANDING = {LOCK.parent, LOCK}
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +50,9 @@ def prepared(**given: Any) -> ImageArrays:
     """What `prepare` makes of a dataset; nothing is left where nothing is made."""
     before = set(Path().rglob("*"))
     try:
-        prepare(params(**given), OUT)
+        check_apart(params(**given), OUT)
+        with publish_folder(OUT) as folder:
+            prepare(params(**given), folder)
     except UserError as error:
         assert not OUT.exists()
         left = set(Path().rglob("*")) - before - STANDING
@@ -205,7 +208,6 @@ def test_a_cut_off_gz_of_mnist_is_named() -> None:
     [
         ("mnist", ["train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"]),
         ("fashion_mnist", ["train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"]),
-        ("cifar10", ["cifar-10-python.tar.gz", "cifar-10-batches-py"]),
         ("celeba", ["img_align_celeba.zip", "list_eval_partition.txt"]),
     ],
 )
@@ -269,163 +271,22 @@ def test_what_a_killed_download_has_left_is_removed() -> None:
 
 
 @pytest.mark.usefixtures("no_network")
-def test_what_another_process_downloads_is_waited_for_and_taken(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_another_process_downloads_is_waited_for_and_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its folder is not taken for one that was left."""
+    said: list[str] = []
+    monkeypatch.setattr("maskdm.locks._say", said.append)
     with ThreadPoolExecutor(1) as pool:
-        with one_writer(paths.lock("download"), "another"):
+        with one_writer(LOCK, "another"):
             put(".work/download-other/file", b"half")
             future = pool.submit(prepared, source="mnist", image_size=28, channels=1)
-            said = ""
-            while "download of mnist: waiting for process" not in said:
+            while not said:
                 assert not future.done(), "it waits"
-                said += capsys.readouterr().err
+                time.sleep(0.001)
+            assert said[0].startswith("download of mnist: waiting for process")
             parts = make_mnist()
         arrays = future.result(timeout=60)
     np.testing.assert_array_equal(arrays.all()[..., 0], parts["train"][0])
     assert Path(".work/download-other/file").exists()
-
-
-# --- CIFAR-10: pickles of Python 2
-
-
-def string(text: bytes) -> bytes:
-    return b"U" + bytes([len(text)]) + text if len(text) < 256 else b"T" + struct.pack("<I", len(text)) + text
-
-
-def number(value: int) -> bytes:
-    return b"K" + bytes([value]) if value < 256 else b"M" + struct.pack("<H", value)
-
-
-def python2_array(values: np.ndarray) -> bytes:
-    """A uint8 array (N, M) as NumPy pickled it in Python 2, protocol 2."""
-    rows, columns = values.shape
-    made = b"cnumpy.core.multiarray\n_reconstruct\nq\x07cnumpy\nndarray\nq\x08K\x00\x85U\x01b\x87Rq\t"
-    dtype = b"cnumpy\ndtype\nq\nU\x02u1K\x00K\x01\x87Rq\x0b(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
-    return (
-        made + b"(K\x01" + number(rows) + number(columns) + b"\x86" + dtype + b"\x89" + string(values.tobytes()) + b"tb"
-    )
-
-
-def batch(values: np.ndarray, labels: list[int], name: str = "training batch 1 of 5") -> bytes:
-    """A batch as CIFAR-10's authors wrote it: a dict of strings, a list and an array."""
-    files = b"".join(string(f"image_s_{i:06d}.png".encode()) for i in range(len(labels)))
-    entries = [
-        string(b"batch_label") + b"q\x01" + string(name.encode()) + b"q\x02",
-        string(b"labels") + b"q\x03]q\x04(" + b"".join(map(number, labels)) + b"e",
-        string(b"data") + b"q\x06" + python2_array(values.transpose(0, 3, 1, 2).reshape(len(values), -1)),
-        string(b"filenames") + b"q\x0c]q\r(" + files + b"e",
-    ]
-    return b"\x80\x02}q\x00(" + b"".join(entries) + b"u."
-
-
-BATCHES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
-
-
-def make_cifar(folder: str = "data/cifar10/cifar-10-batches-py") -> dict[str, tuple[np.ndarray, list[int]]]:
-    made = {}
-    for seed, name in enumerate(BATCHES):
-        values, labels = pixels(4, seed, (32, 32, 3)), [seed, 9, 0, (seed + 3) % 10]
-        put(f"{folder}/{name}", batch(values, labels, name))
-        made[name] = values, labels
-    put(f"{folder}/batches.meta", b"\x80\x02}q\x00.")
-    put(f"{folder}/readme.html", b"<html></html>")
-    return made
-
-
-def test_the_batches_made_here_are_what_numpy_reads() -> None:
-    """The test's own writer, against Python's unpickler."""
-    values, labels = pixels(300, 0, (32, 32, 3)), [i % 10 for i in range(300)]
-    content = pickle.loads(batch(values, labels), encoding="bytes")
-    np.testing.assert_array_equal(content[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), values)
-    assert content[b"labels"] == labels
-
-
-@pytest.mark.parametrize("kind", ["folder", "root", "archive", "root archive"])
-def test_cifar10_is_its_batches_bit_by_bit(kind: str) -> None:
-    made = make_cifar("files" if kind == "root" else "files/cifar-10-batches-py")
-    root = "files"
-    if "archive" in kind:
-        with tarfile.open("cifar-10-python.tar.gz", "w:gz") as archive:
-            for name in ("data_batch_4", "test_batch", "data_batch_3", "data_batch_2", "data_batch_5", "data_batch_1"):
-                archive.add(f"files/cifar-10-batches-py/{name}", f"cifar-10-batches-py/{name}")
-        root = "cifar-10-python.tar.gz"
-        if kind == "archive":
-            Path("here").mkdir()
-            root = str(Path(root).rename("here/cifar-10-python.tar.gz").parent)
-    arrays = prepared(source="cifar10", root=root, image_size=32)
-    np.testing.assert_array_equal(arrays.all(), np.concatenate([made[name][0] for name in BATCHES[:5]]))
-    assert labels_of(arrays) == [label for name in BATCHES[:5] for label in made[name][1]]
-    assert arrays.class_names[:2] == ("airplane", "automobile")
-    test = prepared(source="cifar10", root=root, image_size=32, split="test")
-    np.testing.assert_array_equal(test.all(), made["test_batch"][0])
-
-
-class Evil:
-    """Writes a file where it is unpickled."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, ("touch run",)
-
-
-def nested(depth: int) -> bytes:
-    return b"\x80\x02" + b"]" * depth + b"a" * (depth - 1) + b"."
-
-
-GOOD = pixels(4, 0, (32, 32, 3))
-HOSTILE: dict[str, tuple[bytes, str]] = {
-    "code": (pickle.dumps(Evil(), protocol=2), "REDUCE|posix.system|more than"),
-    "code by name": (b"\x80\x02cposix\nsystem\n" + string(b"touch run") + b"\x85R.", r"asks for posix\.system"),
-    "builtins": (b"\x80\x02c__builtin__\neval\n" + string(b"open('run','w')") + b"\x85R.", "asks for"),
-    "instance": (b"\x80\x02(" + string(b"touch run") + b"iposix\nsystem\n.", "INST"),
-    "old": (b"\x80\x04\x95\x05\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x8c\x06system\x93.", "UNICODE"),
-    "deep": (nested(100_000), "EMPTY_LIST"),
-    "deep tuples": (b"\x80\x02K\x00" + b"\x85" * 100_000 + b".", "TUPLE1"),
-    "memo": (b"\x80\x02]r\xff\xff\xff\x7f.", "a memo of 2147483647 objects"),
-    "state of a class": (b"\x80\x02cnumpy\ndtype\n}" + string(b"name") + b"K\x01sb.", "no batch|it holds no data"),
-    "labels too few": (batch(GOOD, [0, 1, 2]), "it holds 3 labels for 4 images"),
-    "labels too large": (batch(GOOD, [0, 1, 2, 10]), "expected labels from 0 to 9"),
-    "another shape": (batch(GOOD[:, :, :16], [0, 1, 2, 3]), "no array of uint8 with 3072 columns"),
-    "another dtype": (batch(GOOD, [0, 1, 2, 3]).replace(b"U\x02u1", b"U\x02O8"), "no array of uint8"),
-    "cut off": (batch(GOOD, [0, 1, 2, 3])[:5000], ""),
-    "empty": (b"", ""),
-    "text": (b"<html>not found</html>", ""),
-}
-
-
-@pytest.mark.parametrize("kind", HOSTILE)
-def test_a_hostile_or_damaged_batch_is_refused_and_runs_nothing(kind: str) -> None:
-    content, reason = HOSTILE[kind]
-    make_cifar()
-    put("data/cifar10/cifar-10-batches-py/data_batch_2", content)
-    with pytest.raises(UserError, match="data_batch_2 is no batch of CIFAR-10, or is damaged") as caught:
-        prepared(source="cifar10", image_size=32)
-    assert not Path("run").exists()
-    assert re.search(reason, str(caught.value))
-    assert "get it anew" in str(caught.value)
-
-
-def test_a_missing_batch_is_named() -> None:
-    make_cifar()
-    Path("data/cifar10/cifar-10-batches-py/data_batch_3").unlink()
-    with pytest.raises(UserError, match="cifar-10-batches-py has no data_batch_3: get"):
-        prepared(source="cifar10", image_size=32)
-
-
-def test_a_second_batch_of_one_name_is_refused() -> None:
-    make_cifar()
-    make_cifar("data/cifar10/cifar-10-batches-py/copy")
-    with pytest.raises(UserError, match="holds test_batch twice") as caught:
-        prepared(source="cifar10", split="test", image_size=32)
-    for folder in ("", "copy/"):
-        assert f"data/cifar10/cifar-10-batches-py/{folder}test_batch" in str(caught.value)
-
-
-def test_a_second_file_that_the_split_does_not_need_does_no_harm() -> None:
-    made = make_cifar()
-    put("data/cifar10/cifar-10-batches-py/copy/data_batch_1", b"")
-    put("data/cifar10/cifar-10-batches-py/copy/readme.html", b"")
-    test = prepared(source="cifar10", split="test", image_size=32)
-    np.testing.assert_array_equal(test.all(), made["test_batch"][0])
 
 
 # --- CelebA: aligned images and the partition
@@ -537,26 +398,27 @@ def test_lsun_is_the_files_of_its_database_bit_by_bit(kind: str) -> None:
 
 
 @pytest.mark.parametrize("number", [1, 500])
-def test_a_tree_of_any_depth_is_read_whole(number: int) -> None:
-    from maskdm.data.named.lmdb import open_lmdb
-
+def test_every_entry_of_a_database_is_an_image_named_by_its_key(number: int) -> None:
     values = make_lsun(number)
-    with open_lmdb(Path(CHURCH) / "data.mdb") as database:
-        assert [database.value(i) for i in range(len(database))] == values
-        keys = [database.key(i) for i in range(len(database))]
-    assert keys == [hashlib.sha1(content).hexdigest().encode() for content in values]
+    with open_collection(params(source="lsun", split="church_outdoor", image_size=8).dataset) as collection:
+        assert [collection.load(i, 10**6) for i in range(len(collection))] == values
+        keys = [collection.name(i) for i in range(len(collection))]
+    assert keys == [hashlib.sha1(content).hexdigest() for content in values]
 
 
-def test_entries_removed_from_a_database_are_not_read() -> None:
-    from maskdm.data.named.lmdb import open_lmdb
+def test_a_database_without_images_is_refused() -> None:
+    make_lsun(0)
+    with pytest.raises(UserError, match=r"data\.mdb holds no images"):
+        prepared(source="lsun", split="church_outdoor", image_size=8)
 
-    values = make_lsun(60)
+
+def test_a_value_that_no_image_needs_is_not_copied() -> None:
     lmdb = pytest.importorskip("lmdb")
-    with lmdb.open(CHURCH, map_size=2**26) as database, database.begin(write=True) as transaction:
-        for content in values[::2]:
-            transaction.delete(hashlib.sha1(content).hexdigest().encode())
-    with open_lmdb(Path(CHURCH) / "data.mdb") as read:
-        assert [read.value(i) for i in range(len(read))] == values[1::2]
+    make_lsun(5)
+    with lmdb.open(CHURCH, map_size=2**27) as database, database.begin(write=True) as transaction:
+        transaction.put(b"0" * 40, bytes(2**26 + 2**13))
+    with pytest.raises(UserError, match=rf"{2**26 + 2**13} bytes are more than the {2**26 + 8000} that dataset"):
+        prepared(source="lsun", split="church_outdoor", image_size=8, max_pixels=1000)
 
 
 @pytest.mark.parametrize(
@@ -584,10 +446,14 @@ def cut(part: float) -> Callable[[bytes], bytes]:
     [
         (cut(0.9), r"is damaged \(it is cut off: \d+ bytes of \d+\)"),
         (cut(0.5), "it is cut off"),
-        (cut(0.01), "it is cut off"),
-        (lambda _: b"", "it is cut off"),
-        (lambda content: bytes(len(content)), "it does not begin as an LMDB file"),
-        (lambda content: content.replace(b"\xde\xc0\xef\xbe\x01", b"\xde\xc0\xef\xbe\x02"), "does not begin as"),
+        (lambda content: content[:-1], "it is cut off"),
+        (cut(0.01), r"is damaged \(.*not an LMDB file\)"),
+        (lambda _: b"", "it is empty"),
+        (
+            lambda content: bytes(len(content)),
+            r"data\.mdb is damaged \(MDB_INVALID: File is not an LMDB file\): unpack",
+        ),
+        (lambda content: content.replace(b"\xde\xc0\xef\xbe\x01", b"\xde\xc0\xef\xbe\x07"), "is damaged"),
     ],
 )
 def test_a_damaged_database_is_refused(damage: Callable[[bytes], bytes], message: str) -> None:
@@ -599,25 +465,11 @@ def test_a_damaged_database_is_refused(damage: Callable[[bytes], bytes], message
     assert str(file) in str(caught.value)
 
 
-def test_any_damage_to_a_database_is_told_or_harmless() -> None:
-    """Bytes changed at random, many times: an error of ours, or other bytes; never anything else."""
-    from maskdm.data.named.lmdb import DamagedDatabaseError, open_lmdb
-
-    make_lsun(200)
-    file = Path(CHURCH) / "data.mdb"
-    whole, draws, refused = file.read_bytes(), np.random.default_rng(0), 0
-    for _ in range(150):
-        content = bytearray(whole)
-        for place in draws.integers(0, len(whole) // 4096, 20) * 4096:  # headers and the starts of lists, mostly
-            content[place + draws.integers(0, 64)] = draws.integers(0, 256)
-        file.write_bytes(content)
-        try:
-            with open_lmdb(file) as database:
-                sizes = [len(database.value(i)) + len(database.key(i)) for i in range(len(database))]
-                assert sum(sizes) < 100 * len(whole)
-        except DamagedDatabaseError:
-            refused += 1
-    assert refused > 50
+def test_without_the_package_the_user_of_lsun_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_lsun()
+    monkeypatch.setitem(__import__("sys").modules, "lmdb", None)
+    with pytest.raises(UserError, match=r"source lsun needs the package lmdb: pip install 'maskdm\[datasets\]'"):
+        prepared(source="lsun", split="church_outdoor", image_size=8)
 
 
 def test_a_bad_image_of_a_database_is_named_by_its_key() -> None:
@@ -641,6 +493,19 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / ".work" / "cache")
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     return package
+
+
+def make_hub_cifar(folder: str) -> None:
+    """CIFAR-10's first images as the hub has them: their files in the column img, their classes in label."""
+    hub = pytest.importorskip("datasets")
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    features = hub.Features({"img": hub.Image(), "label": hub.ClassLabel(names=names)})
+    for start, split in ((0, "train"), (20, "test")):
+        images = [pixels(1, start + i, (32, 32, 3))[0] for i in range(20)]
+        cells = [{"bytes": encode(image, "PNG"), "path": None} for image in images]
+        table = hub.Dataset.from_dict({"img": cells, "label": [i % 10 for i in range(20)]}, features=features)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        table.to_parquet(f"{folder}/{split}-00000-of-00001.parquet")
 
 
 def rows() -> tuple[list[bytes], list[int]]:
@@ -673,6 +538,16 @@ def test_a_dataset_of_hugging_face_is_its_files_bit_by_bit(hub: Any, kind: str) 
     np.testing.assert_array_equal(arrays.all(), expected[order])
     assert labels_of(arrays) == [labels[i] for i in order]
     assert arrays.class_names == ("ant", "bee", "cow")
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_cifar10_of_the_hub_is_read_from_its_parquet_files(hub: Any, split: str) -> None:
+    make_hub_cifar("files")
+    arrays = prepared(source="huggingface:uoft-cs/cifar10", root="files", split=split, image_size=32)
+    start = 0 if split == "train" else 20
+    np.testing.assert_array_equal(arrays.all(), np.stack([pixels(1, start + i, (32, 32, 3))[0] for i in range(20)]))
+    assert labels_of(arrays) == [i % 10 for i in range(20)]
+    assert arrays.class_names[:2] == ("airplane", "automobile")
 
 
 def test_a_saved_dataset_of_one_split_is_of_that_split(hub: Any) -> None:

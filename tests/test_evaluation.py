@@ -478,9 +478,9 @@ def test_published_weights_are_called_by_the_names_that_they_are_downloaded_by()
         ("missing", "there is no file"),
         (
             "empty",
-            r"it is empty; expected the file that torch-fidelity downloads, weights-inception-\S+\.pth",
+            r"it is empty or cut off \(only .*; expected the file that torch-fidelity downloads, weights-\S+\.pth",
         ),
-        ("text", "it is a text that begins with '<html>Not found</html>'; expected the file that torch-fidelity"),
+        ("text", r"is not a plain PyTorch weights file: .*; expected the file that torch-fidelity"),
         ("other network", "does not hold the weights of inception-v3-compat.*; expected the file that torch-fidelity"),
         pytest.param(
             "tensor",

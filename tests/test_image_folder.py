@@ -24,8 +24,9 @@ from maskdm.data import bulk_decoding, sources
 from maskdm.data.arrays import ImageArrays
 from maskdm.data.decoding import BadImageError, decode
 from maskdm.data.image_folder import labels_from_folders
-from maskdm.data.prepare import prepare
+from maskdm.data.prepare import check_apart, prepare
 from maskdm.errors import UserError
+from maskdm.publishing import publish_folder
 from tests.factories import data_params
 
 SIZE = 8
@@ -38,7 +39,10 @@ def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(root: str | Path, threads: int = 1, output: str = "out", **dataset: Any) -> dict[str, Any]:
     given = {"source": "image_folder", "root": str(root), "image_size": SIZE, "channels": 3, **dataset}
-    return prepare(data_params(given, threads=threads), Path(output))
+    params = data_params(given, threads=threads)
+    check_apart(params, Path(output))
+    with publish_folder(Path(output)) as folder:
+        return prepare(params, folder)
 
 
 def config(**changes: Any) -> DatasetConfig:

@@ -81,10 +81,10 @@ def test_a_path_that_an_alias_repeats_is_moved_once(tmp_path: Path) -> None:
 
 
 def test_files_that_are_looked_for_beside_params_yaml_are_found_from_elsewhere(tmp_path: Path) -> None:
-    cifar = ROOT / "experiments" / "cifar10"
-    params = load_params(make(tmp_path / "mine", source=cifar) / "params.yaml")
+    fashion = ROOT / "experiments" / "fashion-mnist"
+    params = load_params(make(tmp_path / "mine", source=fashion) / "params.yaml")
     assert params.dataset.root is not None
-    assert (tmp_path / "mine" / params.dataset.root).resolve() == cifar / "data" / "cifar10"
+    assert (tmp_path / "mine" / params.dataset.root).resolve() == fashion / "data" / "fashion_mnist"
 
 
 @pytest.mark.parametrize(

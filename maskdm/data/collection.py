@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from maskdm.checksums import values_sha256
 from maskdm.data.arrays import Images, Labels
 from maskdm.data.decoding import BadImageError
 from maskdm.data.sources import Source, reading
@@ -51,10 +49,6 @@ class Collection(ABC):
             UserError: it can't be read.
         """
 
-    @abstractmethod
-    def stamp(self, numbers: Numbers) -> str:
-        """What tells the content of these images from any other, as far as that is known without reading it."""
-
     def where(self, number: int) -> str:
         """An image, for messages."""
         return f"{self.name(number)} of {self.origin}"
@@ -92,10 +86,6 @@ class Pixels(Collection):
         """An image's pixels (h, w) or (h, w, 3)."""
         image: Images = self._images[number]
         return image
-
-    def stamp(self, numbers: Numbers) -> str:
-        """A hash of the pixels."""
-        return hashlib.sha256(self._images[numbers].tobytes()).hexdigest()
 
 
 class ImageFiles(Collection):
@@ -145,11 +135,6 @@ class ImageFiles(Collection):
     def reading_order(self, numbers: Numbers) -> Numbers | None:
         """The positions in the order in which the source is best read; None for as they stand."""
         return self._source.reading_order([self._names[number] for number in numbers])
-
-    def stamp(self, numbers: Numbers) -> str:
-        """A hash of names, sizes and times."""
-        names = [self._names[number] for number in numbers]
-        return values_sha256([names, self._source.stamps(names)])
 
 
 def check_size(size: int, most_bytes: int) -> None:

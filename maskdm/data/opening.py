@@ -13,7 +13,6 @@ from maskdm.data.collection import Collection, Pixels, as_array
 from maskdm.data.digits import load_digits
 from maskdm.data.image_folder import open_image_folder
 from maskdm.data.named.celeba import open_celeba
-from maskdm.data.named.cifar10 import open_cifar10
 from maskdm.data.named.huggingface import PREFIX, open_huggingface
 from maskdm.data.named.lsun import open_lsun
 from maskdm.data.named.mnist import open_mnist
@@ -24,7 +23,6 @@ OPENERS: dict[str, Opener] = {
     "image_folder": open_image_folder,
     "mnist": open_mnist,
     "fashion_mnist": open_mnist,
-    "cifar10": open_cifar10,
     "celeba": open_celeba,
     "lsun": open_lsun,
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ import numpy as np
 import PIL
 from tqdm import tqdm
 
-from maskdm import paths
 from maskdm.config import DatasetConfig, Params
 from maskdm.data.arrays import Entries, ImageArrays, write_manifest
 from maskdm.data.collection import Collection, as_array
@@ -24,7 +22,6 @@ from maskdm.data.opening import open_collection
 from maskdm.data.selection import Selection, facts, select
 from maskdm.data.shards import Made, Maker, Shard, split_into_shards
 from maskdm.errors import UserError
-from maskdm.publishing import link_or_copy, publish_folder
 
 PREVIEW = "preview.png"
 PREVIEW_IMAGES = 64
@@ -50,69 +47,43 @@ class _Source:
         return [shard for shards in self.datasets.values() for shard in shards]
 
 
-def prepare(
-    params: Params,
-    output: Path = paths.DATA,
-    kept: Path | None = None,
-    version: int = 0,
-    check: Callable[[Selection], None] = lambda _: None,
-) -> dict[str, Any]:
-    """Turn the datasets of params.yaml into shards, labels, manifests and previews, whole or not at all.
+def prepare(params: Params, folder: Path, check: Callable[[Selection], None] = lambda _: None) -> dict[str, Any]:
+    """Turn the datasets of params.yaml into shards, labels, manifests and previews.
 
-    In `output` lies the training part of `dataset`, in `held_out` of it what is held out, in `pretrain/NAME` the
+    In `folder` lies the training part of `dataset`, in `held_out` of it what is held out, in `pretrain/NAME` the
     training part of each of `datasets`; each is opened by `ImageArrays`.
 
     Args:
         params: the experiment.
-        output: a folder.
-        kept: where finished shards are kept until all is done: what `prepare_part` has made there is taken.
-        version: of the code: what another has made there is not taken.
+        folder: an empty folder.
         check: gets the selection of `dataset` before any image is read; may raise.
 
     Returns:
         the manifest of the training part of `dataset`.
 
     Raises:
-        UserError: a source is missing, unreadable, without images or with a bad one, or `output` can't be written.
+        UserError: a source is missing, unreadable, without images or with a bad one.
     """
+    manifests = []
     for place, dataset in _datasets(params).items():
-        with _named(place):
-            _check_apart(dataset, output)
-    with publish_folder(output) as folder:
-        manifests = []
-        for source in _open_all(params, version):
-            if source.place == MAIN:
+        with _named(place), _open(place, dataset, params.compute.threads) as source:
+            if place == MAIN:
                 check(source.selection)
-            with _named(source.place):
-                manifests.append(_write(source, folder, kept))
-    if kept is not None:
-        shutil.rmtree(kept, ignore_errors=True)
+            manifests.append(_write(source, folder))
     return manifests[0]
 
 
-def prepare_part(params: Params, part: int, kept: Path, version: int = 0) -> int:
-    """Make every `data.prepare_jobs`-th shard ahead; `prepare` takes it.
-
-    Args:
-        params: the experiment.
-        part: which, from 0.
-        kept: the folder that `prepare` takes shards from; it must not remove it meanwhile.
-        version: of the code.
-
-    Returns:
-        how many were made; others were there.
+def check_apart(params: Params, output: Path) -> None:
+    """Refuse a root that holds the results: it would take previews and samples for images.
 
     Raises:
-        UserError: a source is missing, unreadable, without images or with a bad one, or `kept` can't be written.
+        UserError: there is one.
     """
-    made, first = 0, 0
-    for source in _open_all(params, version):
-        mine = source.shards[(part - first) % params.data.prepare_jobs :: params.data.prepare_jobs]
-        missing = [shard for shard in mine if source.maker.find(shard, kept) is None]
-        with _named(source.place):
-            made += sum(1 for _ in source.maker.make(missing, kept, is_kept=True))
-        first += len(source.shards)
-    return made
+    for place, dataset in _datasets(params).items():
+        root, takes_all = dataset.root, dataset.source == "image_folder" or dataset.source.startswith(PREFIX)
+        if takes_all and root and output.resolve().is_relative_to(Path(root).resolve()):
+            with _named(place):
+                raise UserError(f"dataset.root: {root} holds {output} too: give your images a folder of their own")
 
 
 def _datasets(params: Params) -> dict[Path, DatasetConfig]:
@@ -131,29 +102,15 @@ def _named(place: Path) -> Iterator[None]:
         raise
 
 
-def _check_apart(dataset: DatasetConfig, output: Path) -> None:
-    """A root that holds the results would take previews and samples for images, where all in it are taken."""
-    root, takes_all = dataset.root, dataset.source == "image_folder" or dataset.source.startswith(PREFIX)
-    if takes_all and root and output.resolve().is_relative_to(Path(root).resolve()):
-        raise UserError(f"dataset.root: {root} holds {output} too: give your images a folder of their own")
-
-
-def _open_all(params: Params, version: int) -> Iterator[_Source]:
-    """Every source, open until the next."""
-    for place, dataset in _datasets(params).items():
-        with _named(place), _open(place, dataset, params.compute.threads, version) as source:
-            yield source
-
-
 @contextmanager
-def _open(place: Path, dataset: DatasetConfig, threads: int, version: int) -> Iterator[_Source]:
+def _open(place: Path, dataset: DatasetConfig, threads: int) -> Iterator[_Source]:
     with open_collection(dataset) as collection:
         selection = select(collection, dataset)
         _tell_of_limit(place, dataset, selection)
         datasets = {"train": split_into_shards(place, selection.train, dataset.shard_images)}
         if dataset.held_out and place == MAIN:
             datasets["held_out"] = split_into_shards(HELD_OUT, selection.held_out, dataset.shard_images)
-        maker = Maker(collection, selection.labels, dataset, threads, version)
+        maker = Maker(collection, selection.labels, dataset, threads)
         yield _Source(place, collection, dataset, selection, maker, datasets)
 
 
@@ -164,9 +121,9 @@ def _tell_of_limit(place: Path, dataset: DatasetConfig, selection: Selection) ->
         tqdm.write(f"warning: {name}.limit {dataset.limit}: there are {there} images; all are used", file=sys.stderr)
 
 
-def _write(source: _Source, folder: Path, kept: Path | None) -> dict[str, Any]:
+def _write(source: _Source, folder: Path) -> dict[str, Any]:
     """Write the datasets of a source; the manifest of its training part."""
-    made = _made(source, folder, kept)
+    made = {shard.file: one for shard, one in source.maker.make(source.shards, folder)}
     manifests = {}
     for part, shards in source.datasets.items():
         manifests[part] = _describe(source, part, shards, folder, made)
@@ -174,18 +131,6 @@ def _write(source: _Source, folder: Path, kept: Path | None) -> dict[str, Any]:
         spread = np.linspace(0, len(arrays) - 1, min(PREVIEW_IMAGES, len(arrays)))  # files may be sorted by class
         save_grid(arrays.gather(spread.round().astype(np.int64)), folder / shards[0].place / PREVIEW)
     return manifests["train"]
-
-
-def _made(source: _Source, folder: Path, kept: Path | None) -> dict[Path, Made]:
-    """Have every shard of a source in `folder`."""
-    if kept is None:
-        return {shard.file: made for shard, made in source.maker.make(source.shards, folder, is_kept=False)}
-    found = {shard.file: made for shard in source.shards if (made := source.maker.find(shard, kept)) is not None}
-    missing = [shard for shard in source.shards if shard.file not in found]
-    found |= {shard.file: made for shard, made in source.maker.make(missing, kept, is_kept=True)}
-    for shard in source.shards:
-        link_or_copy(kept / shard.file, folder / shard.file)
-    return found
 
 
 def _describe(source: _Source, part: str, shards: list[Shard], folder: Path, made: dict[Path, Made]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,10 +53,6 @@ class Source(ABC):
     @abstractmethod
     def load(self, name: str) -> bytes:
         """The content of a file."""
-
-    @abstractmethod
-    def stamps(self, names: Sequence[str]) -> list[Any]:
-        """Plain values that change when one of the files does, known without reading them."""
 
     def reading_order(self, names: Sequence[str]) -> NDArray[np.int64] | None:
         """The positions in `names` in which these files are best read; None for as they stand."""
@@ -97,18 +93,12 @@ class _Folder(Source):
     def load(self, name: str) -> bytes:
         return (Path(self.root) / name).read_bytes()
 
-    def stamps(self, names: Sequence[str]) -> list[Any]:
-        return [file_stamp(Path(self.root) / name) for name in names]
-
     def where(self, name: str) -> str:
         return printable(str(Path(self.root) / name))
 
 
 class _Archive(Source):
     """One file that holds the others."""
-
-    def stamps(self, names: Sequence[str]) -> list[Any]:
-        return [file_stamp(Path(self.root))]
 
 
 class _Zip(_Archive):
@@ -267,15 +257,6 @@ def _open_tar(root: str) -> tarfile.TarFile | None:
         return tarfile.open(root, tarinfo=_TarHeader)  # closed by the caller
     except (tarfile.ReadError, *NONSENSE):
         return None
-
-
-def file_stamp(path: Path) -> tuple[int, int] | None:
-    """What changes when a file is written: its size and time; None where there is none."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_size, found.st_mtime_ns
 
 
 def reading(where: str, read: Callable[[], T]) -> T:

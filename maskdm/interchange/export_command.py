@@ -14,15 +14,16 @@ from maskdm import paths
 from maskdm.architecture import architecture_of
 from maskdm.checkpoint import load_weights
 from maskdm.checksums import file_sha256
-from maskdm.compute import plan_arm
-from maskdm.config import Params, load_params, parse_params
+from maskdm.config import Params, Run, load_params, parse_params
+from maskdm.config.jobs import EVERYTHING, Job, Jobs
+from maskdm.config.stamps import read_stamp
 from maskdm.data.arrays import ImageArrays
 from maskdm.errors import UserError
 from maskdm.exported import check_replaceable, publish_exported
 from maskdm.formats import Which
 from maskdm.interchange.model_card import Training, exported_card
 from maskdm.stages import features, finetune, pretrain
-from maskdm.stages.inputs import open_pretraining_data, read_json, require, with_chosen_values
+from maskdm.stages.inputs import open_training_data, read_json
 
 EXPORTED = Path("exported")  # where folders go that are not given a place
 PLACE = re.compile(r"results/(pretrain|finetune)/([a-z0-9][a-z0-9-]*)/seed-(\d+)(?:/([^/]+))?")
@@ -77,13 +78,14 @@ def run(options: argparse.Namespace) -> None:
     out = Path(options.out) if options.out else EXPORTED / place.name
     check_replaceable(out)
     _check_is_there(place, given)
-    chosen = with_chosen_values(given, place.arm)
-    _check_params(chosen, place)
-    params = chosen if place.stage == "finetune" else _of_pretraining(chosen, place.arm)
-    num_classes = _num_classes(chosen, place)
+    jobs = Jobs(given)
+    _check_params(jobs.find(place.stage, place.arm, place.seed), place)
+    arm = jobs.run_of(place.arm, place.seed)
+    params = arm.params if place.stage == "finetune" else _of_pretraining(arm.params, place.arm)
+    num_classes = _num_classes(arm, place)
     weights, _ = load_weights(place.file, which, architecture_of(params, num_classes))
     source = {"file": place.file.as_posix(), "sha256": file_sha256(place.file), "arm": place.arm, "seed": place.seed}
-    card = exported_card(out.name, params, num_classes, which, _training(chosen, place, which))
+    card = exported_card(out.name, params, num_classes, which, _training(jobs, place, which))
     publish_exported(out, params, num_classes, {which: weights}, which, source, card)
     print(f"written: {out} ({which} weights of {place.what}; README.md says how to draw images)")
 
@@ -127,15 +129,12 @@ def _check_is_there(place: Place, params: Params) -> None:
     )
 
 
-def _check_params(params: Params, place: Place) -> None:
+def _check_params(job: Job, place: Place) -> None:
     """Weights say which params they were trained with."""
-    of_pretraining = place.stage == "pretrain"
-    asked = pretrain.trained_with(params, place.arm) if of_pretraining else params.trained_with(place.arm)
-    file = place.file.parent / (pretrain.RUN if of_pretraining else finetune.RUN)
-    if read_json(file, place.stage).get("trained_with") != asked:
+    if reason := job.why_outdated():
         raise UserError(
-            f"{place.file} was trained with other params than params.yaml has now: the model card would be wrong; put "
-            f"params.yaml back, or run the stages of arm {place.arm} again"
+            f"the model card of {place.file} would be wrong: {reason}; put params.yaml back, or run first: "
+            f"{job.first.command}   {EVERYTHING}"
         )
 
 
@@ -150,29 +149,28 @@ def _of_pretraining(params: Params, arm: str) -> Params:
     return parse_params(content, source=f"the params of arm {arm}'s pretraining")
 
 
-def _num_classes(params: Params, place: Place) -> int:
+def _num_classes(run: Run, place: Place) -> int:
     """Of the dataset that the network was trained on, where that counts."""
-    if not params.model.class_conditional:
+    if not run.params.model.class_conditional:
         return 0
-    if place.stage == "pretrain":
-        return open_pretraining_data(params, place.arm).num_classes
-    return ImageArrays.open(require(paths.DATA, "prepare")).num_classes
+    return open_training_data(run.pretrain if place.stage == "pretrain" else run.finetune).num_classes
 
 
-def _training(params: Params, place: Place, which: Which) -> Training:
+def _training(jobs: Jobs, place: Place, which: Which) -> Training:
     """All that results/ knows of a checkpoint."""
+    run = jobs.run_of(place.arm, place.seed)
     record = _read_if_there(paths.record(place.stage, place.arm, place.seed), place.stage)
-    scores, metrics, not_scored = _scores(params, place, which)
+    scores, metrics, not_scored = _scores(jobs, place, which)
     return Training(
         what=place.what,
         arm=place.arm,
-        manifests=_manifests(params, place, record),
-        spent=_spent(params, place),
+        manifests=_manifests(run.params, place, record),
+        spent=_spent(run, place),
         record=record,
         scores=scores,
         metrics=metrics,
         not_scored=not_scored,
-        started_from=params.pretrain_of(place.arm).checkpoint,
+        started_from=run.params.pretrain_of(place.arm).checkpoint,
         started_from_sha256=_init_sha256(place),
         num_features=_num_features(metrics),
     )
@@ -180,8 +178,8 @@ def _training(params: Params, place: Place, which: Which) -> Training:
 
 def _init_sha256(place: Place) -> str | None:
     """Of the weights that pretraining started from, if it says so."""
-    run = _read_if_there(paths.pretrain(place.arm, place.seed) / pretrain.RUN, "pretrain")
-    return run.get("init_sha256")
+    stamp = read_stamp(paths.pretrain(place.arm, place.seed))
+    return None if stamp is None else stamp.inputs.get("pretrain.checkpoint")
 
 
 def _num_features(metrics: dict[str, Any]) -> int:
@@ -214,22 +212,22 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
     return ImageArrays.open(folder).manifest if folder.exists() else None
 
 
-def _spent(params: Params, place: Place) -> dict[str, dict[str, int]]:
+def _spent(run: Run, place: Place) -> dict[str, dict[str, int]]:
     """Steps, images and FLOPs of the stages until the checkpoint."""
-    plan = plan_arm(params, place.arm)
+    spent_first = run.finetune.before
     first = {
-        "steps": plan.pretrain.num_steps,
-        "batch_size": plan.pretrain.batch_size,
-        "images_seen": plan.pretrain.num_steps * plan.pretrain.batch_size,
-        "flops": plan.pretrain.flops,
+        "steps": run.pretrain.num_steps,
+        "batch_size": run.pretrain.batch_size,
+        "images_seen": spent_first.images_seen,
+        "flops": spent_first.flops,
     }
-    spent = {"masked pretraining": first} if plan.pretrain.num_steps else {}
+    spent = {"masked pretraining": first} if run.pretrain.num_steps else {}
     if place.stage == "pretrain":
         return spent or {"initialised, not trained": first}
     together = read_json(place.file.parent / finetune.MILESTONES, "finetune")[place.milestone]
     second = {
         "steps": together["step"],
-        "batch_size": plan.finetune.batch_size,
+        "batch_size": run.finetune.batch_size,
         **{key: together[key] - first[key] for key in ("images_seen", "flops")},
     }
     return {
@@ -239,7 +237,7 @@ def _spent(params: Params, place: Place) -> dict[str, dict[str, int]]:
     }
 
 
-def _scores(params: Params, place: Place, which: Which) -> tuple[dict[str, Any] | None, dict[str, Any], str]:
+def _scores(jobs: Jobs, place: Place, which: Which) -> tuple[dict[str, Any] | None, dict[str, Any], str]:
     """The scores of a checkpoint, the metrics that they stand in, and why there are none."""
     file = paths.metrics(place.arm, place.seed)
     if which == "raw":
@@ -248,8 +246,7 @@ def _scores(params: Params, place: Place, which: Which) -> tuple[dict[str, Any] 
         return None, {}, f"there was no {file} when it was exported"
     try:
         metrics = json.loads(file.read_text(encoding="utf-8"))
-        expected = {"trained_with": params.trained_with(place.arm), "scored_with": params.scored_with}
-        if any(metrics.get(key) != value for key, value in expected.items()):
+        if jobs.find("evaluate", place.arm, place.seed).why_outdated():
             return None, {}, f"{file} was of other params when it was exported"
         scores = metrics["milestones"][place.milestone] if place.milestone else metrics["primer"]
         return dict(scores), metrics, ""

@@ -14,10 +14,10 @@ from maskdm.config import DiffusionConfig, Params, parse_params
 from maskdm.diffusion import make_betas
 from maskdm.errors import ParamsError, UserError
 from maskdm.exported import check_replaceable, publish_exported
+from maskdm.extractors import load_plain
 from maskdm.formats import Which
 from maskdm.interchange.layouts import Checkpoint, read_checkpoint
 from maskdm.interchange.model_card import imported_card
-from maskdm.plain_pickles import load_plain
 from maskdm.printable import printable
 
 HEAD_DIM = 64  # of U-ViT's published networks
@@ -128,8 +128,8 @@ def _params(checkpoint: Checkpoint, num_heads: int, file: Path, options: argpars
             "finetune": stage,
             "sampling": {"num_steps": min(50, options.num_timesteps)},
             "evaluation": {"features": "inception-v3-compat"},
-            "compute": {},
-            "tuning": {"enabled": False, "seed": 1000, "budget_fraction": 0.5, "trials": {"given": {}}},
+            "compute": {"device": "auto", "precision": "auto"},
+            "tuning": {"seed": 1000, "budget_fraction": 0.5, "trials": {}},
             "arms": {"scratch": {"strategy": "none"}},
         },
         source="",

@@ -81,7 +81,7 @@ def read_checkpoint(content: Any, most_bytes: int) -> Checkpoint:
     """Tell the layout of a checkpoint, and take the weights out of it.
 
     Args:
-        content: of `plain_pickles.load_plain`.
+        content: of `extractors.load_plain`.
         most_bytes: what the tensors may have together: as much as can be in the file.
 
     Raises:

@@ -14,8 +14,9 @@ from maskdm import paths
 from maskdm.config import DatasetConfig
 from maskdm.data.sources import Source
 from maskdm.errors import UserError
+from maskdm.locks import one_writer
 from maskdm.printable import printable
-from maskdm.publishing import cannot_write, one_writer, replace_file
+from maskdm.publishing import cannot_write, replace_file
 
 DATA = Path("data")  # beside params.yaml
 DOWNLOAD = "download-"  # in the work folder: what is being downloaded
@@ -26,7 +27,6 @@ _MNIST = tuple(f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind 
 DOWNLOADS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "mnist": ("MNIST", "MNIST/raw", _MNIST),
     "fashion_mnist": ("FashionMNIST", "FashionMNIST/raw", _MNIST),
-    "cifar10": ("CIFAR10", ".", ("cifar-10-python.tar.gz",)),
     "celeba": ("CelebA", "celeba", ("img_align_celeba.zip", "list_eval_partition.txt")),
 }
 
@@ -58,7 +58,7 @@ def find_or_download(dataset: DatasetConfig, find: Callable[[Path], T | None], n
     if (found := find(root)) is not None:
         return found
     reason = None
-    with one_writer(paths.lock("download"), f"download of {dataset.source}"):
+    with one_writer(paths.WORK / "download.lock", f"download of {dataset.source}"):
         if find(root) is None:  # else another process has downloaded it meanwhile
             reason = _download(dataset.source, root)
     if reason is None and (found := find(root)) is not None:
@@ -69,13 +69,12 @@ def find_or_download(dataset: DatasetConfig, find: Callable[[Path], T | None], n
     )
 
 
-def by_base_name(source: Source, files: Sequence[str], needed: Sequence[str] | None = None) -> dict[str, str]:
+def by_base_name(source: Source, files: Sequence[str]) -> dict[str, str]:
     """The files of a source by the last part of their paths.
 
     Args:
         source: for a message.
         files: their paths.
-        needed: the base names that matter; None for all.
 
     Raises:
         UserError: two have the same: which is meant is not known.
@@ -83,8 +82,6 @@ def by_base_name(source: Source, files: Sequence[str], needed: Sequence[str] | N
     found: dict[str, str] = {}
     for file in files:
         name = file.rsplit("/", 1)[-1]
-        if needed is not None and name not in needed:
-            continue
         if name in found:
             raise UserError(
                 f"dataset.root: {source.root} holds {printable(name)} twice: {source.where(found[name])} and "

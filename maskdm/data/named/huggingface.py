@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from maskdm.checksums import values_sha256
 from maskdm.config import DatasetConfig
 from maskdm.data.arrays import Labels
-from maskdm.data.collection import Collection, Numbers, check_size
+from maskdm.data.collection import Collection, check_size
 from maskdm.data.decoding import BadImageError
 from maskdm.data.sources import reading
 from maskdm.errors import UserError
@@ -47,9 +46,6 @@ class _Rows(Collection):
         file = Path(path)
         check_size(reading(str(path), file.stat).st_size, most_bytes)
         return reading(str(path), file.read_bytes)
-
-    def stamp(self, numbers: Numbers) -> str:
-        return values_sha256([self._table._fingerprint, numbers.tolist()])
 
 
 @contextmanager

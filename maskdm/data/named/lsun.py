@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-from maskdm.checksums import values_sha256
-from maskdm.config import LSUN_OBJECTS, DatasetConfig
-from maskdm.data.collection import Collection, Numbers, check_size
+from maskdm.config import DatasetConfig
+from maskdm.config.schema import LSUN_OBJECTS
+from maskdm.data.collection import Collection, check_size
 from maskdm.data.decoding import BadImageError
 from maskdm.data.named.files import root_of
-from maskdm.data.named.lmdb import DamagedDatabaseError, LmdbFile, open_lmdb
-from maskdm.data.sources import file_stamp, reading
+from maskdm.data.sources import reading
 from maskdm.errors import UserError
 from maskdm.printable import printable
+
+if TYPE_CHECKING:
+    import lmdb
 
 DATA = "data.mdb"
 
@@ -22,28 +27,26 @@ DATA = "data.mdb"
 class _Database(Collection):
     """The images of a database, in the order of their keys, without labels."""
 
-    def __init__(self, path: Path, database: LmdbFile) -> None:
+    def __init__(self, path: Path, transaction: lmdb.Transaction) -> None:
         super().__init__(str(path), str(path.parent), None, None)
-        self._path, self._database = path, database
+        self._transaction = transaction
+        self._keys = [bytes(key) for key in transaction.cursor().iternext(values=False)]
 
     def __len__(self) -> int:
-        return len(self._database)
+        return len(self._keys)
 
     def name(self, number: int) -> str:
-        return self._database.key(number).decode("ascii", "replace")
+        return self._keys[number].decode("ascii", "replace")
 
     def where(self, number: int) -> str:
         return f"{printable(self.name(number))} in {self.origin}"
 
     def load(self, number: int, most_bytes: int) -> bytes:
-        try:
-            check_size(self._database.size(number), most_bytes)
-            return reading(self.origin, lambda: self._database.value(number))
-        except DamagedDatabaseError as error:
-            raise BadImageError(f"the database is damaged: {error}") from None
-
-    def stamp(self, numbers: Numbers) -> str:
-        return values_sha256([file_stamp(self._path), numbers.tolist()])
+        value = self._transaction.get(self._keys[number])
+        if value is None:
+            raise BadImageError("the database is damaged: its keys are not in order")
+        check_size(len(value), most_bytes)
+        return bytes(value)
 
 
 @contextmanager
@@ -51,18 +54,35 @@ def open_lsun(dataset: DatasetConfig) -> Iterator[Collection]:
     """The images of `dataset.split`: a category, with or without _train or _val behind it.
 
     Raises:
-        UserError: its database is missing, cut off or damaged.
+        UserError: the package is missing, or the database is missing, cut off or damaged.
     """
+    package = _package()
     path = _find(root_of(dataset), dataset.split or "")
+    with reading(str(path), lambda: path.open("rb")) as file:
+        size = os.fstat(file.fileno()).st_size
     try:
-        with open_lmdb(path) as database:
-            if not len(database):
-                raise UserError(f"dataset.root: {path} holds no images")
-            yield _Database(path, database)
-    except DamagedDatabaseError as error:
-        raise UserError(f"dataset.root: {path} is damaged ({error}): unpack or copy it again") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        if size == 0:
+            raise package.Error("it is empty")
+        with package.open(str(path), subdir=False, readonly=True, lock=False, readahead=False) as environment:
+            needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+            if needed > size:  # reading pages that are not there would end the process with SIGBUS
+                raise package.Error(f"it is cut off: {size} bytes of {needed}")
+            with environment.begin(buffers=True) as transaction:
+                collection = _Database(path, transaction)
+                if not len(collection):
+                    raise UserError(f"dataset.root: {path} holds no images")
+                yield collection
+    except package.Error as error:
+        reason = printable(str(error).removeprefix(f"{path}: "))
+        raise UserError(f"dataset.root: {path} is damaged ({reason}): unpack or copy it again") from None
+
+
+def _package() -> ModuleType:
+    try:
+        import lmdb
+    except ImportError:
+        raise UserError("dataset.source lsun needs the package lmdb: pip install 'maskdm[datasets]'") from None
+    return lmdb
 
 
 def _folders(split: str) -> list[str]:
