@@ -20,7 +20,8 @@ from maskdm.checksums import checked, file_sha256, values_sha256, with_checksum
 from maskdm.errors import UserError
 from maskdm.evaluation import Reference
 from maskdm.extractors import FeatureExtractor
-from maskdm.publishing import link_or_copy, one_writer, publish_folder
+from maskdm.locks import one_writer
+from maskdm.publishing import link_or_copy, publish_folder
 
 FEATURES = "reference.npy"
 STATISTICS = "statistics.safetensors"
@@ -64,7 +65,9 @@ def load_statistics(folder: Path, features: np.ndarray, features_sha256: str, ne
         or {name: array.shape for name, array in found.items()} != expected
         or any(array.dtype != np.float64 for array in found.values())
     ):
-        raise UserError(f"{path} was computed of other features than those beside it; run first: maskdm features")
+        raise UserError(
+            f"{path} was computed of other features than those beside it; run first: maskdm features --force"
+        )
     return Reference(features, **found, neighborhood=neighborhood)
 
 

@@ -1,25 +1,36 @@
-"""Results that look like real ones without a run: what the figures and the page are tried on."""
+"""Results that look like real ones without a run: what the figures and the page are tried on; and stamps for such."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from maskdm.checksums import CHECKSUM
 from maskdm.config import Params, parse_params
+from maskdm.config.jobs import STAGE_VERSIONS, Jobs
+from maskdm.config.stamps import FILE, STAMP, Stamp, stamp_folder, stamped
+from maskdm.errors import UserError
+from maskdm.formats import GIVEN
+from maskdm.publishing import publish_description
 from maskdm.report.comparison import Comparison, compare_arms
 from maskdm.report.results import Missing, Results, Run, milestone_key
 from maskdm.report.tables import summary_frame
 from maskdm.report.tuning import Choice, Trial
+from tests.factories import protocol
 
 SCRATCH: dict[str, Any] = {"strategy": "none"}
 BUDGET_FLOPS = 7.5e11
 ORIGIN = {"extractor": "classifier", "extractor_sha256": "e" * 64, "data_sha256": "d" * 64}
-SCALE = {
+SCALE: dict[str, Any] = {
     "floor": {"fid": 0.087, "kid": 0.0002, "kid_std": 0.0, "precision": 0.9, "recall": 0.9, "num_samples": 898},
     "untrained": {"fid": 31.4, "kid": 1.9, "kid_std": 0.0, "precision": 0.0, "recall": 0.0, "num_samples": 898},
+    "protocol": protocol().as_dict(),
 }
 # By mask rate, how an arm's final FID stands to scratch's.
 GAINS = {0.25: 0.02, 0.4375: -0.02, 0.5: -0.02, 0.75: -0.045, 0.9: -0.055}
@@ -75,13 +86,8 @@ def make_params(
             "finetune": {"lr": 4e-3, "batch_size": 64},
             "sampling": {"num_samples": 898},
             "evaluation": {},
-            "compute": {},
-            "tuning": {
-                "enabled": trials is not None,
-                "seed": 1000,
-                "budget_fraction": 0.3,
-                "trials": trials or {"given": {}},
-            },
+            "compute": {"device": "cpu", "precision": "fp32"},
+            "tuning": {"seed": 1000, "budget_fraction": 0.3, "trials": trials or {}},
             "arms": seven_arms() if arms is None else arms,
         }
     )
@@ -130,6 +136,25 @@ def make_results(
     )
 
 
+def stamp_outputs(params: Params, *stages: str) -> None:
+    """Stamp the outputs in the working directory as if these stages, or all but the report, had made them now."""
+    for job in Jobs(params).all():
+        if job.stage not in (stages or set(STAGE_VERSIONS) - {"report"}) or not job.output.exists():
+            continue
+        with suppress(UserError):  # no arm has values without a choice
+            _stamp(job.output, job.wanted())
+
+
+def _stamp(output: Path, stamp: Stamp) -> None:
+    if output.is_dir():
+        (output / FILE).unlink(missing_ok=True)
+        stamp_folder(output, stamp)
+    else:
+        content = json.loads(output.read_bytes())
+        plain = {key: value for key, value in content.items() if key not in (STAMP, CHECKSUM)}
+        publish_description(output, stamped(plain, stamp))
+
+
 def compared(params: Params, results: Results) -> tuple[pd.DataFrame, list[Comparison]]:
     """The summary and the comparison that the report makes of results."""
     summary = summary_frame(params, results)
@@ -151,6 +176,7 @@ def _run(params: Params, arm: str, seed: int, fid: float, rng: np.random.Generat
         metrics={
             **{key: getattr(config, key) for key in ("strategy", "mask_rate", "block_size")},
             "realised_mask_rate": params.visible_of(arm).realised_mask_rate(params.grid),
+            "flip": 0.0,
             **ORIGIN,
             "milestones": {
                 milestone_key(f): _milestone(f, fid, share, finetune, rng) for f in params.budget.milestones
@@ -215,9 +241,8 @@ def _images(params: Params, count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _choices(params: Params, failed: Collection[str], rng: np.random.Generator) -> dict[str, Choice]:
-    trials = params.tuning.trials
     if not params.tuning.enabled:
-        return {arm: Choice(arm, next(iter(trials)), {}, []) for arm in params.arms}
+        return {arm: Choice(arm, GIVEN, {}, []) for arm in params.arms}
     return {arm: _choice(params, arm, failed, rng) for arm in params.arms}
 
 

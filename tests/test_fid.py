@@ -9,6 +9,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from PIL import Image
 
 from maskdm import references
 from maskdm.config import EvaluationConfig, load_params
+from maskdm.config.stamps import FILE, read_stamp, stamp_folder
 from maskdm.data.arrays import ImageArrays, ShardWriter
 from maskdm.errors import UserError
 from maskdm.evaluation import Reference
@@ -32,6 +34,7 @@ from maskdm.stored_images import StoredImages
 from tests.conftest import ARM, Experiment
 from tests.factories import CPU, digits, protocol, tiny_model, tiny_params
 from tests.fidelity import write_inception_weights
+from tests.made_up_results import stamp_outputs
 
 SCORES = ("fid", "kid", "kid_std", "precision", "recall", "num_samples")
 SMALL = ["--kid-subsets", "10", "--kid-subset-size", "50", "--threads", "1"]  # as the tiny experiment
@@ -195,13 +198,12 @@ def test_all_is_both_parts_and_the_classifier_learns_from_all_images(tiny: Exper
 def test_features_of_other_images_held_out_are_refused(tiny: Experiment) -> None:
     tiny.change(dataset={"held_out": 0.4}, evaluation={"features": "pixels"}).succeed("prepare")
     info = features_of(tiny)
-    publish = {**info, "held_out_sha256": "0" * 64}
-    publish_description(
-        tiny.path("results/features/features.json"), {k: v for k, v in publish.items() if k != "checksum"}
-    )
+    tiny.change(dataset={"seed": 1}).succeed("prepare")
     outcome = tiny.run("scale")
     assert outcome.code == 1
-    assert "other images held out than results/data/held_out; run first: maskdm features" in outcome.err
+    assert "results/features is out of date: results/data has changed; results/data/held_out has " in outcome.err
+    assert "run first: maskdm features" in outcome.err
+    assert features_of(tiny)["held_out_sha256"] != info["held_out_sha256"]
 
 
 def test_the_dataset_is_never_held_whole(prepared: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,27 +364,53 @@ def test_images_drawn_from_a_model_come_with_the_flips_of_its_training(
     scored_once: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, words = scored_once.path("results/data"), ("--features", "pixels", "--num-samples", "60", *SMALL)
-    trained, flipped = (scored_once.copy_to(tmp_path / name) for name in ("trained", "flipped"))
-    flipped.change(training={"flip": 0.5})  # not what its weights were trained with
-    for stage in (f"pretrain/{ARM}/seed-0/checkpoint", f"finetune/{ARM}/seed-0/milestone-1.000"):
-        place = f"results/{stage}.safetensors"
-        assert ", trained without left-right flips\n" in fid(trained.path(place), data, *words)
-        assert "flips" not in fid(flipped.path(place), data, *words)
-    monkeypatch.chdir(trained.path("."))
+    trained = scored_once.copy_to(tmp_path / "trained")
     trained.succeed("export", f"results/finetune/{ARM}/seed-0", "--out", "model")
-    assert ", trained without left-right flips\n" in fid("model", data, *words)
+    trained.change(training={"flip": 0.5})  # not what its weights were trained with
+    for place in (
+        *(f"results/pretrain/{ARM}/seed-0/checkpoint.safetensors", "model"),
+        f"results/finetune/{ARM}/seed-0/milestone-1.000.safetensors",
+    ):
+        assert ", trained without left-right flips\n" in fid(trained.path(place), data, *words)
+    tell_training(trained, "finetune", flip=0.25)
+    assert ", trained with left-right flips of probability 0.25\n" in fid(trained.path(place), data, *words)
 
 
-def test_the_trial_that_a_checkpoint_was_trained_with_tells_its_flips(scored_once: Experiment, tmp_path: Path) -> None:
-    tuned = scored_once.copy_to(tmp_path)
-    trials = {"given": {}, "flipped": {"training.flip": 0.25}}
-    tuned.change(tuning={"enabled": True, "trials": trials})
-    params = load_params(tuned.path("params.yaml"))
-    trained_with = params.with_values(ARM, trials["flipped"]).trained_with(ARM)
-    publish_description(tuned.path(f"results/finetune/{ARM}/seed-0/run.json"), {"trained_with": trained_with})
-    place = tuned.path(f"results/finetune/{ARM}/seed-0/milestone-1.000.safetensors")
+@pytest.mark.parametrize(("stage", "file"), [("pretrain", "checkpoint"), ("finetune", "milestone-1.000")])
+def test_of_what_began_from_weights_of_elsewhere_the_flips_are_not_known(
+    scored_once: Experiment, tmp_path: Path, stage: str, file: str
+) -> None:
+    began = scored_once.copy_to(tmp_path)
+    weights = began.path(f"results/{stage}/{ARM}/seed-0/{file}.safetensors")
+    words = (weights, scored_once.path("results/data"), "--features", "pixels", "--num-samples", "60", *SMALL)
+    assert "flips" in fid(*words)
+    restamp(began.path(f"results/pretrain/{ARM}/seed-0"), inputs={"pretrain.checkpoint": "c" * 64})
+    assert "flips" not in fid(*words)
+
+
+def test_of_what_was_pretrained_again_since_the_flips_are_not_known(scored_once: Experiment, tmp_path: Path) -> None:
+    again = scored_once.copy_to(tmp_path)
+    (again.path(f"results/pretrain/{ARM}/seed-0") / "more.txt").touch()
+    restamp(again.path(f"results/pretrain/{ARM}/seed-0"))
+    place = again.path(f"results/finetune/{ARM}/seed-0/milestone-1.000.safetensors")
     words = ("--features", "pixels", "--num-samples", "60", *SMALL)
-    assert ", trained with left-right flips of probability 0.25\n" in fid(place, tuned.path("results/data"), *words)
+    assert "flips" not in fid(place, scored_once.path("results/data"), *words)
+
+
+def tell_training(experiment: Experiment, stage: str, **training: Any) -> None:
+    """Have a stamp say that the weights beside it were trained with other values."""
+    folder = experiment.path(f"results/{stage}/{ARM}/seed-0")
+    stamp = read_stamp(folder)
+    assert stamp is not None
+    restamp(folder, values={**stamp.values, "training": {**stamp.values["training"], **training}})
+
+
+def restamp(folder: Path, **changes: Any) -> None:
+    """Stamp a folder as it is now, with another origin."""
+    stamp = read_stamp(folder)
+    assert stamp is not None
+    (folder / FILE).unlink()
+    stamp_folder(folder, replace(stamp, **changes))
 
 
 def test_the_numbers_come_with_what_they_are_of_and_the_reports_cautions() -> None:
@@ -603,7 +631,12 @@ def _checkpoint() -> None:
             ["--features", "inception-v3-compat", "--weights", "b.npy"],
             "^--weights: b.npy is not a plain",
         ),
-        (_text, "a.npy", ["--features", "inception-v3-compat", "--weights", "text"], "it is a text .* or no --weights"),
+        (
+            _text,
+            "a.npy",
+            ["--features", "inception-v3-compat", "--weights", "text"],
+            "^--weights: text is not a plain PyTorch weights file: .* expected the file that .* or no --weights",
+        ),
         (_good, "a.npy", ["--features", "classifier", "--weights", "b.npy"], "not a readable safetensors file"),
         (_good, "a.npy", ["--features", "dinov2-vit-s-14", "--weights", "b.npy"], "weights"),
     ],
@@ -691,6 +724,7 @@ def test_the_report_shows_the_flips_of_training_wherever_it_shows_fid(finished: 
         assert said in printed
     path = finished.path(f"results/metrics/{ARM}-seed-0.json")
     publish_json(path, {**json.loads(path.read_text()), "flip": 0.25})
+    stamp(finished)
     said = f"Trained without left-right flips: scratch, block2-m75; with left-right flips of probability 0.25: {ARM}."
     assert said in " ".join(finished.succeed("report").out.split()), "no part of the protocol: still one table"
     assert said in " ".join(finished.succeed("summary").out.split())
@@ -710,12 +744,10 @@ def test_flips_that_can_not_be_read_are_told(finished: Experiment, content: str)
     assert "run first: maskdm report" in outcome.err
 
 
-def edit_protocol(experiment: Experiment, file: str, **images: Any) -> None:
-    """Say in a metrics file that its real images were made otherwise."""
-    path = experiment.path(file)
-    content = json.loads(path.read_text())
-    content["protocol"]["images"] |= images
-    publish_json(path, content)
+def stamp(experiment: Experiment) -> None:
+    """Stamp all outputs as they are now."""
+    with contextlib.chdir(experiment.folder):
+        stamp_outputs(load_params())
 
 
 def test_the_report_shows_the_protocol_wherever_it_shows_fid(finished_once: Experiment) -> None:
@@ -732,30 +764,6 @@ def test_the_report_shows_the_protocol_wherever_it_shows_fid(finished_once: Expe
     for printed in (finished_once.succeed("summary").out, (folder / "summary.md").read_text()):
         assert first_words in " ".join(printed.split())
     assert "64 generated images (EMA weights, ddim" in (folder / "report.html").read_text()
-
-
-def test_numbers_of_different_protocols_are_not_put_into_one_table(finished: Experiment) -> None:
-    before = finished.hashes("results/report")
-    edit_protocol(finished, f"results/metrics/{ARM}-seed-0.json", crop="none", resize_filter="bicubic")
-    outcome = finished.run("report")
-    assert outcome.code == 1
-    for said in (
-        *("numbers of different protocols are not put into one table", f"scratch, seed 0 and {ARM}, seed 0 differ in"),
-        *("images.crop: center and none", "images.resize_filter: lanczos and bicubic"),
-        f"maskdm evaluate --arm {ARM} --seed 0",
-    ):
-        assert said in outcome.err
-    assert finished.hashes("results/report") == before
-
-
-def test_a_scale_of_another_protocol_is_not_put_beside_the_arms(finished: Experiment) -> None:
-    path = finished.path("results/metrics/scale.json")
-    content = {key: value for key, value in json.loads(path.read_text()).items() if key != "checksum"}
-    content["protocol"]["num_samples"] = 63
-    publish_description(path, content)
-    outcome = finished.run("report")
-    assert outcome.code == 1
-    assert "the scale differ in num_samples: 64 and 63" in outcome.err
 
 
 def test_the_defaults_of_the_command_are_those_of_the_pipeline() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,12 @@ import torch
 from torch import nn
 
 from maskdm import device
-from maskdm.compute import StagePlan, count_image_flops, plan_arm
-from maskdm.config import ComputeConfig, Params
+from maskdm.compute import count_image_flops
+from maskdm.config import ComputeConfig, Params, Training, resolve
 from maskdm.memory import PROCESS_BYTES, MemoryCounter, peak_alive_bytes, saved_bytes
 from maskdm.plan import bench, calibration
 from maskdm.plan.calibration import Calibration, calibrate, measured_shapes
-from maskdm.plan.estimates import estimate, work_of
+from maskdm.plan.estimates import estimate, forward_flops, work_of
 from maskdm.plan.findings import (
     disk_warning,
     launch_warnings,
@@ -29,7 +30,6 @@ from maskdm.plan.findings import (
     warnings_of,
 )
 from maskdm.plan.gpus import GPUS
-from maskdm.plan.steps import forward_flops
 from maskdm.plan.store import Measurement, MeasurementStore
 from maskdm.plan.table import Outlook, format_table
 from maskdm.plan.units import duration, flops, size
@@ -93,7 +93,8 @@ def test_amounts_have_a_prefix_and_three_digits(text: str, expected: str) -> Non
 def test_a_plans_steps_cost_what_is_counted_on_the_network(match: str, model: dict[str, Any]) -> None:
     params = tiny_params(budget={"match": match, "unmasked_steps": 123}, model=model, pretrain={"batch_size": 24})
     for arm in params.arms:
-        for stage in (plan_arm(params, arm).pretrain, plan_arm(params, arm).finetune):
+        run = resolve(params, arm, 0)
+        for stage in (run.pretrain, run.finetune):
             assert stage.flops_per_step == stage.batch_size * count_image_flops(params, stage.num_visible)
 
 
@@ -394,7 +395,7 @@ def made_up(**changes: Any) -> Calibration:
 def test_time_that_follows_flops_gives_no_warning() -> None:
     params = tiny_params()
     assert warnings_of(params, FP32, made_up()) == []
-    seconds, of_flops = time_ratio(params, FP32, "block2-m75", plan_arm(params, "block2-m75"), made_up())
+    seconds, of_flops = time_ratio(FP32, resolve(params, "block2-m75", 0), made_up())
     assert seconds == pytest.approx(of_flops)
     assert warnings_of(params, FP32, None) == []
 
@@ -459,9 +460,9 @@ def test_time_and_disk_of_an_arm_are_those_of_its_steps(tmp_path: Path) -> None:
     found = made_up(steps={**made_up().steps, (4, 16): 0.25}, update=0.5, gathers={8: 0.125})
     estimates = estimates_of(params, found, tmp_path)
     pretrain, finetune, sample = estimates.arms["block2-m75"]
-    plan = plan_arm(params, "block2-m75")
-    assert pretrain.seconds == pytest.approx(plan.pretrain.num_steps * (found.steps[8, 4] + 0.625))
-    assert finetune.seconds == pytest.approx(plan.finetune.num_steps * (2 * 0.25 + 0.625))
+    run = resolve(params, "block2-m75", 0)
+    assert pretrain.seconds == pytest.approx(run.pretrain.num_steps * (found.steps[8, 4] + 0.625))
+    assert finetune.seconds == pytest.approx(run.finetune.num_steps * (2 * 0.25 + 0.625))
     assert sample.seconds == pytest.approx(2 * 50 * 4 * 0.1)  # milestones × steps × batches
     weights = 4 * MemoryCounter(params, FP32).num_parameters
     assert [s.disk for s in (pretrain, finetune, sample)] == [2 * weights, 2 * 2 * weights, 2 * 1000 * 64]
@@ -482,11 +483,11 @@ def test_scratch_has_no_pretraining_but_its_initialisation(tmp_path: Path) -> No
 
 def test_tuning_is_the_trials_of_all_arms(tmp_path: Path) -> None:
     trials = {"given": {}, "large": {"finetune.batch_size": 16, "finetune.lr": 1e-4}}
-    tuning = {"enabled": True, "seed": 9, "budget_fraction": 0.5, "trials": trials}
+    tuning = {"seed": 9, "budget_fraction": 0.5, "trials": trials}
     params = tiny_params(tuning=tuning, sampling={"num_samples": 500})
     estimates = estimates_of(params, made_up(), tmp_path)
     assert estimates.tuning.num_trials == 6
-    trained = sum(plan_arm(params.for_trial(a, v), a).flops for a in params.arms for v in trials.values())
+    trained = sum(resolve(params, arm, 9, trial).flops for arm in params.arms for trial in trials)
     drawn = 6 * 500 * params.sampling.num_steps * forward_flops(params)
     assert estimates.tuning.total.flops == pytest.approx(trained + drawn)
     table = format_table(estimates, Outlook((GPUS["A100"],), 0.4, "bf16", None))
@@ -498,9 +499,13 @@ def test_tuning_is_the_trials_of_all_arms(tmp_path: Path) -> None:
 
 
 def test_time_of_a_batch_that_was_not_measured_follows_the_nearest() -> None:
+    def of(batch_size: int) -> Training:
+        pretrain = resolve(tiny_params(), "block2-m75", 0).pretrain
+        return replace(pretrain, config=pretrain.config.model_copy(update={"batch_size": batch_size}))
+
     found = made_up(steps={(8, 4): 0.5, (64, 4): 2.0}, gathers={8: 0.5})
-    assert found.step_seconds(StagePlan(1, 16, 4, 1), None) == pytest.approx(1.0 + 1.0)
-    assert found.step_seconds(StagePlan(1, 128, 4, 1), 64) == pytest.approx(4.0 + 8.0)
+    assert found.step_seconds(of(16), None) == pytest.approx(1.0 + 1.0)
+    assert found.step_seconds(of(128), 64) == pytest.approx(4.0 + 8.0)
 
 
 def test_gpus_of_equal_rates_share_a_column_and_the_table_is_aligned(tmp_path: Path) -> None:
@@ -624,7 +629,7 @@ def test_threads_beyond_the_cores_are_not_measured() -> None:
 
     before = torch.get_num_threads()
     try:
-        compute, missing = _resolve(ComputeConfig(device="cpu", threads=10_000))
+        compute, missing = _resolve(ComputeConfig(device="cpu", precision="auto", threads=10_000))
         assert (compute.threads, missing) == (num_cores(), None)
     finally:
         torch.set_num_threads(before)

@@ -4,9 +4,10 @@ import csv
 import html
 import json
 import re
+import shutil
 import statistics
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,17 @@ from scipy import stats
 
 import maskdm.report.report as report_module
 from maskdm import paths
+from maskdm.checksums import CHECKSUM
 from maskdm.config import Params, parse_params
+from maskdm.config.jobs import Jobs
 from maskdm.errors import UserError
+from maskdm.publishing import publish_description
 from maskdm.report import Report, print_report, print_summary, write_report
 from maskdm.report.numbers import decimals, number_text, signed
 from maskdm.report.results import read_results
 from maskdm.report.tables import SUMMARY_COLUMNS, VERDICT_COLUMNS, format_table
+from tests.factories import protocol
+from tests.made_up_results import stamp_outputs
 
 ARMS = {
     "scratch": {"strategy": "none"},
@@ -47,9 +53,14 @@ TRIALS = {
     "high": {"pretrain.lr": 4e-3, "finetune.lr": 4e-3},
     "smaller": {"finetune.batch_size": 64},
 }
+THREE = {key: ARMS[key] for key in ("scratch", "patch-m50", "crop-m45")}
 PAIR = {"scratch": ARMS["scratch"], "patch-m50": ARMS["patch-m50"]}
 BUDGET_FLOPS = 4.2e13
 DATA_SHA, EXTRACTOR_SHA = "d" * 64, "e" * 64
+RAN_WITH = {
+    **{"device": "cpu", "device_name": "cpu", "threads": 1, "precision": "fp32", "compile": "off"},
+    **{"attention": "plain", "activation_checkpointing": False, "devices": 1},
+}
 SECONDS_PER_STEP, WAIT_PER_STEP = 0.04, 0.001
 Fids = dict[str, Sequence[float | Sequence[float]]]
 
@@ -61,7 +72,6 @@ def make_params(
     trials: dict | None = None,
     match: str = "flops",
 ) -> Params:
-    tuning = {"enabled": trials is not None, "seed": 1000, "budget_fraction": 0.3, "trials": trials or {"given": {}}}
     return parse_params(
         {
             "name": "digits-test",
@@ -75,16 +85,16 @@ def make_params(
             "pretrain": {"share": 0.3, "lr": "2e-3", "batch_size": 128},
             "finetune": {"lr": "2e-3", "batch_size": 128},
             "sampling": {},
-            "compute": {},
+            "compute": {"device": "cpu", "precision": "fp32"},
             "evaluation": {},
-            "tuning": tuning,
+            "tuning": {"seed": 1000, "budget_fraction": 0.3, "trials": trials or {}},
             "arms": ARMS if arms is None else arms,
         }
     )
 
 
 def write_results(params: Params, fids: Fids | None = None) -> None:
-    """Everything the report reads, in the working directory; numbers that depend on arm and seed alone.
+    """Everything the report reads, in the working directory, stamped; numbers that depend on arm and seed alone.
 
     Args:
         params: what they are results of.
@@ -93,6 +103,7 @@ def write_results(params: Params, fids: Fids | None = None) -> None:
     rng = np.random.default_rng(0)
     write_data(params, rng)
     write_scale()
+    write_json(paths.record("choose"), make_record())
     for number, arm in enumerate(params.arms):
         write_tuning(params, arm)
         for place, seed in enumerate(params.seeds):
@@ -100,6 +111,7 @@ def write_results(params: Params, fids: Fids | None = None) -> None:
             write_json(paths.metrics(arm, seed), make_metrics(params, arm, seed, fid))
             write_training(params, arm, seed)
             write_samples(params, arm, seed, rng)
+    stamp_outputs(params)
 
 
 def write_data(params: Params, rng: np.random.Generator) -> None:
@@ -116,6 +128,7 @@ def write_data(params: Params, rng: np.random.Generator) -> None:
     write_json(paths.DATA / "manifest.json", manifest)
     np.save(paths.DATA / "images-00000.npy", rng.integers(0, 256, (100, size, size, channels), dtype=np.uint8))
     write_json(paths.record("prepare"), make_record())
+    write_json(paths.FEATURES / "features.json", origin())
     write_json(paths.record("features"), make_record(**origin(), classifier_accuracy=0.9731))
 
 
@@ -123,26 +136,29 @@ def write_scale() -> None:
     def scores(fid: float) -> dict:
         return {"fid": fid, "kid": fid / 3000, "kid_std": 0.1, "precision": 0.9, "recall": 0.8, "num_samples": 898}
 
-    write_json(paths.SCALE, {"floor": scores(3.25), "untrained": scores(95.5), **origin()})
+    ends = {"floor": scores(3.25), "untrained": scores(95.5)}
+    write_json(paths.SCALE, {**ends, **origin(), "protocol": protocol().as_dict()})
+    write_json(paths.record("scale"), make_record())
 
 
 def write_tuning(params: Params, arm: str) -> None:
     """Trials whose KID falls along their list, so that the last one that did not fail is the best."""
     trials, best = params.tuning.trials, "given"
-    for place, (trial, values) in enumerate(trials.items() if params.tuning.enabled else ()):
+    for place, (trial, values) in enumerate(trials.items()):
         result = {
-            **{"arm": arm, "trial": trial, "values": values, "seed": 1000, "budget_fraction": 0.3, "trained": True},
+            **{"arm": arm, "trial": trial, "values": values, "seed": 1000, "budget_fraction": 0.3},
             **{"failed": None, "fid": 30.0 - place, "kid": (30.0 - place) / 3000, **origin()},
         }
         write_json(paths.trial(arm, trial), result)
         write_json(paths.record("tune", arm, trial=trial), make_record(wall_seconds=5.0))
         best = trial
-    write_json(paths.chosen(arm), {"arm": arm, "trial": best, "values": trials[best]})
+    publish_description(paths.chosen(arm), {"arm": arm, "trial": best, "values": trials.get(best, {})})
 
 
 def write_json(file: Path, content: dict) -> None:
+    """As the stages do, with a checksum."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content))
+    publish_description(file, {key: value for key, value in content.items() if key != CHECKSUM})
 
 
 def origin() -> dict[str, str]:
@@ -170,19 +186,10 @@ def make_metrics(params: Params, arm: str, seed: int, fids: float | Sequence[flo
         **{"arm": arm, "seed": seed},
         **{key: getattr(config, key) for key in ("strategy", "mask_rate", "block_size")},
         "realised_mask_rate": params.visible_of(arm).realised_mask_rate(params.grid),
+        "flip": 0.0,
         **origin(),
-        "trained_with": with_choice(params, arm).trained_with(arm),
-        "scored_with": params.scored_with,
         "milestones": {f"{at:.3f}": make_milestone(at, fid) for at, fid in zip(fractions, fids, strict=True)},
     }
-
-
-def with_choice(params: Params, arm: str) -> Params:
-    """The params that the arm ran with."""
-    file = paths.chosen(arm)
-    if not params.tuning.enabled or not file.is_file():
-        return params
-    return params.with_values(arm, json.loads(file.read_text())["values"])
 
 
 def make_milestone(fraction: float, fid: float) -> dict:
@@ -220,7 +227,9 @@ def write_training(params: Params, arm: str, seed: int) -> None:
         ]
         last = timings[-1] if timings else {"device_seconds": 0.0, "data_wait_seconds": 0.0}
         totals = {key: last[key] for key in ("device_seconds", "data_wait_seconds")}
-        write_json(paths.record(stage, arm, seed), make_record(timings=timings, **totals))
+        num_visible = params.visible_of(arm).num_visible if stage == "pretrain" else params.grid.num_patches
+        facts = {"steps": len(steps[stage]) * 5, "num_visible": num_visible, **totals, **RAN_WITH}
+        write_json(paths.record(stage, arm, seed), make_record(timings=timings, **facts))
     for stage in ("sample", "evaluate"):
         write_json(paths.record(stage, arm, seed), make_record(wall_seconds=3.0))
 
@@ -251,8 +260,15 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
         root = tmp_path_factory.mktemp("report")
         patch.chdir(root)
         write_results(make_params())
-        written = write_report(make_params())
+        written = report_on(make_params())
     return root / paths.REPORT, written
+
+
+def report_on(params: Params) -> Report:
+    """Write the report where its stage puts it."""
+    shutil.rmtree(paths.REPORT, ignore_errors=True)
+    paths.REPORT.mkdir(parents=True)
+    return write_report(params, paths.REPORT)
 
 
 def read_rows(file: Path) -> list[dict[str, str]]:
@@ -267,7 +283,7 @@ def verdict_rows(folder: Path = paths.REPORT) -> dict[str, dict[str, str]]:
 def verdicts_of(params: Params, fids: Fids) -> dict[str, str]:
     """The verdict of every arm in a report of made-up FIDs."""
     write_results(params, fids)
-    return dict(zip(params.arms, write_report(params).verdicts["verdict"], strict=True))
+    return dict(zip(params.arms, report_on(params).verdicts["verdict"], strict=True))
 
 
 def page_text() -> str:
@@ -275,12 +291,26 @@ def page_text() -> str:
     return " ".join(re.sub(r"\\(.)", r"\1", (paths.REPORT / "summary.md").read_text()).split())
 
 
-def edit_json(file: Path, **entries: object) -> None:
+def edit_json(params: Params, file: Path, **entries: object) -> None:
+    """Change entries of a file, as if it had been made so."""
+    write_json(file, {**json.loads(file.read_text()), **entries})
+    stamp_outputs(params)
+
+
+def edit_record(stage: str, arm: str, seed: int, **entries: object) -> None:
+    """Change entries of a record, which has no stamp."""
+    file = paths.record(stage, arm, seed)
     write_json(file, {**json.loads(file.read_text()), **entries})
 
 
-def edit_milestones(arm: str, seed: int, **factors: float) -> None:
-    """Multiply numbers of every milestone."""
+def edit_milestones(params: Params, arm: str, **factors: float) -> None:
+    """Multiply numbers of every seed's milestones, as if they had been made so."""
+    for seed in params.seeds:
+        edit_metrics(arm, seed, **factors)
+    stamp_outputs(params)
+
+
+def edit_metrics(arm: str, seed: int, **factors: float) -> None:
     metrics = json.loads(paths.metrics(arm, seed).read_text())
     for milestone in metrics["milestones"].values():
         for key, factor in factors.items():
@@ -420,9 +450,8 @@ class TestVerdicts:
         """An arm that spends 1.3 times as much, clearly better at the end, and not clearly before."""
         at_each = {"patch-m50": [(14.0, 9.9, 8.0), (14.0, 9.0, 8.01), (14.0, 10.6, 8.02)]}
         write_results(self.tuned, {"scratch": [10.0, 10.01, 10.02], **at_each})
-        for seed in self.tuned.seeds:
-            edit_milestones("patch-m50", seed, flops=1.3)
-        write_report(self.tuned)
+        edit_milestones(self.tuned, "patch-m50", flops=1.3)
+        report_on(self.tuned)
         row = verdict_rows()["patch-m50"]
         assert float(row["compute_ratio"]) < 1 < float(row["compute_ratio_high"]) and float(row["p_holm"]) < 0.05
         assert row["verdict"].startswith("same FID with 0.96× the compute (95 %: 0.85–1.12")
@@ -480,27 +509,24 @@ class TestVerdicts:
 
     def test_kid_may_disagree_about_scratch(self):
         write_results(self.params, {"scratch": (10.0, 12.0, 11.0), "patch-m50": (9.0, 10.9, 9.8)})
-        for seed in (0, 1, 2):
-            edit_milestones("patch-m50", seed, kid=2.0)
-        text = write_report(self.params).verdicts.set_index("arm")["verdict"]
+        edit_milestones(self.params, "patch-m50", kid=2.0)
+        text = report_on(self.params).verdicts.set_index("arm")["verdict"]
         assert "KID orders it and scratch the other way round (KID×1000 +2.93)" in text["patch-m50"]
         assert "other way" not in text["scratch"]
 
     def test_arms_whose_order_is_disputed_are_named_up_to_three(self):
         params = make_params()
         write_results(params)
-        for seed in (0, 1, 2):
-            edit_milestones("crop-m45", seed, kid=0.01)  # the worst FID, the best KID
-        texts = write_report(params).verdicts.set_index("arm")["verdict"]
+        edit_milestones(params, "crop-m45", kid=0.01)  # the worst FID, the best KID
+        texts = report_on(params).verdicts.set_index("arm")["verdict"]
         assert "FID and KID dispute its order with patch-m25, patch-m50, patch-m75 and 2 more" in texts["crop-m45"]
         assert "FID and KID dispute its order with crop-m45" in texts["patch-m50"]
 
     def test_arms_matched_otherwise_are_not_said_to_have_equal_compute(self):
         params = make_params(PAIR, match="images")
         write_results(params)
-        for seed in (0, 1, 2):
-            edit_milestones("patch-m50", seed, flops=0.6)
-        text = write_report(params).verdicts["verdict"][1]
+        edit_milestones(params, "patch-m50", flops=0.6)
+        text = report_on(params).verdicts["verdict"][1]
         assert "at equal images seen with 0.60× the compute" in text and "equal compute" not in text
         assert "differs by up to 67%" in page_text()
 
@@ -509,7 +535,7 @@ class TestVerdicts:
 class TestAnswer:
     def answer(self, params: Params, fids: Fids = FINAL_FIDS) -> str:
         write_results(params, fids)
-        write_report(params)
+        report_on(params)
         return re.search(r"\*\*(.*?)\*\*", page_text())[1]
 
     def test_it_counts_what_is_clear_among_all(self):
@@ -542,7 +568,7 @@ class TestAnswer:
 class TestTable:
     def table(self, params: Params, width: int = 110) -> list[str]:
         write_results(params)
-        written = write_report(params)
+        written = report_on(params)
         return format_table(written.verdicts, written.summary, width).splitlines()
 
     def test_three_seeds_stand_with_intervals_and_fit(self, report):
@@ -571,7 +597,7 @@ class TestTable:
         write_results(params)
         for seed in (1, 2):
             paths.metrics("patch-m50", seed).unlink()
-        written = write_report(params)
+        written = report_on(params)
         lines = format_table(written.verdicts, written.summary, 200).splitlines()
         assert "(n=" not in lines[0] and " seeds " in lines[0]
         row = next(line for line in lines if line.startswith("patch-m50"))
@@ -612,73 +638,45 @@ MISSING_FILES = [
 
 @pytest.mark.usefixtures("_no_figures")
 class TestMissing:
-    params = make_params({key: ARMS[key] for key in ("scratch", "patch-m50", "crop-m45")})
+    params = make_params(THREE)
 
     @pytest.mark.parametrize(("file", "stage"), MISSING_FILES, ids=lambda value: str(value))
     def test_a_missing_or_broken_file_costs_its_arm_and_seed_alone(self, file, stage):
         write_results(self.params)
-        for content in (b"", b"\x80 no", None):
+        for content in (b"\x80" * file.stat().st_size, b"", b"\x80 no", None):
             file.unlink() if content is None else file.write_bytes(content)
-            written = write_report(self.params)
+            written = report_on(self.params)
             (line,) = written.missing
             assert line.startswith(f"patch-m50, seed 1: {file} ")
-            assert line.endswith(f"run `maskdm {stage} --arm patch-m50 --seed 1`")
+            would_work = Jobs(self.params).find(stage, "patch-m50", 1).why_outdated() != ""
+            force = "" if would_work else " --force"
+            assert line.endswith(f"run `maskdm {stage} --arm patch-m50 --seed 1{force}`")
             assert line in page_text() and line in html_text()
             assert list(written.verdicts["num_seeds"]) == [3, 2, 3]
 
     def test_pairs_are_of_the_seeds_that_both_have(self):
         write_results(self.params)
         paths.metrics("scratch", 0).unlink()
-        write_report(self.params)
+        report_on(self.params)
         row = verdict_rows()["patch-m50"]
         assert float(row["delta_fid"]) == pytest.approx((11.5 - 12.0 + 11.2 - 11.0) / 2)
         assert row["delta_fid_low"] == "" and row["fid_low"] != ""
         assert row["verdict"].startswith("same FID with") and "(two seeds: no interval)" in row["verdict"]
         assert "1 of 3 seeds missing" in verdict_rows()["scratch"]["verdict"]
 
-    @pytest.mark.parametrize(
-        ("entries", "reason"),
-        [
-            ({"mask_rate": 0.4}, "is stale: it was made with mask_rate 0.4, params.yaml has 0.5"),
-            ({"extractor_sha256": "other"}, f"its extractor_sha256 is other, theirs {EXTRACTOR_SHA}"),
-            ({"data_sha256": "other"}, f"its data_sha256 is other, theirs {DATA_SHA}"),
-            ({"milestones": None}, "milestone 0.500 in results/metrics/patch-m50-seed-1.json lacks step, flops"),
-        ],
-    )
-    def test_stale_or_incomparable_scores_are_left_out(self, entries, reason):
-        write_results(self.params)
-        edit_json(paths.metrics("patch-m50", 1), **entries)
-        (line,) = write_report(self.params).missing
-        assert reason in line and "results/metrics/patch-m50-seed-1.json" in line
-        assert verdict_rows()["patch-m50"]["num_seeds"] == "2"
-
-    def test_the_first_run_is_no_measure_of_the_others(self):
-        write_results(self.params)
-        edit_json(paths.metrics("scratch", 0), extractor_sha256="old")
-        (line,) = write_report(self.params).missing
-        assert line.startswith("scratch, seed 0: ")
-
-    def test_another_number_of_samples_is_not_comparable(self):
-        write_results(self.params)
-        edit_milestones("crop-m45", 2, num_samples=2)
-        (line,) = write_report(self.params).missing
-        assert "scored with 2000 samples, params.yaml has 1000" in line
-
     def test_a_curve_of_another_run_than_its_record_is_left_out(self):
         write_results(self.params)
         file = paths.finetune("crop-m45", 2) / "curve.csv"
         file.write_text(file.read_text() + "1005,0.1,0.002,1,1,1\n")
-        (line,) = write_report(self.params).missing
-        assert "are of different runs" in line
-        file.write_text("\n".join(file.read_text().splitlines()[:50]) + "\n")
-        (line,) = write_report(self.params).missing
-        assert "has no row for step 500" in line
+        stamp_outputs(self.params)
+        (line,) = report_on(self.params).missing
+        assert "are of different runs" in line and line.endswith("finetune --arm crop-m45 --seed 2 --force`")
 
     def test_a_missing_arm_keeps_its_place(self):
         write_results(self.params)
         for seed in (0, 1, 2):
             paths.metrics("patch-m50", seed).unlink()
-        written = write_report(self.params)
+        written = report_on(self.params)
         assert len(written.missing) == 3
         row = verdict_rows()["patch-m50"]
         assert list(verdict_rows()) == list(self.params.arms) and (row["num_seeds"], row["fid"]) == ("0", "")
@@ -694,25 +692,19 @@ class TestMissing:
         write_results(params)
         for seed in params.seeds:
             paths.metrics("scratch", seed).unlink()
-        write_report(params)
+        report_on(params)
         assert "No comparison is possible yet: scratch or every masked arm is missing" in page_text()
         row = verdict_rows()["crop-m45"]
         assert "FID 21.07 (95 %: " in row["verdict"] and "not compared with scratch, which is missing" in row["verdict"]
         assert row["delta_fid"] == ""
 
-    def test_without_the_scales_they_are_left_out_and_named(self):
+    @pytest.mark.parametrize(("output", "stage"), [(paths.SCALE, "scale"), (paths.FEATURES, "features")], ids=str)
+    def test_without_what_scores_are_made_from_there_is_no_report_and_its_command_is_named(self, output, stage):
         write_results(self.params)
-        paths.SCALE.unlink()
-        written = write_report(self.params)
-        assert written.missing == ["every arm: results/metrics/scale.json is missing; run `maskdm scale`"]
-        assert "untrained" not in format_table(written.verdicts, written.summary)
-        assert read_rows(paths.REPORT / "summary.csv")[0]["fid_floor"] == ""
-        assert "network, are missing" in page_text() and "last two rows" not in page_text()
-
-    def test_scales_of_other_data_are_no_scales(self):
-        write_results(self.params)
-        edit_json(paths.SCALE, data_sha256="other")
-        assert read_results(self.params).scale is None
+        output.rename("elsewhere")
+        says = rf"scratch-seed-0.json is out of date: {output}.* is missing; run `maskdm {stage}` "
+        with pytest.raises(UserError, match=says):
+            report_on(self.params)
 
     @pytest.mark.parametrize(
         ("file", "command"),
@@ -729,9 +721,10 @@ class TestMissing:
         for content in (b"", b"\x80 no", None):
             file.unlink() if content is None else file.write_bytes(content)
             with pytest.raises(UserError, match=re.escape(str(file))) as caught:
-                write_report(self.params)
-            assert f"`{command}`" in str(caught.value)
-        assert not paths.REPORT.exists()
+                report_on(self.params)
+            force = "" if Jobs(self.params).find(command.split()[1]).why_outdated() else " --force"
+            assert f"`{command}{force}`" in str(caught.value)
+        assert not any(paths.REPORT.iterdir())
 
     def test_with_nothing_left_it_is_an_error_that_names_the_first(self):
         write_results(self.params)
@@ -741,13 +734,13 @@ class TestMissing:
         with pytest.raises(
             UserError, match=r"nothing to report.*scratch, seed 0.*pretrain-scratch-seed-0.json.*`maskdm"
         ):
-            write_report(self.params)
-        assert not paths.REPORT.exists()
+            report_on(self.params)
+        assert not any(paths.REPORT.iterdir())
 
     def test_what_is_missing_goes_to_stderr(self, capsys):
         write_results(self.params)
         paths.metrics("patch-m50", 1).unlink()
-        print_report(write_report(self.params))
+        print_report(report_on(self.params))
         found = capsys.readouterr()
         assert found.err.startswith("missing: patch-m50, seed 1: ") and "missing: " not in found.out
 
@@ -758,8 +751,8 @@ class TestTuning:
 
     def test_every_trial_is_shown_the_chosen_one_marked(self):
         write_results(self.params)
-        edit_json(paths.trial("scratch", "high"), failed="loss not finite at step 7", fid=None, kid=None)
-        write_report(self.params)
+        edit_json(self.params, paths.trial("scratch", "high"), failed="loss not finite at step 7", fid=None, kid=None)
+        report_on(self.params)
         table = [line for line in (paths.REPORT / "summary.md").read_text().splitlines() if "finetune.batch" in line]
         rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table if line.startswith("|")]
         assert ["scratch", "smaller", "finetune.batch\\_size 64", "9.00", "27.00", "chosen"] in rows
@@ -774,7 +767,7 @@ class TestTuning:
     def test_values_at_the_edge_of_what_was_tried_are_cautioned_against(self):
         three = {name: TRIALS[name] for name in ("low", "given", "high")}
         write_results(make_params(PAIR, trials=three))
-        write_report(make_params(PAIR, trials=three))
+        report_on(make_params(PAIR, trials=three))
         assert (
             "finetune.lr 0.004, the largest of 3 (scratch, patch-m50); pretrain.lr 0.004, the largest of 3 (patch-m50)."
         ) in page_text()
@@ -782,82 +775,87 @@ class TestTuning:
     def test_values_inside_the_range_are_not(self):
         inside = {"low": TRIALS["low"], "high": TRIALS["high"], "given": {}}
         write_results(make_params(PAIR, trials=inside))
-        write_report(make_params(PAIR, trials=inside))
+        report_on(make_params(PAIR, trials=inside))
         assert "at the edge" not in page_text()
 
     def test_given_values_are_said_to_be_given(self):
         params = make_params({**PAIR, "patch-m50": {**ARMS["patch-m50"], "pretrain": {"lr": 1e-3}}})
         write_results(params)
-        write_report(params)
+        report_on(params)
         text = page_text()
         assert "none was tuned by this pipeline" in text and "patch-m50: pretrain.lr 0.001" in text
         assert verdict_rows()["patch-m50"]["num_trials"] == "1"
 
     @pytest.mark.parametrize(
-        ("entries", "reason", "command"),
+        ("change", "reason", "command"),
         [
-            ({"values": {"finetune.lr": 9.0}}, "is stale: values is", "maskdm tune --arm scratch --trial low"),
-            ({"budget_fraction": 0.1}, "is stale: budget_fraction is 0.1", "maskdm tune --arm scratch --trial low"),
-            ({"extractor_sha256": "x"}, "is stale: extractor_sha256 is x", "maskdm tune --arm scratch --trial low"),
-            ({"kid": 0.0001}, "chosen/scratch.json is stale: trial is smaller, now it would be low", "maskdm choose"),
+            (
+                {"trials": {**TRIALS, "high": {"finetune.lr": 8e-3, "pretrain.lr": 4e-3}}},
+                "tuning/scratch/high.json is out of date: ",
+                "maskdm tune --arm scratch --trial high",
+            ),
+            (
+                {"trials": {**TRIALS, "more": {"finetune.lr": 9e-3}}},
+                "tuning/scratch/more.json is missing",
+                "maskdm tune --arm scratch --trial more",
+            ),
+            ({"metric": "fid"}, 'results/chosen is out of date: tuning.metric was "kid", is "fid"', "maskdm choose"),
         ],
+        ids=["another value", "another trial", "another metric"],
     )
-    def test_an_arm_with_stale_trials_is_not_called_tuned(self, entries, reason, command):
-        write_results(self.params, {"scratch": (10.0, 12.0, 11.0), "patch-m50": (9.0, 10.9, 9.8)})
-        edit_json(paths.trial("scratch", "low"), **entries)
-        written = write_report(self.params)
-        (line,) = written.missing
-        assert line.startswith("scratch: ") and reason in line and line.endswith(f"run `{command}`")
-        text = verdict_rows()["patch-m50"]["verdict"]
-        assert "how the hyperparameters of scratch came about is not known" in text and "save" not in text
-        assert verdict_rows()["scratch"]["num_trials"] == "" and verdict_rows()["scratch"]["num_seeds"] == "3"
-
-    def test_trials_of_different_protocols_are_not_compared(self):
+    def test_no_arm_is_shown_with_values_that_another_tuning_might_not_choose(self, change, reason, command):
         write_results(self.params)
-        edit_json(paths.trial("scratch", "high"), protocol={"num_samples": 5})
-        found = read_results(self.params)
-        assert list(found.choices) == ["patch-m50"]
-        (missing,) = found.missing
-        assert (
-            "high.json was scored by another protocol than that of trial low: num_samples: 5 and none" in missing.reason
-        )
-        assert (missing.arm, missing.command) == ("scratch", "maskdm tune --arm scratch --trial high")
+        content = self.params.model_dump(mode="json", exclude_unset=True)
+        content["tuning"] |= change
+        with pytest.raises(UserError, match="nothing to report") as caught:
+            read_results(parse_params(content))
+        assert "scratch, seed 0: results/pretrain/scratch/seed-0 is out of date: " in str(caught.value)
+        assert reason in str(caught.value) and f"run `{command}`" in str(caught.value)
 
-    def test_a_failed_trial_has_no_protocol_to_compare(self):
+    @pytest.mark.parametrize("content", [b"no", None], ids=str)
+    def test_a_trial_that_is_damaged_or_missing_costs_its_arm_alone(self, content):
         write_results(self.params)
-        edit_json(paths.trial("scratch", "high"), failed="loss", fid=None, kid=None, protocol={"num_samples": 5})
-        assert list(read_results(self.params).choices) == list(PAIR)
+        file = paths.trial("patch-m50", "low")
+        file.unlink() if content is None else file.write_bytes(content)
+        written = report_on(self.params)
+        assert len(written.missing) == 3 and all(f"out of date: {file} is " in line for line in written.missing)
+        assert written.missing[0].endswith("run `maskdm tune --arm patch-m50 --trial low`")
+        rows = verdict_rows()
+        assert [rows[arm]["num_trials"] for arm in PAIR] == ["4", ""] and "Chosen: scratch: smaller" in page_text()
 
-    def test_trials_scored_otherwise_than_the_arms_say_nothing_of_them(self):
+    def test_an_arm_whose_trials_have_all_failed_is_missing_and_the_others_are_shown(self):
         write_results(self.params)
         for trial in TRIALS:
-            edit_json(paths.trial("scratch", trial), protocol={"num_samples": 5})
-        found = read_results(self.params)
-        assert list(found.choices) == ["patch-m50"] and len(found.runs) == 6
-        (missing,) = found.missing
-        assert "low.json was scored by another protocol than the arms': num_samples: 5 and none" in missing.reason
-        assert missing.command == "maskdm tune --arm scratch --trial low"
+            edit_json(self.params, paths.trial("patch-m50", trial), failed="loss not finite", fid=None, kid=None)
+        publish_description(
+            paths.chosen("patch-m50"), {"arm": "patch-m50", "trial": None, "values": {}, "failed": "all"}
+        )
+        stamp_outputs(self.params)
+        report_on(self.params)
+        assert "scratch: smaller (finetune.batch_size 64); patch-m50: none, all have failed." in page_text()
+        row = verdict_rows()["patch-m50"]
+        assert (row["num_seeds"], row["trial"]) == ("0", "")
+        assert "every trial of arm patch-m50 has failed" in row["verdict"]
 
     def test_tuning_that_was_switched_off_leaves_stale_results(self):
         write_results(self.params)
-        with pytest.raises(UserError, match=r"scratch-seed-0.json is stale: .* the arm's values have changed since"):
+        says = (
+            r"results/finetune/scratch/seed-0 is out of date: finetune.batch_size was 64, is 128; .*`maskdm finetune "
+        )
+        with pytest.raises(UserError, match=says):
             read_results(make_params(PAIR))
 
     def test_an_arm_trained_with_another_choice_is_missing(self):
         write_results(self.params)
-        trials = self.params.tuning.trials
-        other = next(
-            name
-            for name, values in trials.items()
-            if values != json.loads(paths.chosen("scratch").read_text())["values"]
-        )
-        for trial in trials:
-            file = paths.trial("scratch", trial)
-            write_json(file, {**json.loads(file.read_text()), "kid": 0.1 if trial != other else 0.001})
-        write_json(paths.chosen("scratch"), {"arm": "scratch", "trial": other, "values": trials[other]})
+        edit_choice("scratch", "given", {})
+        stamp_outputs(self.params, "choose")
         found = read_results(self.params)
-        assert {run.arm for run in found.runs} == set(self.params.arms) - {"scratch"}
-        assert all("values have changed since" in missing.reason for missing in found.missing)
+        assert {run.arm for run in found.runs} == {"patch-m50"} and len(found.missing) == len(self.params.seeds)
+        assert all(": finetune.batch_size was 64, is 128; " in missing.reason for missing in found.missing)
+
+
+def edit_choice(arm: str, trial: str, values: dict) -> None:
+    publish_description(paths.chosen(arm), {"arm": arm, "trial": trial, "values": values})
 
 
 class TestStale:
@@ -866,28 +864,60 @@ class TestStale:
     @pytest.mark.parametrize(
         ("section", "change", "says"),
         [
-            ("budget", {"unmasked_steps": 2000}, "model, diffusion, budget, training"),
-            ("budget", {"match": "steps"}, "model, diffusion, budget, training"),
-            ("model", {"depth": 7}, "model, diffusion, budget, training"),
-            ("finetune", {"lr": 1e-3}, "model, diffusion, budget, training"),
-            ("sampling", {"num_steps": 20}, "sampling or evaluation"),
+            (
+                "dataset",
+                {"held_out": 0.1},
+                "results/data is out of date: dataset.held_out was 0.0, is 0.1; run `maskdm prepare`",
+            ),
+            ("budget", {"unmasked_steps": 2000}, "num_steps was 1000, is 2000"),
+            ("budget", {"milestones": [0.5, 1.0]}, "milestones was [500, 750, 1000], is [500, 1000]"),
+            ("model", {"depth": 7}, "model.depth was 5, is 7"),
+            ("finetune", {"lr": 1e-3}, "finetune.lr was 0.002, is 0.001"),
+            ("training", {"flip": 0.5}, "training.flip was 0.0, is 0.5"),
+            ("compute", {"precision": "bf16"}, 'compute.precision was "fp32", is "bf16"'),
+            ("sampling", {"num_steps": 20}, "sampling.num_steps was 50, is 20"),
+            ("sampling", {"num_samples": 500}, "sampling.num_samples was 1000, is 500"),
+            ("evaluation", {"kid_subsets": 10}, "results/metrics/scale.json is out of date: evaluation.kid_subsets"),
         ],
         ids=str,
     )
     def test_results_of_other_params_are_stale(self, section: str, change: dict, says: str):
         params = make_params(PAIR)
         write_results(params)
-        content = params.model_dump(mode="json", exclude_unset=True)
-        content[section] |= change
-        with pytest.raises(UserError, match=f"is stale: {says}"):
-            read_results(parse_params(content))
+        with pytest.raises(UserError, match=re.escape(says)):
+            read_results(changed(params, section, **change))
+
+    @pytest.mark.parametrize(
+        ("section", "change"),
+        [
+            ("compute", {"threads": 2, "compile": "off", "attention": "plain", "activation_checkpointing": True}),
+            ("saving", {"every_seconds": 5.0}),
+            ("data", {"device_resident": False}),
+            ("tracking", {"enabled": False}),
+            ("finetune", {"micro_batch_size": 32}),
+        ],
+        ids=str,
+    )
+    def test_results_of_another_machine_or_its_use_are_not(self, section: str, change: dict):
+        params = make_params(PAIR)
+        write_results(params)
+        assert not read_results(changed(params, section, **change)).missing
 
     def test_pretraining_of_others_does_not_make_scratch_stale(self):
         params = make_params(PAIR)
         write_results(params)
-        content = params.model_dump(mode="json", exclude_unset=True)
-        content["pretrain"]["lr"] = 1e-5
-        assert {run.arm for run in read_results(parse_params(content)).runs} == {"scratch"}
+        found = read_results(changed(params, "pretrain", lr=1e-5))
+        assert {run.arm for run in found.runs} == {"scratch"}
+        assert found.missing[0].reason == (
+            "results/pretrain/patch-m50/seed-0 is out of date: pretrain.lr was 0.002, is 1e-05"
+        )
+        assert found.missing[0].command == "maskdm pretrain --arm patch-m50 --seed 0"
+
+
+def changed(params: Params, section: str, **change: object) -> Params:
+    content = params.model_dump(mode="json", exclude_unset=True)
+    content[section] = {**content.get(section, {}), **change}
+    return parse_params(content)
 
 
 class TestFiles:
@@ -904,7 +934,7 @@ class TestFiles:
 
     def test_equal_results_give_equal_bytes(self, report):
         write_results(make_params())
-        write_report(make_params())
+        report_on(make_params())
         names = {file.name for file in report[0].iterdir()}
         assert {"summary.csv", "verdicts.csv", "summary.md", "report.html"} <= names
         assert {file.name for file in paths.REPORT.iterdir()} == names
@@ -916,7 +946,7 @@ class TestFiles:
         write_results(make_params({**ARMS, "patch-m99": {"strategy": "patch", "mask_rate": 0.9}}, seeds=(0, 1, 2)))
         paths.metrics("patch-m99", 0).write_text("broken")
         paths.metrics("patch-m50", 7).write_text("broken")
-        write_report(make_params())
+        report_on(make_params())
         for name in ("summary.csv", "verdicts.csv"):
             assert (paths.REPORT / name).read_bytes() == (report[0] / name).read_bytes()
         assert "patch-m99" not in (paths.REPORT / "report.html").read_text()
@@ -926,8 +956,8 @@ class TestFiles:
         params = make_params({"scratch": ARMS["scratch"]})
         write_results(params)
         for num_real, is_told in ((129, False), (100, True)):
-            edit_json(paths.record("features"), num_features=128, num_real=num_real)
-            write_report(params)
+            edit_json(params, paths.record("features"), num_features=128, num_real=num_real)
+            report_on(params)
             assert ("100 images are fewer than the 128 features" in page_text()) == is_told
 
     @pytest.mark.usefixtures("_no_figures")
@@ -935,8 +965,8 @@ class TestFiles:
         params = make_params({"scratch": ARMS["scratch"]})
         write_results(params)
         for file in (*(paths.metrics("scratch", seed) for seed in params.seeds), paths.record("features"), paths.SCALE):
-            edit_json(file, extractor="dinov2-vit-s-14")
-        assert not write_report(params).missing
+            edit_json(params, file, extractor="dinov2-vit-s-14")
+        assert not report_on(params).missing
         assert "not Inception FIDs" not in page_text()
 
     @pytest.mark.usefixtures("_no_figures")
@@ -944,15 +974,68 @@ class TestFiles:
         assert "does not allow every mask rate" not in (report[0] / "summary.md").read_text()
         params = make_params({"scratch": ARMS["scratch"], "crop-m10": {"strategy": "crop", "mask_rate": 0.1}})
         write_results(params)
-        write_report(params)
+        report_on(params)
         assert "crop-m10 masked 0.25 instead of 0.10" in page_text()
+
+    @pytest.mark.usefixtures("_no_figures")
+    @pytest.mark.parametrize(
+        ("change", "says"),
+        [
+            ({"threads": 2}, "threads 1 (scratch, patch-m50) and 2 (crop-m45)"),
+            ({"device_name": "NVIDIA H200"}, "device A <fast> CPU (scratch, patch-m50) and NVIDIA H200 (crop-m45)"),
+            ({"machine": {"cpu": "Another"}}, "device A <fast> CPU (scratch, patch-m50) and Another (crop-m45)"),
+            ({"compile": "default"}, "compile off (scratch, patch-m50) and default (crop-m45)"),
+            ({"attention": "fused"}, "attention plain (scratch, patch-m50) and fused (crop-m45)"),
+            ({"activation_checkpointing": True}, "activation checkpointing off (scratch, patch-m50) and on (crop-m45)"),
+            ({"threads": 2, "devices": 4}, "threads 1 (scratch, patch-m50) and 2 (crop-m45); devices 1 (scratch, "),
+        ],
+        ids=str,
+    )
+    def test_arms_that_ran_differently_are_cautioned_against(self, change, says):
+        params = make_params(THREE)
+        write_results(params)
+        for stage, seed in product(("pretrain", "finetune"), params.seeds):
+            edit_record(stage, "crop-m45", seed, **change)
+        report_on(params)
+        assert f"The arms did not run alike: {says}" in page_text()
+        assert "(crop-m45). Scores agree to rounding; seconds do not compare." in page_text()
+
+    @pytest.mark.usefixtures("_no_figures")
+    def test_an_arm_whose_stages_ran_differently_stands_with_both_and_bf16_is_said_to_round_coarsely(self):
+        write_results(make_params(THREE))
+        edit_record("pretrain", "patch-m50", 0, precision="bf16")
+        report_on(make_params(THREE))
+        says = "precision fp32 (scratch, patch-m50, crop-m45) and bf16 (patch-m50). Scores agree to rounding, which is"
+        assert says in page_text()
+
+    @pytest.mark.usefixtures("_no_figures")
+    def test_arms_that_ran_alike_are_not(self):
+        """What trains no arm, what follows from its mask, and what old records do not say: none is a difference."""
+        params = make_params(THREE)
+        write_results(params)
+        edit_record("pretrain", "scratch", 0, threads=8)  # of no step
+        for seed in params.seeds:
+            edit_record("pretrain", "crop-m45", seed, attention="fused")  # of another number of tokens than patch-m50
+            edit_record("evaluate", "crop-m45", seed, threads=8, device_name="NVIDIA H200")
+        file = paths.record("finetune", "patch-m50", 1)
+        write_json(file, {key: value for key, value in json.loads(file.read_text()).items() if key not in RAN_WITH})
+        report_on(params)
+        assert "did not run alike" not in page_text()
+
+    @pytest.mark.usefixtures("_no_figures")
+    def test_one_arm_is_compared_with_none(self):
+        params = make_params({"scratch": ARMS["scratch"]})
+        write_results(params)
+        edit_record("finetune", "scratch", 0, threads=8)
+        report_on(params)
+        assert "did not run alike" not in page_text()
 
     @pytest.mark.usefixtures("_no_figures")
     def test_seeds_are_said_to_be_few_until_they_are_not(self, report):
         assert "3 seeds are few" in (report[0] / "summary.md").read_text()
         params = make_params(PAIR, seeds=range(6))
         write_results(params, {"scratch": (10.0, 11.0, 12.0, 13.0, 14.0, 15.0), "patch-m50": (9.0,) * 6})
-        write_report(params)
+        report_on(params)
         assert "are few" not in page_text() and "n = 6" in page_text()
 
     def test_a_finished_report_is_printed_again_as_it_was(self, report, capsys, monkeypatch):

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from maskdm import cli, paths, publishing, tracking, ui
-from maskdm.config import parse_params
+from maskdm.config import Params, parse_params, resolve
 from maskdm.errors import UserError
 from maskdm.tracking import background, sender
 from maskdm.tracking.sender import Sender
@@ -24,6 +24,7 @@ from tests.tracked import (
     CONTENT,
     IMAGES,
     PARAMS,
+    RUN,
     SEED,
     all_runs,
     arm_runs,
@@ -52,7 +53,7 @@ def test_processes_on_a_fresh_database_lose_and_duplicate_nothing(senders: Path)
     code = """
         from maskdm.tracking import stage_run
         seed = int(sys.argv[2])
-        with stage_run(params, sys.argv[3], "scratch", seed) as run:
+        with stage_run(params, sys.argv[3], resolve(params, "scratch", seed)) as run:
             for step in range(200):
                 run.log(step, loss=1.0 / (step + 1))
     """
@@ -101,7 +102,7 @@ def test_an_arm_carries_its_curves_scores_timings_and_provenance(store: Store) -
     sections = {"model.dim": "64", "pretrain.lr": "0.002", "num_samples": "1000", "extractor": "classifier"}
     assert run.data.params.items() >= (own | sections).items()
     provenance = {"git_commit": "c0ffee", "data_sha256": "ab12", "version.torch": "2.7"}
-    tags = {"maskdm.kind": "arm", "maskdm.fingerprint": arm_key(PARAMS, ARM, SEED).fingerprint}
+    tags = {"maskdm.kind": "arm", "maskdm.fingerprint": arm_key(RUN).fingerprint}
     assert run.data.tags.items() >= (provenance | tags).items()
     (image,) = store.client.list_artifacts(run.info.run_id, "samples")
     assert image.path == "samples/grid-1.000.png"
@@ -153,7 +154,7 @@ def test_another_timing_is_no_contradiction(store: Store) -> None:
 @pytest.mark.parametrize("changed", [{"fid": 19.0}, {"losses": 20}])
 def test_a_contradicting_result_supersedes_the_run_and_keeps_its_stages(store: Store, changed: dict[str, Any]) -> None:
     write_results()
-    with tracking.stage_run(PARAMS, "evaluate", ARM, SEED):
+    with tracking.stage_run(PARAMS, "evaluate", RUN):
         publish()
         (before,) = arm_runs(store)
         write_results(**changed)
@@ -177,20 +178,38 @@ def test_other_params_supersede_the_run_and_its_stages(store: Store) -> None:
     log_run("pretrain", ARM, SEED, changed)
 
     (run,) = arm_runs(store)
-    assert run.data.tags["maskdm.fingerprint"] == arm_key(changed, ARM, SEED).fingerprint
+    assert run.data.tags["maskdm.fingerprint"] == arm_key(resolve(changed, ARM, SEED)).fingerprint
     assert [child.info.run_name for child in store.stages_of(PARAMS.name, run.info.run_id)] == ["pretrain"]
     assert [other.info.run_id for other in arm_runs(store, "scratch")] == [scratch.info.run_id]
     assert len(all_runs(store)) == 3
 
 
 def test_the_fingerprint_is_of_what_the_arm_does() -> None:
-    key = arm_key(PARAMS, ARM, SEED)
+    def fingerprint(params: Params = PARAMS, arm: str = ARM, seed: int = SEED) -> str:
+        return arm_key(resolve(params, arm, seed)).fingerprint
+
     fewer = params_with(name="other", seeds=[0], arms={ARM: CONTENT["arms"][ARM]}, tracking={"enabled": False})
-    assert arm_key(fewer, ARM, SEED).fingerprint == key.fingerprint
+    assert fingerprint(fewer) == fingerprint()
     slower = params_with(pretrain={**CONTENT["pretrain"], "lr": 1e-3})
-    assert arm_key(slower, ARM, SEED).fingerprint != key.fingerprint
-    assert arm_key(slower, "scratch", SEED).fingerprint == arm_key(PARAMS, "scratch", SEED).fingerprint
-    assert arm_key(PARAMS, ARM, 1).fingerprint != key.fingerprint
+    assert fingerprint(slower) != fingerprint()
+    assert fingerprint(slower, "scratch") == fingerprint(PARAMS, "scratch")
+    assert fingerprint(seed=1) != fingerprint()
+    assert fingerprint(with_compute(threads=2, compile="default", devices=4)) == fingerprint()  # rounding alone
+    assert fingerprint(with_compute(precision="bf16")) != fingerprint()
+
+
+def with_compute(**changes: Any) -> Params:
+    return params_with(compute={**CONTENT["compute"], **changes})
+
+
+def test_how_it_is_computed_is_no_contradiction(store: Store) -> None:
+    write_results()
+    publish()
+    before = snapshot(store)
+    publish(with_compute(threads=2, attention="fused", activation_checkpointing=True))
+    assert snapshot(store) == before
+    (run,) = arm_runs(store)
+    assert {key for key in run.data.params if key.startswith("compute.")} == {"compute.device", "compute.precision"}
 
 
 def test_a_stage_does_not_publish_what_later_stages_left_of_an_older_run(store: Store) -> None:
@@ -239,7 +258,7 @@ def test_a_rerun_of_a_stage_takes_the_place_of_the_older(store: Store) -> None:
 def test_a_failing_stage_is_marked_and_its_exception_is_unchanged(
     store: Store, error: BaseException, status: str
 ) -> None:
-    with pytest.raises(type(error)) as raised, tracking.stage_run(PARAMS, "finetune", ARM, SEED) as run:
+    with pytest.raises(type(error)) as raised, tracking.stage_run(PARAMS, "finetune", RUN) as run:
         run.log(100, loss=2.0)
         raise error
     assert raised.value is error
@@ -255,7 +274,7 @@ def test_a_killed_stage_keeps_what_it_logged(store: Store, project: Path) -> Non
         import time
         from maskdm.tracking import background, stage_run
         background.start_sender = lambda root: False
-        with stage_run(params, "finetune", "patch-m50", 0) as run:
+        with stage_run(params, "finetune", resolve(params, "patch-m50", 0)) as run:
             for step in range(100):
                 run.log(step, loss=float(step))
             print("logged", flush=True)
@@ -287,7 +306,7 @@ def test_a_killed_stage_keeps_what_it_logged(store: Store, project: Path) -> Non
 def test_killed_senders_lose_and_duplicate_nothing(store: Store, senders: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(background, "start_sender", lambda root: False)
     for stage in ("pretrain", "finetune", "sample"):
-        with tracking.stage_run(PARAMS, stage, ARM, SEED) as run:
+        with tracking.stage_run(PARAMS, stage, RUN) as run:
             for step in range(3000):
                 run.log(step, loss=float(step))
                 if step % 100 == 0:
@@ -396,9 +415,9 @@ def test_an_unreachable_server_costs_no_time_and_is_told_once_by_the_next_stage(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{free_port()}")
     write_results()
     started = time.monotonic()
-    with tracking.stage_run(PARAMS, "finetune", ARM, SEED) as run:
+    with tracking.stage_run(PARAMS, "finetune", RUN) as run:
         run.log(1, loss=1.0)
-    tracking.publish_arm(PARAMS, ARM, SEED)
+    tracking.publish_arm(RUN)
     assert time.monotonic() - started < 0.5
     assert capfd.readouterr().err == ""
 
@@ -409,7 +428,7 @@ def test_an_unreachable_server_costs_no_time_and_is_told_once_by_the_next_stage(
     assert line.startswith("MLflow at http://127.0.0.1:")
     assert len(spools(project)) == 2
 
-    with tracking.stage_run(PARAMS, "sample", ARM, SEED):
+    with tracking.stage_run(PARAMS, "sample", RUN):
         pass
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("warning: tracking: MLflow at http://127.0.0.1:") and "could not be reached" in line
@@ -484,7 +503,7 @@ def test_results_of_another_folder_are_published(store: Store, project: Path, mo
     experiment.mkdir(parents=True)
     monkeypatch.chdir(experiment)
     write_results()
-    tracking.publish_arm(PARAMS, ARM, SEED)
+    tracking.publish_arm(RUN)
     monkeypatch.chdir(project)
     send()
     (run,) = arm_runs(store)
@@ -493,11 +512,11 @@ def test_results_of_another_folder_are_published(store: Store, project: Path, mo
 
 def test_the_sender_sees_the_params_of_the_stage(project: Path) -> None:
     params = params_with(arms={**CONTENT["arms"], ARM: {"strategy": "patch", "mask_rate": 0.5, "pretrain": {"lr": 1}}})
-    tracking.publish_arm(params, ARM, SEED)
+    tracking.publish_arm(resolve(params, ARM, SEED))
     (spool,) = spools(project)
     event = next(event for event in SpoolReader(spool).unsent() if event.kind == "publish")
     assert parse_params(event.fields["params"]) == params
-    assert list(arm_key(parse_params(event.fields["params"]), ARM, SEED)) == list(event.fields["arm"].values())
+    assert list(arm_key(resolve(parse_params(event.fields["params"]), ARM, SEED))) == list(event.fields["arm"].values())
 
 
 def test_a_place_that_cannot_be_written_costs_one_warning(project: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -534,10 +553,10 @@ def test_a_stage_imports_no_mlflow_and_spends_next_to_nothing(project: Path) -> 
         from maskdm.tracking import background, publish_arm, stage_run
         background.start_sender = lambda root: False
         started = time.process_time()
-        with stage_run(params, "finetune", "patch-m50", 0) as run:
+        with stage_run(params, "finetune", resolve(params, "patch-m50", 0)) as run:
             for step in range(1000):
                 run.log(step, loss=1.0, lr=0.1)
-        publish_arm(params, "patch-m50", 0)
+        publish_arm(resolve(params, "patch-m50", 0))
         print(time.process_time() - started < 0.2)
         print([name for name in ("mlflow", "torch", "sqlalchemy") if name in sys.modules])
     """
@@ -570,12 +589,12 @@ def test_disabled_tracking_imports_no_mlflow_and_writes_nothing(project: Path) -
         from pathlib import Path
         from maskdm.tracking import publish_arm, stage_run
         off = params.model_copy(update={"tracking": params.tracking.model_copy(update={"enabled": False})})
-        with stage_run(off, "finetune", "scratch", 0) as run:
+        with stage_run(off, "finetune", resolve(off, "scratch", 0)) as run:
             run.log(1, loss=1.0)
             run.params(a=1)
             run.tags(b=2)
             run.figure(Path("missing.png"))
-        publish_arm(off, "scratch", 0)
+        publish_arm(resolve(off, "scratch", 0))
         print([name for name in ("mlflow", "torch", "sqlalchemy") if name in sys.modules])
     """
     assert run_python(code).communicate(timeout=60) == ("[]\n", "")

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from maskdm import paths, publishing, tracking
+from maskdm.config import resolve
 from maskdm.tracking import background, spool, stage_runs
 from maskdm.tracking.sender import Sender
 from maskdm.tracking.spool import SpoolReader, spools
@@ -22,6 +23,7 @@ from tests.tracked import (
     ARM,
     CONTENT,
     PARAMS,
+    RUN,
     SEED,
     SlowProxy,
     all_runs,
@@ -57,7 +59,7 @@ def run_killed_stage(key: str = KEY) -> None:
         import time
         from maskdm.tracking import background, stage_run
         background.start_sender = lambda root: False
-        with stage_run(params, "finetune", "patch-m50", 0, key=sys.argv[2]) as run:
+        with stage_run(params, "finetune", resolve(params, "patch-m50", 0), key=sys.argv[2]) as run:
             run.params(lr=0.002, threads=4)
             for step in range(int(sys.argv[3])):
                 run.log(step, loss=float(step), images_per_second=100.0)
@@ -73,7 +75,7 @@ def run_killed_stage(key: str = KEY) -> None:
 
 def resume_stage(params: Any = PARAMS, key: str = KEY, first: int = RESUMED_AT, look: Callable[[], None] = int) -> None:
     """The same stage again, from an older state to its end, on a machine that is twice as fast."""
-    with tracking.stage_run(params, "finetune", ARM, SEED, key=key) as run:
+    with tracking.stage_run(params, "finetune", resolve(params, ARM, SEED), key=key) as run:
         run.params(lr=0.002, threads=2, seed=0)
         for step in range(first, END):
             run.log(step, loss=float(step), images_per_second=200.0)
@@ -150,7 +152,7 @@ def test_work_that_is_taken_up_after_other_params_finds_its_run_again(store: Sto
 
 
 def test_the_end_of_the_killed_process_does_not_end_the_run_of_the_one_that_goes_on(store: Store) -> None:
-    with pytest.raises(KeyboardInterrupt), tracking.stage_run(PARAMS, "finetune", ARM, SEED, key=KEY) as run:
+    with pytest.raises(KeyboardInterrupt), tracking.stage_run(PARAMS, "finetune", RUN, key=KEY) as run:
         run.params(lr=0.002, threads=4)
         for step in range(KILLED_AT):
             run.log(step, loss=float(step), images_per_second=100.0)
@@ -187,7 +189,7 @@ def test_a_key_costs_a_fresh_run_no_request(counting: tuple[Sender, Counter[str]
     asked = []
     for key in (None, None, KEY):  # the first makes the experiment and the arm run, too
         calls.clear()
-        with tracking.stage_run(PARAMS, "finetune", ARM, SEED, key=key) as run:
+        with tracking.stage_run(PARAMS, "finetune", RUN, key=key) as run:
             run.params(lr=0.002)
             run.log(1, loss=1.0)
         worker.send()
@@ -226,7 +228,7 @@ def test_a_server_killed_midway_gets_everything_once_when_it_is_back(
     database.parent.mkdir()
     shutil.copy(empty_database, database)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
-    with tracking.stage_run(PARAMS, "finetune", ARM, SEED, key=KEY) as run:
+    with tracking.stage_run(PARAMS, "finetune", RUN, key=KEY) as run:
         with mlflow_server(database, port):
             for step in range(100):
                 run.log(step, loss=float(step))
@@ -330,7 +332,7 @@ def test_a_disk_that_fills_up_while_a_stage_logs_costs_one_warning(
         from maskdm.tracking import background, stage_run
         from pathlib import Path
         background.start_sender = lambda root: False
-        with stage_run(params, "finetune", "patch-m50", 0) as run:
+        with stage_run(params, "finetune", resolve(params, "patch-m50", 0)) as run:
             for step in range(1000):
                 run.log(step, loss=float(step))
             run.figure(Path("curve.png"))
@@ -433,7 +435,7 @@ def test_a_clock_that_starts_in_1970_is_the_clock_of_the_later_process(
 
 
 def test_a_clock_that_jumps_back_within_a_stage(store: Store, set_clock: Callable[[int], None]) -> None:
-    with tracking.stage_run(PARAMS, "finetune", ARM, SEED) as run:
+    with tracking.stage_run(PARAMS, "finetune", RUN) as run:
         for step in range(100):
             run.log(step, loss=float(step))
         set_clock(-HOUR_NS)

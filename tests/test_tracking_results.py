@@ -15,7 +15,8 @@ import pytest
 from maskdm import paths, publishing, tracking
 from maskdm.architecture import architecture_of
 from maskdm.checkpoint import save_tensors
-from maskdm.config import Params, load_params
+from maskdm.config import Params, load_params, resolve
+from maskdm.config.jobs import Jobs
 from maskdm.errors import UserError
 from maskdm.tracking import saved_view
 from maskdm.tracking.store import Store, arm_key
@@ -34,6 +35,7 @@ from tests.tracked import (
     publish,
     send,
     snapshot,
+    stamp,
     write_data,
     write_metrics,
     write_record,
@@ -46,12 +48,13 @@ pytest_plugins = ["tests.tracked_project"]
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed database:ResourceWarning")
 
 TRIALS = {"given": {}, "low": {"pretrain.lr": 1e-3, "finetune.lr": 1e-3}, "large": {"finetune.batch_size": 256}}
-TUNED = params_with(tuning={**CONTENT["tuning"], "enabled": True, "trials": TRIALS})
+TUNED = params_with(tuning={**CONTENT["tuning"], "trials": TRIALS})
 
 
-def publish_report(params: Params = PARAMS) -> None:
-    """What the report does, with every arm's values as given."""
-    tracking.publish_report(params, dict.fromkeys(params.arms, params))
+def publish_report(params: Params = PARAMS, made_with: Params | None = None) -> None:
+    """What the report does with all that there is in results/; unless said otherwise it was made with these params."""
+    stamp(made_with or params)
+    tracking.publish_report(Jobs(params))
     send()
 
 
@@ -59,9 +62,8 @@ def write_trial(trial: str = "low", arm: str = ARM, kid: float | None = 0.02, **
     """What `tune` leaves of a trial; no KID stands for one that has failed."""
     scores = {"fid": 30.0, "kid": kid, "kid_std": 0.001, "precision": 0.5, "recall": 0.5}
     result = {"arm": arm, "trial": trial, "values": TRIALS[trial], "seed": 1000, "budget_fraction": 0.3}
-    state = {"trained": True, "failed": "the loss is not finite"} if kid is None else {"trained": True, "failed": None}
-    known = dict.fromkeys(scores) if kid is None else scores
-    publishing.publish_json(paths.trial(arm, trial), {**result, **state, **known, "data_sha256": "ab12", **changes})
+    known = {**dict.fromkeys(scores), "failed": "the loss is not finite"} if kid is None else {**scores, "failed": None}
+    publishing.publish_json(paths.trial(arm, trial), {**result, **known, "data_sha256": "ab12", **changes})
     record = {"wall_seconds": 12.0, "device_seconds": 9.0, "git_commit": "c0ffee", "versions": {"torch": "2.7"}}
     publishing.publish_json(paths.record("tune", arm, trial=trial), record)
 
@@ -246,11 +248,11 @@ def test_a_trial_that_failed_is_shown_as_failed(store: Store) -> None:
 
 def test_a_trial_that_ran_keeps_its_curve_and_gets_its_scores(store: Store) -> None:
     for _ in range(2):  # a rerun takes the place of the older run
-        with tracking.stage_run(TUNED, "tune", ARM, trial="low") as run:
+        with tracking.stage_run(TUNED, "tune", resolve(TUNED, ARM, 0, "low")) as run:
             run.params(**TRIALS["low"])
             run.log(100, loss=0.5)
         send()
-    with tracking.stage_run(TUNED, "tune", "scratch", trial="low"):
+    with tracking.stage_run(TUNED, "tune", resolve(TUNED, "scratch", 0, "low")):
         pass
     write_trial()
     publish_report(TUNED)
@@ -265,12 +267,33 @@ def test_a_trial_that_ran_keeps_its_curve_and_gets_its_scores(store: Store) -> N
 
 
 def test_without_tuning_there_are_no_trials(store: Store) -> None:
-    with tracking.stage_run(PARAMS, "tune", ARM, trial="given") as run:
-        run.log(1, loss=1.0)
-    write_trial("given", trained=False)
-    publish_report(PARAMS)
-    publish_report(TUNED)  # the file says that nothing was trained
+    write_trial("given")
+    publish_report(PARAMS, made_with=TUNED)
     assert all_runs(store) == []
+
+
+def test_a_trial_that_is_out_of_date_is_not_published_with_the_values_of_today(store: Store) -> None:
+    for trial in TRIALS:
+        write_trial(trial)
+    others = {**TRIALS, "low": {"pretrain.lr": 5e-4, "finetune.lr": 5e-4}}
+    publish_report(params_with(tuning={**CONTENT["tuning"], "trials": others}), made_with=TUNED)
+    assert set(trial_runs(store)) == {"given", "large"}
+
+
+@pytest.mark.parametrize(
+    ("section", "has_pretrained"), [("pretrain", False), ("finetune", True)], ids=["pretrain", "finetune"]
+)
+def test_an_arm_that_is_out_of_date_is_not_published_with_the_params_of_today(
+    store: Store, section: str, has_pretrained: bool
+) -> None:
+    write_results()
+    publish_report(params_with(**{section: {**CONTENT[section], "lr": 1e-3}}), made_with=PARAMS)
+    runs = arm_runs(store)
+    assert bool(runs) == has_pretrained
+    for run in runs:  # of its pretraining, which is of today
+        assert run.data.params["finetune.lr"] == "0.001"
+        assert {"pretrain/loss", "pretrain_seconds"} <= set(run.data.metrics)
+        assert not {"fid", "finetune/loss", "finetune_seconds"} & set(run.data.metrics)
 
 
 @pytest.mark.parametrize(
@@ -320,11 +343,14 @@ def test_a_damaged_manifest_costs_only_the_dataset(store: Store) -> None:
 
 def test_stages_and_report_agree_on_a_tuned_arm(store: Store) -> None:
     chosen = TUNED.with_values(ARM, TRIALS["low"])
-    assert arm_key(chosen, ARM, SEED).fingerprint != arm_key(TUNED, ARM, SEED).fingerprint
+    assert arm_key(resolve(chosen, ARM, SEED)).fingerprint != arm_key(resolve(TUNED, ARM, SEED)).fingerprint
     log_run("pretrain", ARM, SEED, chosen)
+    for arm in TUNED.arms:
+        for trial in TRIALS:
+            write_trial(trial, arm)
+    publishing.publish_description(paths.chosen(ARM), {"arm": ARM, "trial": "low", "values": TRIALS["low"]})
     write_results()
-    tracking.publish_report(params_with(seeds=[0], tuning=TUNED.tuning.model_dump()), {ARM: chosen})
-    send()
+    publish_report(TUNED)
     (run,) = arm_runs(store)
     assert run.data.params["pretrain.lr"] == "0.001"
     assert len(store.stages_of(PARAMS.name, run.info.run_id)) == 1
@@ -475,8 +501,9 @@ def test_the_best_arm_is_the_best_over_all_seeds(store: Store) -> None:
     assert aliases(store)["best"] == aliases(store)["scratch"]
     assert store.client.get_model_version_by_alias(PARAMS.name, ARM).tags["mean_fid"] == "21"
 
-    paths.metrics("scratch", 1).unlink()  # an arm with a seed missing is not compared
-    publish_report(PARAMS)
+    (paths.finetune("scratch", 1) / "curve.csv").unlink()  # an arm with a seed missing is not compared
+    tracking.publish_report(Jobs(PARAMS))
+    send()
     assert aliases(store)["best"] == aliases(store)[ARM]
 
 
@@ -528,9 +555,7 @@ def test_the_best_model_draws_what_the_stage_sample_drew(
 ) -> None:
     assert project == finished.folder  # both are in tmp_path
     finished.change(tracking={"enabled": True})
-    params = load_params()
-    chosen = {arm: json.loads(paths.chosen(arm).read_text())["values"] for arm in params.arms}
-    tracking.publish_report(params, {arm: params.with_values(arm, values) for arm, values in chosen.items()})
+    tracking.publish_report(Jobs(load_params()))
     send()
     code = """
         import hashlib, sys, mlflow, pandas as pd

@@ -15,9 +15,10 @@ import yaml
 
 from maskdm import tracking
 from maskdm.config import Params, load_params
+from maskdm.config.jobs import Jobs
 from maskdm.tracking.store import Store
 from tests.conftest import TINY
-from tests.tracked import free_port, run_ui, send, write_data, write_results, write_verdicts
+from tests.tracked import free_port, run_ui, send, stamp, write_data, write_results, write_verdicts
 
 pytest_plugins = ["tests.tracked_project"]
 # SQLAlchemy's pool closes its connections only when the process ends; Python 3.13 notices.
@@ -75,9 +76,10 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def params(project: Path, store: Store) -> Params:
-    """The arms of the tiny experiment with two seeds, in the store."""
+    """The arms of the tiny experiment with two seeds and their values as given, in the store."""
     content = yaml.safe_load(TINY.read_text(encoding="utf-8"))
     content |= {"seeds": [0, 1], "arms": {arm: content["arms"][arm] for arm in FIDS}}
+    content["tuning"]["trials"] = {}
     (project / "params.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     write_data()
     for arm, fids in FIDS.items():
@@ -85,7 +87,8 @@ def params(project: Path, store: Store) -> Params:
             write_results(arm, seed, fid)
     write_verdicts(scratch=1.0, patch_m50=0.61, block2_m75=None)
     params = load_params()
-    tracking.publish_report(params, dict.fromkeys(params.arms, params))
+    stamp(params)
+    tracking.publish_report(Jobs(params))
     send()
     return params
 

@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from maskdm import paths, publishing, tracking
-from maskdm.config import Params, parse_params
+from maskdm.config import Params, parse_params, resolve
+from maskdm.config.jobs import Jobs
 from maskdm.tracking import arm_content, background
 from maskdm.tracking.sender import Sender
 from maskdm.tracking.spool import tracking_folder
 from maskdm.tracking.store import Store
+from tests.made_up_results import stamp_outputs
 
 ARM, SEED = "patch-m50", 0
 IMAGES = 12800  # from one row of a curve to the next
@@ -42,7 +44,7 @@ CONTENT: dict[str, Any] = {
     "sampling": {},
     "evaluation": {},
     "compute": {"device": "cpu", "precision": "fp32"},
-    "tuning": {"enabled": False, "seed": 1000, "budget_fraction": 0.3, "trials": {"given": {}}},
+    "tuning": {"seed": 1000, "budget_fraction": 0.3, "trials": {}},
     "arms": {"scratch": {"strategy": "none"}, ARM: {"strategy": "patch", "mask_rate": 0.5}},
 }
 
@@ -52,6 +54,7 @@ def params_with(**sections: Any) -> Params:
 
 
 PARAMS = params_with()
+RUN = resolve(PARAMS, ARM, SEED)
 
 
 def write_results(arm: str = ARM, seed: int = SEED, fid: float = 20.0, losses: int = 30) -> None:
@@ -126,14 +129,31 @@ def send() -> None:
     assert worker._num_failures == 0
 
 
+def stamp(params: Params) -> None:
+    """Stamp what the stages have left in results/, and with it what they read: empty where it is not there."""
+    for folder in (paths.DATA, paths.FEATURES):
+        folder.mkdir(parents=True, exist_ok=True)
+    for arm in params.arms:
+        if not paths.chosen(arm).exists():
+            publishing.publish_description(paths.chosen(arm), {"arm": arm, "trial": "given", "values": {}})
+        for seed in params.seeds:
+            paths.pretrain(arm, seed).mkdir(parents=True, exist_ok=True)
+    if not paths.SCALE.exists():
+        publishing.publish_json(paths.SCALE, {})
+    for job in Jobs(params).all():
+        if not job.record.exists():
+            publishing.publish_json(job.record, {})
+    stamp_outputs(params)
+
+
 def publish(params: Params = PARAMS, arm: str = ARM, seed: int = SEED, **through: str) -> None:
-    tracking.publish_arm(params, arm, seed, **through)
+    tracking.publish_arm(resolve(params, arm, seed), **through)
     send()
 
 
 def log_run(stage: str = "prepare", arm: str | None = None, seed: int | None = None, params: Params = PARAMS) -> None:
     """A stage that does nothing."""
-    with tracking.stage_run(params, stage, arm, seed):
+    with tracking.stage_run(params, stage, None if arm is None else resolve(params, arm, seed or 0)):
         pass
     send()
 
@@ -147,8 +167,9 @@ def sender_pid(root: Path) -> int | None:
         try:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            wait_until(lambda: lock.read_text().endswith("\n"))
-            return int(lock.read_text())
+            texts = [""]  # a sender that starts empties what the one before has written
+            wait_until(lambda: texts.append(lock.read_text()) or texts[-1].endswith("\n"))
+            return int(texts[-1])
     return None
 
 
@@ -199,7 +220,7 @@ def run_python(
     """Start code in a process of its own, with PARAMS as `params`; `before` is called in it first."""
     preamble = """
         import json, sys
-        from maskdm.config import parse_params
+        from maskdm.config import parse_params, resolve
         params = parse_params(json.loads(sys.argv[1]))
     """
     root = str(Path(tracking.__file__).parents[2])

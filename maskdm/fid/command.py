@@ -62,7 +62,7 @@ def wanted_of(options: argparse.Namespace) -> Wanted:
         options.resize_filter,
         options.num_samples,
         options.seed,
-        ComputeConfig(device=options.device, threads=options.threads),
+        ComputeConfig(device=options.device, precision="auto", threads=options.threads),
     )
 
 

@@ -11,13 +11,12 @@ import numpy as np
 
 from maskdm import device, exported, exported_config, paths
 from maskdm.checkpoint import load_tensors
-from maskdm.config import MOST_BYTES, PARAMS_FILE, ComputeConfig, Params, load_params, parse_params
+from maskdm.config import MAX_BYTES, PARAMS_FILE, ComputeConfig, Params, load_params, parse_params
+from maskdm.config.stamps import read_stamp
 from maskdm.device import Compute
 from maskdm.drawing import draw_images, load_model
 from maskdm.errors import UserError
 from maskdm.protocol import drawn_as
-from maskdm.stages import finetune, pretrain
-from maskdm.stages.inputs import read_json
 
 LOGGED_WEIGHTS, LOGGED_PARAMS = "weights.safetensors", "params.json"  # in `artifacts` of a model that MLflow logged
 
@@ -113,28 +112,26 @@ def _flip_of_export(params: Params, source: Mapping[str, Any]) -> float | None:
 
 
 def _flip_of_checkpoint(place: Path) -> float | None:
-    """None unless it was trained with what params.yaml says now, or with one of its trials."""
-    params, stage, arm = _experiment_of(place)
-    run = place.parent / finetune.RUN
-    if not arm or params.pretrain_of(arm).checkpoint is not None or not run.is_file():
+    """From the stamp of its folder; None where there is none, or where it may have begun from weights of elsewhere."""
+    folder = place.absolute().parent
+    stamp = first = read_stamp(folder)
+    if stamp is not None and stamp.stage == "finetune":
+        *_, arm, seed = folder.parts
+        first = read_stamp(folder.parents[2] / "pretrain" / arm / seed)
+        if first is not None and stamp.inputs.get(f"{paths.RESULTS}/pretrain/{arm}/{seed}") != first.content:
+            return None  # pretrained again since
+    if stamp is None or first is None or "pretrain.checkpoint" in first.inputs:
         return None
-    try:
-        trained_with = read_json(run, stage).get("trained_with")
-    except UserError:
-        return None
-    tried = params.tuning.trials.values() if params.tuning.enabled else ()
-    for one in (params, *(params.with_values(arm, values) for values in tried)):
-        if trained_with == (pretrain.trained_with(one, arm) if stage == "pretrain" else one.trained_with(arm)):
-            return one.training.flip
-    return None
+    flip = stamp.values.get("training", {}).get("flip")
+    return None if flip is None else float(flip)
 
 
 def _read_params(path: Path) -> Params:
     try:
         with path.open("rb") as file:
-            text = file.read(MOST_BYTES + 1)
-        if len(text) > MOST_BYTES:
-            raise ValueError(f"it is larger than {MOST_BYTES} bytes")
+            text = file.read(MAX_BYTES + 1)
+        if len(text) > MAX_BYTES:
+            raise ValueError(f"it is larger than {MAX_BYTES} bytes")
         content = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} can't be read ({error})") from None

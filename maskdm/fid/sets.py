@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
@@ -50,7 +51,7 @@ class Wanted:
     resize_filter: Literal["lanczos", "bicubic"] = "lanczos"
     num_samples: int | None = None
     seed: int = 0
-    machine: ComputeConfig = field(default_factory=ComputeConfig)
+    machine: ComputeConfig = field(default_factory=partial(ComputeConfig, device="auto", precision="auto"))
 
 
 @dataclass(frozen=True)
@@ -268,10 +269,6 @@ class _OfOneSize(Collection):
     def reading_order(self, numbers: Numbers) -> Numbers | None:
         """As the base class says."""
         return self._inner.reading_order(numbers)
-
-    def stamp(self, numbers: Numbers) -> str:
-        """As the base class says."""
-        return self._inner.stamp(numbers)
 
 
 def _file(collection: Collection, number: int, most_bytes: int) -> bytes:

@@ -12,8 +12,8 @@ from importlib import metadata
 
 import torch
 
-from maskdm.compute import StagePlan
-from maskdm.config import Params, fingerprint
+from maskdm.checksums import short_hash
+from maskdm.config import Params, Training
 from maskdm.device import Compute
 from maskdm.plan.bench import Bench, open_images
 from maskdm.plan.store import Measurement, MeasurementStore
@@ -77,7 +77,7 @@ class Calibration:
     day: str = ""
     machine: str = field(default="this machine")
 
-    def compute_seconds(self, plan: StagePlan, micro_batch_size: int | None) -> float:
+    def compute_seconds(self, plan: Training, micro_batch_size: int | None) -> float:
         """One training step without its data: forward and backward of all micro-batches, and the update."""
         micro = micro_batch_size or plan.batch_size
         return plan.batch_size / micro * self._pass_seconds(micro, plan.num_visible) + self.update
@@ -87,7 +87,7 @@ class Calibration:
         nearest = min(self.gathers, key=lambda size: abs(size - batch_size))
         return self.gathers[nearest] * batch_size / nearest
 
-    def step_seconds(self, plan: StagePlan, micro_batch_size: int | None) -> float:
+    def step_seconds(self, plan: Training, micro_batch_size: int | None) -> float:
         """One whole training step."""
         return self.compute_seconds(plan, micro_batch_size) + self.gather_seconds(plan.batch_size)
 
@@ -247,7 +247,7 @@ class _Measure:
         }[name]
         image = (p.dataset.image_size, p.dataset.channels)
         precision = self._compute.describe()
-        return fingerprint(
+        return short_hash(
             machine(),
             precision,
             p.compute.attention,

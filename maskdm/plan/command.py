@@ -71,7 +71,7 @@ def words(
         + (f" Windows of crop in patches: {windows}." if windows else ""),
         _words_on_time(outlook.calibration, missing),
         _words_on_gpus(outlook),
-        *([_words_on_devices(params.training.devices)] if params.training.devices > 1 else []),
+        *([_words_on_devices(params.compute.devices)] if params.compute.devices > 1 else []),
         _words_on_memory(compute),
         _words_on_disk(estimates),
         *([_words_on_tuning(params)] if estimates.tuning else []),
@@ -151,7 +151,7 @@ def _words_on_gpus(outlook: Outlook) -> str:
 
 def _words_on_devices(num_devices: int) -> str:
     return (
-        f"training.devices is {num_devices}: memory is that of each, with its share of a batch; times are those of one "
+        f"compute.devices is {num_devices}: memory is that of each, with its share of a batch; times are those of one "
         "alone, which several divide between them where they do not share cores."
     )
 

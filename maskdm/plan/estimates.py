@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property, partial
+from functools import cached_property
 from math import ceil
 from typing import Literal
 
 import torch
 
-from maskdm.compute import StagePlan, build_model, image_flops, plan_arm
-from maskdm.config import Params, StageConfig, fingerprint
+from maskdm.checksums import short_hash
+from maskdm.compute import build_model
+from maskdm.config import Params, Run, Training, resolve
 from maskdm.device import Compute
 from maskdm.memory import NUM_CLASSES, MemoryCounter, micro_batch_size
 from maskdm.plan.calibration import Calibration, Work, machine
-from maskdm.plan.steps import forward_flops
 from maskdm.plan.store import Measurement, MeasurementStore
 
 FLOAT32 = 4
@@ -98,21 +98,27 @@ class Estimates:
     resumable: float
 
 
+def forward_flops(params: Params) -> float:
+    """FLOPs of one evaluation of the network on one whole image.
+
+    Training costs three times that, but for the first layers, whose inputs need no gradient.
+    """
+    model, num_patches = params.model, params.grid.num_patches
+    first = num_patches * params.patch_dim * model.dim + (4 * model.dim**2 if model.mlp_time_embed else 0)
+    return (params.image_flops(num_patches) + 2 * first) / 3
+
+
 def work_of(params: Params, compute: Compute) -> Work:
     """What has to be timed: the shapes of all planned stages; trials are scaled from them."""
     steps, batches = set[tuple[int, int]](), set[int]()
     for arm in params.arms:
-        plan = plan_arm(params, arm)
-        for stage, config, on in (
-            (plan.pretrain, params.pretrain_of(arm), params.for_pretraining(arm)),
-            (plan.finetune, params.finetune_of(arm), params),
-        ):
+        run = resolve(params, arm, params.seeds[0])
+        for stage in (run.pretrain, run.finetune):
             if stage.num_steps:
-                micro = micro_batch_size(on, compute, config, stage.num_visible, params.training.devices)
-                steps.add((micro, stage.num_visible))
+                steps.add((micro_batch_of(stage, compute), stage.num_visible))
                 batches.add(stage.batch_size)
     num_patches, sampled = params.grid.num_patches, min(params.sampling.batch_size, params.sampling.num_samples)
-    return Work(frozenset(steps), frozenset(batches), sampled, num_patches, partial(image_flops, params))
+    return Work(frozenset(steps), frozenset(batches), sampled, num_patches, params.image_flops)
 
 
 def estimate(params: Params, compute: Compute, calibration: Calibration | None, store: MeasurementStore) -> Estimates:
@@ -125,7 +131,7 @@ def estimate(params: Params, compute: Compute, calibration: Calibration | None, 
         store: remembers counted memory.
     """
     estimator = _Estimator(params, compute, calibration, store)
-    arms = {arm: estimator.stages(params, arm) for arm in params.arms}
+    arms = {arm: estimator.stages(resolve(params, arm, params.seeds[0])) for arm in params.arms}
     one_seed = total_of([stage for stages in arms.values() for stage in stages])
     store.save()
     return Estimates(
@@ -134,6 +140,12 @@ def estimate(params: Params, compute: Compute, calibration: Calibration | None, 
         tuning=estimator.tuning(),
         resumable=estimator.resumable,
     )
+
+
+def micro_batch_of(training: Training, compute: Compute) -> int:
+    """Images of a rank that enter the network at once."""
+    devices = training.params.compute.devices
+    return micro_batch_size(training.params, compute, training.config, training.num_visible, devices)
 
 
 def total_of(stages: list[StageEstimate] | list[Total]) -> Total:
@@ -176,17 +188,16 @@ class _Estimator:
         """A state beside the one that replaces it, and the milestones so far beside the output that they go to."""
         return (2 * SETS_TO_RESUME + SETS_KEPT * len(self._params.budget.milestones)) * self.weights
 
-    def stages(self, params: Params, arm: str) -> list[StageEstimate]:
+    def stages(self, run: Run) -> list[StageEstimate]:
         """The stages of an arm that do something."""
-        plan, num_milestones = plan_arm(params, arm), len(params.budget.milestones)
-        if not plan.pretrain.num_steps:  # the stage `pretrain` publishes the initialisation, and that is all
-            finetune = self._trained("finetune", plan.finetune, params.finetune_of(arm), 1 + num_milestones)
-            return [finetune, self._sampled(num_milestones)]
-        pretraining = self if params.pretrain_of(arm).dataset is None else self._on(params.for_pretraining(arm))
+        num_milestones = len(run.milestones)
+        if not run.pretrain.num_steps:  # the stage `pretrain` publishes the initialisation, and that is all
+            return [self._trained(run.finetune, 1 + num_milestones), self._sampled(num_milestones)]
+        pretraining = self if run.params.pretrain_of(run.arm).dataset is None else self._on(run.pretrain.params)
         return [
-            pretraining._trained("pretrain", plan.pretrain, params.pretrain_of(arm), 1),
-            self._trained("finetune", plan.finetune, params.finetune_of(arm), num_milestones),
-            self._sampled(num_milestones + params.sampling.primer * (1 + (plan.pretrain.num_visible == 1))),
+            pretraining._trained(run.pretrain, 1),
+            self._trained(run.finetune, num_milestones),
+            self._sampled(num_milestones + run.params.sampling.primer * (1 + (run.pretrain.num_visible == 1))),
         ]
 
     def _on(self, params: Params) -> _Estimator:
@@ -199,24 +210,22 @@ class _Estimator:
         if not params.tuning.enabled:
             return None
         trials = [
-            total_of(self.stages(params.for_trial(arm, values), arm))
+            total_of(self.stages(resolve(params, arm, params.tuning.seed, trial)))
             for arm in params.arms
-            for values in params.tuning.trials.values()
+            for trial in params.tuning.trials
         ]
         total = total_of(trials)
         return Tuning(len(trials), Total(total.flops, total.memory, 0, total.seconds))
 
-    def _trained(
-        self, name: Literal["pretrain", "finetune"], plan: StagePlan, config: StageConfig, num_checkpoints: int
-    ) -> StageEstimate:
+    def _trained(self, plan: Training, num_checkpoints: int) -> StageEstimate:
         calibration = self._calibration
-        devices = self._params.training.devices
-        micro = micro_batch_size(self._params, self._compute, config, plan.num_visible, devices)
-        held = self.weights if name == "finetune" else 0  # what it starts from
+        devices = self._params.compute.devices
+        micro = micro_batch_of(plan, self._compute)
+        held = self.weights if plan.stage == "finetune" else 0  # what it starts from
         return StageEstimate(
-            stage=name,
+            stage=plan.stage,
             num_visible=plan.num_visible,
-            num_patches=self._params.grid.num_patches,
+            num_patches=plan.grid.num_patches,
             num_steps=plan.num_steps,
             batch_size=plan.batch_size,
             micro_batch_size=micro,
@@ -250,7 +259,7 @@ class _Estimator:
         """Counted once, and remembered: counting takes half a second."""
         params, precision = self._params, self._compute.describe()
         image = (params.dataset.image_size, params.dataset.channels)
-        key = fingerprint("memory", machine(), precision, params.compute, params.model, image, kind, arguments)
+        key = short_hash("memory", machine(), precision, params.compute, params.model, image, kind, arguments)
         if (known := self._store.get(key)) is None:
             known = Measurement(getattr(self._counter, kind)(*arguments), 0.0, datetime.now(UTC).date().isoformat())
             self._store.put(key, known)

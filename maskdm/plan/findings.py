@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from maskdm.compute import ArmPlan, StagePlan, plan_arm
-from maskdm.config import Params
+from maskdm.config import Params, Run, Training, resolve
 from maskdm.device import Compute
-from maskdm.memory import micro_batch_size
 from maskdm.plan.calibration import Calibration
+from maskdm.plan.estimates import micro_batch_of
 from maskdm.plan.gpus import Gpu
 from maskdm.plan.units import size
 
@@ -35,10 +34,10 @@ def warnings_of(params: Params, compute: Compute, calibration: Calibration | Non
     fixed: dict[str, list[str]] = {}
     slow_data: dict[str, list[str]] = {}
     for arm in params.arms:
-        plan = plan_arm(params, arm)
-        for message in _fixed_costs(params, compute, arm, plan, calibration):
+        run = resolve(params, arm, params.seeds[0])
+        for message in _fixed_costs(compute, run, calibration):
             fixed.setdefault(message, []).append(arm)
-        for message in _data_bound(params, compute, arm, plan, calibration):
+        for message in _data_bound(compute, run, calibration):
             slow_data.setdefault(message, []).append(arm)
     return [f"{_arms(params, arms)}: {message}" for found in (fixed, slow_data) for message, arms in found.items()]
 
@@ -79,7 +78,7 @@ def launch_warnings(params: Params, gpus: Iterable[Gpu], precision: str, utilisa
         precision: of training.
         utilisation: that they were given with.
     """
-    steps = {arm: _smallest_step(plan_arm(params, arm)) for arm in params.arms}
+    steps = {arm: _smallest_step(resolve(params, arm, params.seeds[0])) for arm in params.arms}
     names: dict[tuple[str, ...], list[str]] = {}
     for gpu in gpus:
         bound = tuple(a for a, f in steps.items() if gpu.seconds(f, precision, utilisation) < LAUNCH_BOUND_SECONDS)
@@ -93,56 +92,46 @@ def launch_warnings(params: Params, gpus: Iterable[Gpu], precision: str, utilisa
     ]
 
 
-def time_ratio(
-    params: Params, compute: Compute, arm: str, plan: ArmPlan, calibration: Calibration
-) -> tuple[float, float]:
+def time_ratio(compute: Compute, run: Run, calibration: Calibration) -> tuple[float, float]:
     """A masked training step of an arm against its unmasked one, per image: in measured time, and in FLOPs."""
     masked, unmasked = (
-        calibration.compute_seconds(
-            stage, micro_batch_size(params, compute, config, stage.num_visible, params.training.devices)
-        )
-        / stage.batch_size
-        for stage, config in ((plan.pretrain, params.pretrain_of(arm)), (plan.finetune, params.finetune_of(arm)))
+        calibration.compute_seconds(stage, micro_batch_of(stage, compute)) / stage.batch_size
+        for stage in (run.pretrain, run.finetune)
     )
-    return masked / unmasked, _image_flops(plan.pretrain) / _image_flops(plan.finetune)
+    return masked / unmasked, _image_flops(run.pretrain) / _image_flops(run.finetune)
 
 
-def _fixed_costs(params: Params, compute: Compute, arm: str, plan: ArmPlan, calibration: Calibration) -> Iterable[str]:
-    if not plan.pretrain.num_steps:
+def _fixed_costs(compute: Compute, run: Run, calibration: Calibration) -> Iterable[str]:
+    if not run.pretrain.num_steps:
         return
-    seconds, flops = time_ratio(params, compute, arm, plan, calibration)
+    seconds, flops = time_ratio(compute, run, calibration)
     if seconds > FIXED_COSTS_DOMINATE * flops:
         yield (
-            f"pretraining at S = {plan.pretrain.num_visible}, batch {plan.pretrain.batch_size} costs "
+            f"pretraining at S = {run.pretrain.num_visible}, batch {run.pretrain.batch_size} costs "
             f"{seconds / flops:.1f}× its FLOPs here ({seconds:.2f} of an unmasked image's time for {flops:.2f} of its "
             "FLOPs): fixed costs dominate; a larger pretrain.batch_size amortises them"
         )
 
 
-def _data_bound(params: Params, compute: Compute, arm: str, plan: ArmPlan, calibration: Calibration) -> Iterable[str]:
-    stages = (
-        ("pretrain", plan.pretrain, params.pretrain_of(arm)),
-        ("finetune", plan.finetune, params.finetune_of(arm)),
-    )
-    for name, stage, config in stages:
+def _data_bound(compute: Compute, run: Run, calibration: Calibration) -> Iterable[str]:
+    for stage in (run.pretrain, run.finetune):
         if not stage.num_steps:
             continue
         gather = calibration.gather_seconds(stage.batch_size)
-        micro = micro_batch_size(params, compute, config, stage.num_visible, params.training.devices)
-        share = gather / calibration.step_seconds(stage, micro)
+        share = gather / calibration.step_seconds(stage, micro_batch_of(stage, compute))
         if share > DATA_BOUND:
             yield (
-                f"{share:.0%} of a {name} step at S = {stage.num_visible}, batch {stage.batch_size} is waiting for its "
-                "images: masking can't shorten that"
+                f"{share:.0%} of a {stage.stage} step at S = {stage.num_visible}, batch {stage.batch_size} is waiting "
+                "for its images: masking can't shorten that"
             )
 
 
-def _image_flops(stage: StagePlan) -> float:
+def _image_flops(stage: Training) -> float:
     return stage.flops_per_step / stage.batch_size
 
 
-def _smallest_step(plan: ArmPlan) -> int:
-    return min(stage.flops_per_step for stage in (plan.pretrain, plan.finetune) if stage.num_steps)
+def _smallest_step(run: Run) -> int:
+    return min(stage.flops_per_step for stage in (run.pretrain, run.finetune) if stage.num_steps)
 
 
 def _arms(params: Params, arms: Sequence[str]) -> str:

@@ -73,7 +73,7 @@ class Comparison:
         flops: spent at the end of the budget, mean over seeds; NaN without any.
         images_seen: likewise.
         device_seconds: likewise.
-        choice: how it came by its hyperparameters; None: not known.
+        choice: how it came by its hyperparameters; None: it is missing, and not tuned yet.
         against: None for the reference itself and where there is none to compare with.
         disputed: other arms but the reference whose order with this one score and second opinion see differently.
     """

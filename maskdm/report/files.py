@@ -1,17 +1,25 @@
-"""Opening what the stages left behind, or saying what is wrong with it and which command makes it."""
+"""Opening what the stages left behind, or saying what is wrong with it and which command makes it.
+
+Stamps say before that an output is there and what it was made from. What is left for reading to find: bits that have
+changed since in files of the right size, records that no stamp has the hash of, and files that may not be read.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from maskdm.checksums import checked
-from maskdm.formats import CURVE_COLUMNS
+from maskdm.checksums import checked, file_sha256
+from maskdm.config.jobs import Job
+from maskdm.config.stamps import read_stamp
+
+FORCE = " --force"  # for what no stamp can see: without it the stage says that its output is up to date
 
 
 class UnusableError(Exception):
@@ -27,60 +35,57 @@ class UnusableError(Exception):
         self.reason, self.command = reason, command
 
 
-def read_json(file: Path, made_by: str, keys: Iterable[str]) -> dict[str, Any]:
-    """The content of a JSON file with at least these keys.
+@contextmanager
+def reading(file: Path, made_by: str) -> Iterator[None]:
+    """Whatever goes wrong in the block is the file's fault.
 
     Raises:
-        UnusableError: it is missing, unreadable, or lacks one.
+        UnusableError: it is missing or damaged.
     """
     try:
-        content = checked(json.loads(file.read_text(encoding="utf-8")), is_required=False)
-    except (OSError, ValueError) as error:
-        raise _unreadable(file, made_by, error) from error
-    require(content, keys, str(file), made_by)
-    return content
+        yield
+    except Exception as error:  # what NumPy and pandas raise for nonsense may be almost anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UnusableError(f"{file} cannot be read ({reason})", made_by + FORCE) from error
 
 
-def require(content: Any, keys: Iterable[str], where: str, made_by: str) -> None:
-    """Raises: UnusableError, if a mapping lacks a key, or is none."""
-    missing = [k for k in keys if k not in content] if isinstance(content, dict) else list(keys)
-    if missing:
-        raise UnusableError(f"{where} lacks {', '.join(missing)}", made_by)
+def require_current(job: Job) -> None:
+    """Raises: UnusableError, if the output of a stage is missing or not what params.yaml asks for."""
+    if reason := job.why_outdated():
+        raise UnusableError(reason, job.first.command)
 
 
-def read_curve(file: Path, made_by: str) -> pd.DataFrame:
-    """A curve.csv.
+def read_json(file: Path, made_by: str) -> dict[str, Any]:
+    """The content of a description or record.
 
     Raises:
-        UnusableError: it is missing, unreadable, or lacks a column.
+        UnusableError: it is not what was written.
     """
-    try:
-        curve = pd.read_csv(file, dtype="float64")
-    except (OSError, ValueError) as error:  # pandas' parser errors are ValueErrors
-        raise _unreadable(file, made_by, error) from error
-    require(dict.fromkeys(curve.columns), CURVE_COLUMNS, str(file), made_by)
-    return curve
+    with reading(file, made_by):
+        return dict(checked(json.loads(file.read_bytes())))
 
 
-def open_images(file: Path, made_by: str) -> np.ndarray:
-    """uint8 images (N, H, W, 1 or 3), memory-mapped.
+def read_curve(job: Job) -> pd.DataFrame:
+    """The curve.csv of a training stage.
 
     Raises:
-        UnusableError: they are missing, unreadable, or no images.
+        UnusableError: it is not what was written.
     """
-    try:
+    file, stamp = job.output / "curve.csv", read_stamp(job.output)
+    with reading(file, job.command):
+        if stamp is None or file_sha256(file) != stamp.files[file.name]["sha256"]:
+            raise ValueError("it is not the file that was written: its sha256 differs")
+        return pd.read_csv(file, dtype="float64")
+
+
+def open_images(file: Path, shape: tuple[int, int, int], made_by: str) -> np.ndarray:
+    """uint8 images (N, H, W, C), memory-mapped; they may be too many to look at them all.
+
+    Raises:
+        UnusableError: they are missing, unreadable, or no images of this shape.
+    """
+    with reading(file, made_by):
         images: np.ndarray = np.load(file, mmap_mode="r")
-    except OSError as error:
-        raise _unreadable(file, made_by, error) from error
-    except Exception as error:  # NumPy takes what it cannot read for a pickle, and talks of that, or fails oddly
-        raise UnusableError(f"{file} cannot be read (not a .npy file, or cut off)", made_by) from error
-    if images.ndim != 4 or images.shape[-1] not in (1, 3) or images.dtype != np.uint8 or not len(images):
-        found = f"{images.dtype} {images.shape}"
-        raise UnusableError(f"{file}: expected uint8 images (N, H, W, 1 or 3), got {found}", made_by)
-    return images
-
-
-def _unreadable(file: Path, made_by: str, error: Exception) -> UnusableError:
-    if isinstance(error, FileNotFoundError):
-        return UnusableError(f"{file} is missing", made_by)
-    return UnusableError(f"{file} cannot be read ({' '.join(str(error).split())})", made_by)
+        if images.dtype != np.uint8 or images.shape[1:] != shape or not len(images):
+            raise ValueError(f"expected uint8 images {shape}, got {images.dtype} {images.shape}")
+        return images

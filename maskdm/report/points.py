@@ -66,10 +66,9 @@ def _scored(params: Params, run: Run) -> Iterator[tuple[str, dict[str, Any]]]:
         yield key, run.metrics["milestones"][key]
 
 
-def floor_of(results: Results) -> dict[str, Any] | None:
-    """What real points get in the place of samples: `mean` and `std` by distance; None where it is not known."""
-    of_points = (results.scale or {}).get("distances")
-    return None if of_points is None else dict(of_points["floor"])
+def floor_of(results: Results) -> dict[str, Any]:
+    """What real points get in the place of samples: `mean` and `std` by distance."""
+    return dict(results.scale["distances"]["floor"])
 
 
 def distance_table(params: Params, results: Results) -> pd.DataFrame:
@@ -104,10 +103,7 @@ def milestones_of(frame: pd.DataFrame, arm: str) -> pd.DataFrame:
 
 def _scale_rows(results: Results) -> list[dict[str, str]]:
     """Real points in the place of samples, and the network before any training."""
-    floor = floor_of(results)
-    if results.scale is None or floor is None:
-        return []
-    ends = {REAL: floor["mean"], UNTRAINED: results.scale["distances"]["untrained"]}
+    ends = {REAL: floor_of(results)["mean"], UNTRAINED: results.scale["distances"]["untrained"]}
     return [
         {"arm": end, **{f"{title} ×1000": number_text(SCALE * of[name]) for name, title in NAMES.items()}}
         for end, of in ends.items()
@@ -126,10 +122,10 @@ def points_caution(params: Params) -> str:
 
 
 def distance_note(params: Params, results: Results) -> str:
-    """What the table of distances is."""
-    floor = floor_of(results)
-    if floor is None:
+    """What the table of distances is; empty where there is none."""
+    if not are_shown(params):
         return ""
+    floor = floor_of(results)
     splits = f"the mean of {floor['draws']} random splits, {floor['num_samples']:,} points in the place of samples"
     return (
         "W₁ of x and of y are Wasserstein-1 distances of one coordinate alone, sliced W₁ is the mean over directions, "
@@ -150,11 +146,12 @@ def read_points(params: Params, results: Results) -> list[Points]:
         folder = paths.samples(arm, seed)
         files += [(f"{arm}: {title}".replace(", ", ",\n"), folder / f"{key}.npy") for key, title in PRIMERS.items()]
         files += [(arm, folder / f"{last}.npy")]
-    return [Points(title, values) for title, file in files if (values := _values(file)) is not None]
+    found = [(title, _values(file, params.dataset.shape)) for title, file in files]
+    return [Points(title, values) for title, values in found if values is not None]
 
 
-def _values(file: Path) -> np.ndarray | None:
+def _values(file: Path, shape: tuple[int, int, int]) -> np.ndarray | None:
     try:
-        return distances.points_of(np.asarray(open_images(file, "maskdm sample")))
+        return distances.points_of(np.asarray(open_images(file, shape, "maskdm sample")))
     except UnusableError:
         return None

@@ -22,6 +22,16 @@ RATE_TOLERANCE = 0.05  # between the mask rate asked for and the one realised
 _SCALE_ROWS = (
     "The last two rows are the scales: real images scored as if they were samples, and the network before any training."
 )
+# What changes rounding and seconds, and no result is made again for it: by its key in records, how people call it.
+RAN_WITH = {
+    "device_name": "device",
+    "precision": "precision",
+    "compile": "compile",
+    "attention": "attention",
+    "activation_checkpointing": "activation checkpointing",
+    "threads": "threads",
+    "devices": "devices",
+}
 MANY_SEEDS = 6  # from here on, Student's t is no longer much wider than the normal distribution
 
 
@@ -36,6 +46,7 @@ def cautions(params: Params, results: Results, compared: list[Comparison]) -> li
         extractor_caution(str(results.features_record["extractor"])),
         few_samples_caution(_fewest_images(params, results), results.features_record.get("num_features", 0)),
         _compute_caution(params, compared),
+        _unlike_caution(results),
         _elsewhere_caution(params, compared),
         _rate_caution(params, compared),
     ]
@@ -86,12 +97,11 @@ def _many_arms_caution(compared: list[Comparison]) -> str:
 def _untuned_caution(params: Params, results: Results) -> str:
     name = reference_of(params)
     choice = results.choices.get(name or "")
-    if name is None or (choice is not None and choice.is_tuned):
+    if choice is None or choice.is_tuned:
         return ""
-    how = "were given, not tuned" if choice is not None else "are of unknown origin"
     return (
-        f"The hyperparameters of {name} {how}: against an untuned baseline masking looks better than it is. List "
-        "trials under tuning in params.yaml and enable it."
+        f"The hyperparameters of {name} were given, not tuned: against an untuned baseline masking looks better than "
+        "it is. List trials under tuning in params.yaml and enable it."
     )
 
 
@@ -151,6 +161,34 @@ def _compute_caution(params: Params, compared: list[Comparison]) -> str:
     )
 
 
+def _unlike_caution(results: Results) -> str:
+    """Where the arms were trained in different ways, which of them in which."""
+    ran: dict[tuple[str, int | None], dict[str, list[str]]] = {}
+    for run in results.runs:
+        for record in (run.pretrain_record, run.finetune_record):
+            for key in RAN_WITH if record.get("steps") else ():  # strategy `none` has no pretraining
+                # `auto` chooses attention by the number of tokens: that arms differ there is how each is meant to run
+                tokens = record.get("num_visible") if key == "attention" else None
+                if key in record:
+                    ran.setdefault((key, tokens), {}).setdefault(_ran_with(record, key), []).append(run.arm)
+    unlike = {key: ways for key, ways in ran.items() if len(ways) > 1}
+    if not unlike or len({run.arm for run in results.runs}) < 2:
+        return ""
+    said = [
+        f"{RAN_WITH[key]} " + " and ".join(f"{way} ({', '.join(dict.fromkeys(arms))})" for way, arms in ways.items())
+        for (key, _), ways in unlike.items()
+    ]
+    coarse = ", which is coarse in bf16" if ("precision", None) in unlike else ""
+    return f"The arms did not run alike: {'; '.join(said)}. Scores agree to rounding{coarse}; seconds do not compare."
+
+
+def _ran_with(record: dict[str, Any], key: str) -> str:
+    value = record[key]
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return str((record.get("machine") or {}).get("cpu", value)) if value == "cpu" else str(value)
+
+
 def _elsewhere_caution(params: Params, compared: list[Comparison]) -> str:
     begun = {arm.arm: params.pretrain_of(arm.arm).checkpoint for arm in compared if arm.seeds}
     if not (given := {arm: folder for arm, folder in begun.items() if folder is not None}):
@@ -180,13 +218,13 @@ def table_note(results: Results, compared: list[Comparison]) -> str:
         [
             f"{_what_a_cell_is(counts)}, at the end of the budget.",
             f"Lower {headline.name} and {headline.second.name}, higher precision and recall are better.",
-            *([] if results.scale is None else [_SCALE_ROWS]),
+            _SCALE_ROWS,
             *([f"{headline.label} SD: standard deviation of the seeds."] if max(counts) > 1 else []),
             *(_delta_notes(headline, with_interval) if with_delta else []),
             "Asked and realised are mask rates; tuned: from how many trials the hyperparameters were chosen.",
             "TFLOPs (10¹² operations), images seen and device seconds include pretraining.",
             "Device seconds are those in training steps; they compare only on one idle machine.",
-            *([] if results.protocol is None else [results.protocol.text]),
+            results.protocol.text,
             flips_text(results.flips),
         ]
     )
@@ -239,9 +277,7 @@ def bias_note(num_samples: int) -> str:
     )
 
 
-def _scale_notes(scale: dict[str, Any] | None, num_samples: int) -> list[str]:
-    if scale is None:
-        return ["The scales, real against real and the untrained network, are missing."]
+def _scale_notes(scale: dict[str, Any], num_samples: int) -> list[str]:
     floor, untrained = scale["floor"], scale["untrained"]
     text = (
         f"The floor is real images scored against real images ({floor['num_samples']:,}): {_scores_text(floor)}. "
@@ -287,7 +323,7 @@ def facts(params: Params, results: Results) -> list[tuple[str, str]]:
         ("flips in training", _flips_fact(params, results.flips)),
         ("samples scored", f"{params.sampling.num_samples:,} per arm and seed, against {_reference_text(params)}"),
         ("feature extractor", _extractor_text(results.features_record)),
-        *([] if results.protocol is None else [("the scores' protocol", " ".join(results.protocol.text.split("\n")))]),
+        ("the scores' protocol", " ".join(results.protocol.text.split("\n"))),
         (
             "intervals",
             f"{100 * CONFIDENCE:.0f} %, Student's t over seeds, paired by seed with scratch; Holm's correction",

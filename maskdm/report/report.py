@@ -7,7 +7,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from maskdm.checksums import checked
 from maskdm.config import Params
 from maskdm.errors import UserError
 from maskdm.protocol import Protocol, flips_text
-from maskdm.publishing import publish_description, publish_folder
+from maskdm.publishing import publish_description
 from maskdm.report.comparison import Comparison, compare_arms
 from maskdm.report.figures import draw_figures
 from maskdm.report.page import Content, Picture, render_markdown, render_page
@@ -43,43 +43,40 @@ class Report:
         summary: a row per arm, seed and milestone, as in summary.csv.
         verdicts: a row per arm, as in verdicts.csv.
         missing: what it does without, a line each.
-        protocol: what scores are of, as in protocol.json; None where that was not recorded.
+        protocol: what scores are of, as in protocol.json.
         flips: by arm, the probability of a left-right flip in training, as in training.json.
     """
 
     summary: pd.DataFrame
     verdicts: pd.DataFrame
     missing: list[str]
-    protocol: Protocol | None = None
-    flips: dict[str, float] = field(default_factory=dict)
+    protocol: Protocol
+    flips: dict[str, float]
 
 
-def write_report(params: Params, output: Path = paths.REPORT) -> Report:
+def write_report(params: Params, folder: Path) -> Report:
     """Write tables, figures, summary.md and report.html from what there is of the results.
 
     Args:
         params: what was run.
-        output: the folder, published whole.
+        folder: an existing one.
 
     Raises:
-        UserError: nothing can be shown, or the folder can't be written.
+        UserError: nothing can be shown.
     """
     results = read_results(params)
     summary = summary_frame(params, results)
     compared = compare_arms(params, results, summary)
     judged = judge_arms(params, compared, results.missing)
     verdicts = verdict_frame(params, compared, judged)
-    with publish_folder(output) as folder:
-        write_csv(summary, folder / SUMMARY)
-        write_csv(verdicts, folder / VERDICTS)
-        if results.protocol is not None:
-            publish_description(folder / PROTOCOL, results.protocol.as_dict())
-        if results.flips:
-            publish_description(folder / TRAINING, {FLIP: results.flips})
-        pictures = draw_figures(params, results, summary, compared, folder)
-        content = _content(params, results, compared, judged, display_table(verdicts, summary), pictures)
-        _write(folder / "summary.md", render_markdown(content))
-        _write(folder / PAGE, render_page(content, folder))
+    write_csv(summary, folder / SUMMARY)
+    write_csv(verdicts, folder / VERDICTS)
+    publish_description(folder / PROTOCOL, results.protocol.as_dict())
+    publish_description(folder / TRAINING, {FLIP: results.flips})
+    pictures = draw_figures(params, results, summary, compared, folder)
+    content = _content(params, results, compared, judged, display_table(verdicts, summary), pictures)
+    _write(folder / "summary.md", render_markdown(content))
+    _write(folder / PAGE, render_page(content, folder))
     return Report(summary, verdicts, content.missing, results.protocol, results.flips)
 
 
@@ -90,9 +87,8 @@ def print_report(report: Report) -> None:
     for _, row in report.verdicts.iterrows():
         print(_wrapped(f"{row['arm']}: {row['verdict']}"))
     print(f"\n{format_table(report.verdicts, report.summary)}")
-    said = "" if report.protocol is None else report.protocol.text
-    if lines := [*said.splitlines(), *flips_text(report.flips).splitlines()]:
-        print("\n" + "\n".join(map(_wrapped, lines)))
+    lines = [*report.protocol.text.splitlines(), flips_text(report.flips)]
+    print("\n" + "\n".join(map(_wrapped, lines)))
     print(f"\nreport: {(paths.REPORT / PAGE).resolve()}")
 
 
@@ -102,21 +98,19 @@ def print_summary(params: Params) -> None:
     Raises:
         UserError: there is none.
     """
-    for name in (VERDICTS, SUMMARY):
+    for name in (VERDICTS, SUMMARY, PROTOCOL, TRAINING):
         if not (paths.REPORT / name).is_file():
             raise UserError(f"{paths.REPORT / name} is missing; run first: dvc repro")
     print(f"experiment {params.name}\n")
     summary, verdicts = (pd.read_csv(paths.REPORT / name) for name in (SUMMARY, VERDICTS))
-    protocol, flips = _read(PROTOCOL, Protocol.from_dict), _read(TRAINING, _flips_of) or {}
+    protocol, flips = _read(PROTOCOL, Protocol.from_dict), _read(TRAINING, _flips_of)
     in_order = {arm: flips[arm] for arm in verdicts["arm"] if arm in flips}  # as the report printed them
     print_report(Report(summary, verdicts, [], protocol, in_order))
 
 
-def _read(name: str, meaning: Callable[[dict[str, Any]], Described]) -> Described | None:
-    """What a description of a report that was written before means; None where there is none."""
+def _read(name: str, meaning: Callable[[dict[str, Any]], Described]) -> Described:
+    """What a description of a report that was written before means."""
     file = paths.REPORT / name
-    if not file.is_file():
-        return None
     try:
         return meaning(checked(json.loads(file.read_text(encoding="utf-8"))))
     except (OSError, ValueError, RecursionError) as error:

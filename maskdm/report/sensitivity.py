@@ -18,8 +18,7 @@ MAX_NAMES = 4  # of arms in a sentence
 
 def trials_table(params: Params, results: Results) -> pd.DataFrame:
     """Every trial of every arm as text, the chosen one marked; empty where nothing was tuned."""
-    choices = [results.choices[arm] for arm in params.arms if arm in results.choices]
-    trials = [(choice, trial) for choice in choices for trial in choice.trials]
+    trials = [(choice, trial) for choice in results.choices.values() for trial in choice.trials]
     kids, fids = ([getattr(trial, name) for _, trial in trials] for name in ("kid", "fid"))
     columns = {
         "arm": [trial.arm for _, trial in trials],
@@ -54,24 +53,24 @@ def _plain(value: Any) -> str:
 
 def tuning_note(params: Params, results: Results) -> str:
     """How the hyperparameters came about, in words."""
-    unknown = [arm for arm in params.arms if arm not in results.choices]
-    parts = [_tuned_note(params, results) if params.tuning.enabled else _given_note(params)]
-    if unknown:
-        parts.append(f"Not known, because results are missing: {', '.join(unknown)}.")
-    return " ".join(parts)
+    return _tuned_note(params, results) if params.tuning.enabled else _given_note(params)
 
 
 def _tuned_note(params: Params, results: Results) -> str:
     tuning, name = params.tuning, METRIC_NAMES[params.tuning.metric]
-    tuned = [results.choices[arm] for arm in params.arms if arm in results.choices]
-    chosen = "; ".join(f"{choice.arm}: {choice.trial} ({values_text(choice.values)})" for choice in tuned)
+    chosen = "; ".join(map(_chosen_text, results.choices.values()))
     return (
         f"Every arm tried the same {len(tuning.trials)} trials, each with {tuning.budget_fraction:.0%} of the budget, "
         f"on seed {tuning.seed}, which no score of this report comes from; the one with the lowest {name} was chosen. "
         "One seed cannot tell trials apart that lie close together, and the best values for a part of the budget need "
         "not be those for all of it; the intervals over seeds do not contain the chance in this choice. The compute of "
-        f"the trials is not part of the compute in this report. Chosen: {chosen or 'nothing yet'}."
+        f"the trials is not part of the compute in this report. Chosen: {chosen}."
     )
+
+
+def _chosen_text(choice: Choice) -> str:
+    what = "none, all have failed" if choice.trial is None else f"{choice.trial} ({values_text(choice.values)})"
+    return f"{choice.arm}: {what}"
 
 
 def _given_note(params: Params) -> str:
@@ -92,10 +91,9 @@ def _own(arm: ArmConfig, stage: str) -> list[tuple[str, Any]]:
 def edge_caution(params: Params, results: Results) -> str:
     """Which chosen values are the smallest or largest tried, so that the best may lie outside; empty: none."""
     arms: dict[str, list[str]] = {}
-    for arm in params.arms:
-        if arm in results.choices and results.choices[arm].is_tuned:
-            for edge in _edges(params, results.choices[arm]):
-                arms.setdefault(edge, []).append(arm)
+    for arm, choice in results.choices.items():
+        for edge in _edges(params, choice):
+            arms.setdefault(edge, []).append(arm)
     if not arms:
         return ""
     found = "; ".join(f"{edge} ({_names(names)})" for edge, names in arms.items())
@@ -105,8 +103,8 @@ def edge_caution(params: Params, results: Results) -> str:
 def _edges(params: Params, choice: Choice) -> Iterator[str]:
     """The numeric axes along which the chosen trial is at an end."""
     for path in dict.fromkeys(path for trial in choice.trials for path in trial.values):
-        if path.startswith("pretrain.") and params.arm(choice.arm).strategy == "none":
-            continue  # it has no pretraining
+        if choice.trial is None or (path.startswith("pretrain.") and params.arm(choice.arm).strategy == "none"):
+            continue  # all have failed, or it has no pretraining
         tried = {trial.name: _number(_value(params, choice.arm, trial, path)) for trial in choice.trials}
         numbers = sorted({number for number in tried.values() if number is not None})
         chosen = tried[choice.trial]

@@ -82,22 +82,20 @@ def _typed(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> pd.DataFrame
 
 
 def _scale_columns(results: Results, distances: Sequence[str]) -> dict[str, Any]:
-    if results.scale is None:
-        return {}
     scales = {name: results.scale_of(name) for name in ("fid", "kid", *distances)}
     scores = {f"{name}_{end}": value for name, ends in scales.items() for end, value in ends.items()}
     return scores | {"floor_num_samples": results.scale["floor"]["num_samples"]}
 
 
 def _run_columns(params: Params, results: Results, run: Run) -> dict[str, Any]:
-    choice = results.choices.get(run.arm)
+    choice = results.choices[run.arm]
     return {
         **{key: run.metrics[key] for key in (*ARM_COLUMNS[1:], *ORIGIN_KEYS)},
         "arm": run.arm,
         "seed": run.seed,
         "num_visible": params.visible_of(run.arm).num_visible,
-        "trial": None if choice is None else choice.trial,
-        "num_trials": None if choice is None else choice.num_trials,
+        "trial": choice.trial,
+        "num_trials": choice.num_trials,
     }
 
 
@@ -192,11 +190,7 @@ def display_table(verdicts: pd.DataFrame, summary: pd.DataFrame) -> pd.DataFrame
 
 def _scale_rows(summary: pd.DataFrame, headline: Headline) -> pd.DataFrame:
     first, keys = summary.iloc[0], [score.key for score in headline.shown]
-    rows = [
-        {"arm": title, **{key: first[f"{key}_{end}"] for key in keys}}
-        for end, title in SCALES.items()
-        if pd.notna(first[f"{headline.key}_{end}"])
-    ]
+    rows = [{"arm": title, **{key: first[f"{key}_{end}"] for key in keys}} for end, title in SCALES.items()]
     return pd.DataFrame(rows, columns=["arm", *keys]).astype(dict.fromkeys(keys, "float64"))
 
 

@@ -207,17 +207,11 @@ def _both_tuned(arm: Comparison, reference: Comparison) -> bool:
 
 def _origin(arm: Comparison, reference: Comparison) -> str:
     """How the hyperparameters of the two came about, where that is not: both were tuned."""
-    if _both_tuned(arm, reference):
-        return ""
-    unknown = [c.arm for c in {arm.arm: arm, reference.arm: reference}.values() if c.choice is None]
-    if unknown:
-        return f"how the hyperparameters of {_names(unknown)} came about is not known"
-    return "hyperparameters given, not tuned"
+    return "" if _both_tuned(arm, reference) else "hyperparameters given, not tuned"
 
 
 def _missing_text(missing: list[Missing]) -> str:
-    first = next((m for m in missing if m.seed is not None), None)
-    return "missing" if first is None else f"missing: {first.reason}; run `{first.command}`"
+    return f"missing: {missing[0].reason}; run `{missing[0].command}`"
 
 
 def _seeds_missing(params: Params, arm: Comparison) -> str:

@@ -9,6 +9,7 @@ finds the runs, `continued` knows what a run already has that a resumed stage go
 models (`logged_model`, `drawing_model`). `saved_view` is how MLflow's UI shows them, `views` are its URLs.
 """
 
+from maskdm.tracking.arm_content import flat
 from maskdm.tracking.background import flush, sync, unsent_note
 from maskdm.tracking.publishing import publish_arm, publish_report
 from maskdm.tracking.stage_runs import StageRun, stage_run
@@ -20,6 +21,7 @@ __all__ = [
     "StageRun",
     "chart_url",
     "compare_url",
+    "flat",
     "flush",
     "publish_arm",
     "publish_report",

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from maskdm import paths
-from maskdm.config import Params
+from maskdm.config import Run
 from maskdm.formats import ARM_STAGES, TRAINING_STAGES
 from maskdm.headline import DISTANCE, HEADLINES, flat_scores
 from maskdm.tracking.dataset import read_dataset
 from maskdm.tracking.run_content import Points, RunContent, finite, only_numbers, read_json, read_rows
 
 REPORT = "report"  # not of an arm, but the last that says something of it
-SECTIONS = {"dataset", "model", "diffusion", "budget", "training", "sampling", "evaluation", "compute"}
+SECTIONS = {"dataset", "model", "diffusion", "budget", "training", "sampling", "evaluation"}
+OF_COMPUTE = {"device", "precision"}  # all else there changes rounding alone, and MLflow's params can't change
 SCORES = ("fid", "kid", "precision", "recall", "flops", "images_seen", "tokens_seen")
 SCALES = ("fid_floor", "kid_floor", "fid_untrained", "kid_untrained")
 # What only the report knows of an arm: it compares with scratch, over all seeds, by the headline of the experiment.
@@ -23,22 +24,21 @@ OF_A_SCORE = ("delta_{}", "flops_at_equal_{}", "device_seconds_at_equal_{}")
 VERDICTS = ("compute_ratio", *(name.format(headline.key) for headline in HEADLINES for name in OF_A_SCORE))
 
 
-def read_arm(params: Params, arm: str, seed: int, through: str = "evaluate", base: Path = Path()) -> RunContent:
+def read_arm(run: Run, through: str = "evaluate", base: Path = Path()) -> RunContent:
     """Gather what results/ holds of an arm; what isn't there is left out.
 
     Args:
-        params: the whole params.
-        arm: its key.
-        seed: its seed.
+        run: the arm and seed.
         through: the last stage whose results to read: those of later ones may still be of an older run.
         base: the folder that results/ is in.
 
     Raises:
         ValueError: a file is not what its stage writes.
     """
+    arm, seed = run.arm, run.seed
     stages = ARM_STAGES if through == REPORT else ARM_STAGES[: ARM_STAGES.index(through) + 1]
     records = {stage: read_json(base / paths.record(stage, arm, seed)) for stage in stages}
-    content = RunContent(arm_params(params, arm, seed), dataset=read_dataset(base))
+    content = RunContent(arm_params(run), dataset=read_dataset(base))
     for stage, folder in (("pretrain", paths.pretrain(arm, seed)), ("finetune", paths.finetune(arm, seed))):
         if stage in stages:
             rows = read_rows(base / folder / "curve.csv")
@@ -53,34 +53,29 @@ def read_arm(params: Params, arm: str, seed: int, through: str = "evaluate", bas
     return content
 
 
-def arm_params(params: Params, arm: str, seed: int) -> dict[str, str]:
+def arm_params(run: Run) -> dict[str, str]:
     """An arm's effective params, flat: its own by their bare name, the sections' with a dot."""
-    own, visible = params.arm(arm), params.visible_of(arm)
+    params, pretrain = run.params, run.pretrain
     nested = {
-        "arm": arm,
-        "seed": seed,
-        "strategy": own.strategy,
-        "mask_rate": own.mask_rate or 0.0,  # a number, so that charts can place `none`
-        "realised_mask_rate": params.realised_mask_rate_of(arm),
-        "num_visible": visible.num_visible,
-        "block_size": own.block_size,
+        "arm": run.arm,
+        "seed": run.seed,
+        **run.mask,
+        "mask_rate": pretrain.mask_rate,  # a number, so that charts can place `none`
+        "realised_mask_rate": pretrain.realised_mask_rate,
+        "num_visible": pretrain.num_visible,
         **params.model_dump(mode="json", include=SECTIONS),
-        "pretrain": pretrain_params(params, arm),
-        "finetune": params.finetune_of(arm).model_dump(mode="json"),
+        "compute": params.compute.model_dump(include=OF_COMPUTE),
+        "pretrain": pretrain.config.model_dump(mode="json") if pretrain.num_steps else {"share": 0.0},
+        "finetune": run.finetune.config.model_dump(mode="json"),
     }
-    return {key: str(value) for key, value in _flat(nested) if value is not None}
+    return {key: str(value) for key, value in flat(nested) if value is not None}
 
 
-def pretrain_params(params: Params, arm: str) -> dict[str, Any]:
-    """What an arm's pretraining was given: nothing but a share of 0 where there is none."""
-    own = params.pretrain_of(arm)
-    return own.model_dump(mode="json") if own.share or own.steps else {"share": own.share}
-
-
-def _flat(nested: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(nested: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested plain values by dotted path."""
     for key, value in nested.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 

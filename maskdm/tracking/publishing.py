@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maskdm import paths
-from maskdm.config import Params, parse_params
+from maskdm import config, paths
+from maskdm.config import Params, parse_params, resolve
+from maskdm.config.jobs import ARM_STAGES, Jobs
+from maskdm.errors import UserError
 from maskdm.tracking.arm_content import REPORT, read_arm
 from maskdm.tracking.background import wake_sender
 from maskdm.tracking.dataset import add_dataset, datasets_of, identity
@@ -24,48 +28,59 @@ if TYPE_CHECKING:
 IMAGES_TAG = "maskdm.samples_sha256"
 
 
-def publish_arm(params: Params, arm: str, seed: int, through: str = "evaluate") -> None:
+def publish_arm(run: config.Run, through: str = "evaluate") -> None:
     """Make the arm's run carry what is in results/: params, data, curves, scores, timings, provenance, images.
 
     A result that contradicts what the run carries supersedes the run.
 
     Args:
-        params: as the arm was trained with them; `tracking.enabled` false makes it a no-op.
-        arm: its key.
-        seed: its seed.
+        run: the arm and seed; `tracking.enabled` false makes it a no-op.
         through: the last stage whose results are up to date; a stage passes its own name.
-
-    Raises:
-        ParamsError: there is no such arm.
     """
-    if params.tracking.enabled:
-        events = [(PUBLISH, _arm_event(params, arm, seed, through))]
-        _leave(params, f"publish-{arm}-{seed}", events)
+    if run.params.tracking.enabled:
+        _leave(run.params, f"publish-{run.arm}-{run.seed}", [(PUBLISH, _arm_event(run, through))])
 
 
-def publish_report(params: Params, of_arms: Mapping[str, Params]) -> None:
+def publish_report(jobs: Jobs) -> None:
     """Make MLflow carry all of results/: every arm with its verdict, every trial, and the final models.
 
-    A cached stage logs nothing, so the report publishes everything: after a clone it fills an empty MLflow.
+    A cached stage logs nothing, so the report publishes everything: after a clone it fills an empty MLflow. What is
+    out of date stays away: it was not made with today's params, under which it would stand there.
 
     Args:
-        params: the experiment; `tracking.enabled` false makes it a no-op.
-        of_arms: of each arm that has run, the params that it was trained with: the experiment's with the chosen values.
+        jobs: of the experiment; `tracking.enabled` false makes it a no-op.
     """
+    params = jobs.params
     if not params.tracking.enabled:
         return
-    runs = [(arm, seed) for arm in of_arms for seed in params.seeds]
-    trials = [(arm, trial) for arm in params.arms for trial in params.tuning.trials if params.tuning.enabled]
-    events = [(PUBLISH, _arm_event(of_arms[arm], arm, seed, REPORT)) for arm, seed in runs]
-    events += [(PUBLISH, _trial_event(params, arm, trial)) for arm, trial in trials]
-    models = [_arm_event(of_arms[arm], arm, params.seeds[0], REPORT) for arm in of_arms]
-    events.append((MODELS, {"experiment": params.name, "seeds": params.seeds, "models": models}))
+    runs = list(_current_runs(jobs))
+    events = [(PUBLISH, _arm_event(run, through)) for run, through in runs]
+    for arm, trial in product(params.arms, params.tuning.trials):
+        if not jobs.find("tune", arm, trial=trial).why_outdated():
+            events.append((PUBLISH, _trial_event(params, arm, trial)))
+    scored = [run for run, through in runs if through == REPORT]
+    seeds = {run.arm: [other.seed for other in scored if other.arm == run.arm] for run in scored}
+    models = [{**_arm_event(run, REPORT), "seeds": seeds[run.arm]} for run in scored if run.seed == params.seeds[0]]
+    events.append((MODELS, {"experiment": params.name, "num_seeds": len(params.seeds), "models": models}))
     _leave(params, f"publish-{REPORT}", events)
 
 
-def _arm_event(params: Params, arm: str, seed: int, through: str) -> dict[str, Any]:
-    dump = params.model_dump(mode="json", exclude_unset=True)
-    return {"arm": arm_key(params, arm, seed)._asdict(), "params": dump, "through": through}
+def _current_runs(jobs: Jobs) -> Iterator[tuple[config.Run, str]]:
+    """Every arm and seed with results of today's params, and the last of its stages that has; the report is after all.
+
+    Without those of which it is not known (yet) which values they run with.
+    """
+    for arm, seed in product(jobs.params.arms, jobs.params.seeds):
+        with suppress(UserError):
+            run = jobs.run_of(arm, seed)
+            current = [stage for stage in ARM_STAGES if not jobs.find(stage, arm, seed).why_outdated()]
+            if current:
+                yield run, REPORT if current[-1] == ARM_STAGES[-1] else current[-1]
+
+
+def _arm_event(run: config.Run, through: str) -> dict[str, Any]:
+    dump = run.params.model_dump(mode="json", exclude_unset=True)
+    return {"arm": arm_key(run)._asdict(), "params": dump, "through": through}
 
 
 def _trial_event(params: Params, arm: str, trial: str) -> dict[str, Any]:
@@ -108,7 +123,7 @@ def _read(event: dict[str, Any]) -> tuple[ArmKey | TrialKey, RunContent]:
         trial = TrialKey(**event["trial"])
         return trial, read_trial(trial.arm, trial.trial, event["given"], base)
     arm = ArmKey(**event["arm"])
-    return arm, read_arm(parse_params(event["params"]), arm.arm, arm.seed, event["through"], base)
+    return arm, read_arm(resolve(parse_params(event["params"]), arm.arm, arm.seed), event["through"], base)
 
 
 def _publish(store: Store, key: ArmKey | TrialKey, content: RunContent, time_ms: int) -> None:

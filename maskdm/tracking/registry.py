@@ -88,8 +88,8 @@ def publish_models(store: Store, event: dict[str, Any]) -> None:
     Raises:
         ValueError: params or a file of the results can't be read.
     """
-    base, seeds, name = Path(event["cwd"]), event["seeds"], event["experiment"]
-    found = [_candidate(entry, seeds, base) for entry in event["models"]]
+    base, name = Path(event["cwd"]), event["experiment"]
+    found = [_candidate(entry, event["num_seeds"], base) for entry in event["models"]]
     candidates = [candidate for candidate in found if candidate is not None]
     if candidates:
         _ensure_registered(store, name)
@@ -97,10 +97,10 @@ def publish_models(store: Store, event: dict[str, Any]) -> None:
         _set_aliases(store, name, _aliases(candidates, versions))
 
 
-def _candidate(entry: dict[str, Any], seeds: list[int], base: Path) -> Candidate | None:
+def _candidate(entry: dict[str, Any], num_seeds: int, base: Path) -> Candidate | None:
     """The model of an arm; None where its weights or its score are not there."""
-    key = ArmKey(**entry["arm"])
-    milestones = {seed: read_json(base / paths.metrics(key.arm, seed)).get("milestones", {}) for seed in seeds}
+    key, files = ArmKey(**entry["arm"]), {seed: paths.metrics(entry["arm"]["arm"], seed) for seed in entry["seeds"]}
+    milestones = {seed: read_json(base / file).get("milestones", {}) for seed, file in files.items()}
     last = max(milestones[key.seed], default=None)
     if last is None:
         return None
@@ -111,7 +111,7 @@ def _candidate(entry: dict[str, Any], seeds: list[int], base: Path) -> Candidate
     if score is None or not weights.is_file():
         return None
     known = [value for value in scores.values() if value is not None]
-    return Candidate(key, parse_params(entry["params"]), weights, headline, score, known, len(seeds))
+    return Candidate(key, parse_params(entry["params"]), weights, headline, score, known, num_seeds)
 
 
 def _ensure_registered(store: Store, name: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from maskdm import paths
-from maskdm.config import Params
+from maskdm.config import Params, Run
 from maskdm.tracking.background import wake_sender, warn_if_unsent
 from maskdm.tracking.dataset import read_dataset
 from maskdm.tracking.saved_view import experiment_tags
@@ -90,52 +90,41 @@ class SpooledStageRun(StageRun):
 
 
 @contextmanager
-def stage_run(
-    params: Params,
-    stage: str,
-    arm: str | None = None,
-    seed: int | None = None,
-    trial: str | None = None,
-    key: str | None = None,
-) -> Iterator[StageRun]:
+def stage_run(params: Params, stage: str, run: Run | None = None, key: str | None = None) -> Iterator[StageRun]:
     """Track a stage's run around its work; MLflow's failures never reach the stage.
 
     Args:
         params: `tracking.enabled` false makes it all a no-op.
         stage: the stage's name.
-        arm: the arm, where the stage belongs to one.
-        seed: the arm's seed; of a trial it does not matter.
-        trial: the trial of the arm: a run of its own kind, no part of an arm run; none where nothing is tuned.
+        run: the arm and seed that the stage works on, or the trial: a run of its own kind, not part of an arm run.
         key: names this piece of work, the same in every process that works on it: a later one goes on with the run of
             the earlier, and what both log at a step is there once. Without it, every process has a run of its own.
 
     Yields:
         what the stage logs to. The run ends FINISHED; FAILED or (Ctrl-C, exit) KILLED when the block raises.
     """
-    if not params.tracking.enabled or (trial is not None and not params.tuning.enabled):
+    if not params.tracking.enabled:
         yield StageRun()
         return
     root = paths.project_root()
-    name, described = _describe(params, stage, arm, seed, trial)
+    name, described = _describe(params, stage, run)
     described["key"] = key
     warn_if_unsent(root)
-    run = SpooledStageRun(root, name, described, experiment_tags(params))
+    tracked = SpooledStageRun(root, name, described, experiment_tags(params))
     try:
-        yield run
+        yield tracked
     except BaseException as error:
-        run.finish("FAILED" if isinstance(error, Exception) else "KILLED")
+        tracked.finish("FAILED" if isinstance(error, Exception) else "KILLED")
         raise
-    run.finish("FINISHED")
+    tracked.finish("FINISHED")
 
 
-def _describe(
-    params: Params, stage: str, arm: str | None, seed: int | None, trial: str | None
-) -> tuple[str, dict[str, Any]]:
+def _describe(params: Params, stage: str, run: Run | None) -> tuple[str, dict[str, Any]]:
     """A name for the spool, and what the run is of."""
     dataset = read_dataset() if stage in TRAINING else None
-    run: dict[str, Any] = {"experiment": params.name, "stage": stage, "arm": None, "trial": None, "dataset": dataset}
-    if arm is not None and trial is not None:
-        return f"{stage}-{arm}-{trial}", {**run, "trial": TrialKey(params.name, arm, trial)._asdict()}
-    if arm is not None and seed is not None:
-        return f"{stage}-{arm}-{seed}", {**run, "arm": arm_key(params, arm, seed)._asdict()}
-    return stage, run
+    of: dict[str, Any] = {"experiment": params.name, "stage": stage, "arm": None, "trial": None, "dataset": dataset}
+    if run is None:
+        return stage, of
+    if run.trial is not None:
+        return f"{stage}-{run.arm}-{run.trial}", {**of, "trial": TrialKey(params.name, run.arm, run.trial)._asdict()}
+    return f"{stage}-{run.arm}-{run.seed}", {**of, "arm": arm_key(run)._asdict()}

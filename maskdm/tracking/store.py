@@ -16,9 +16,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from maskdm import paths
-from maskdm.config import Params, fingerprint
-from maskdm.tracking.arm_content import pretrain_params
+from maskdm import config, paths
 from maskdm.tracking.continued import ContinuedRun
 
 if TYPE_CHECKING:
@@ -28,9 +26,6 @@ if TYPE_CHECKING:
 PARENT = "mlflow.parentRunId"
 KEY = "maskdm.key"  # of the piece of work: a run with it is gone on with
 SPOOL = "maskdm.spool"  # the one of the process that works on the run now
-# Changes no arm's results, or only other arms'; `pretrain` and `finetune` count as the arm merges them, and what
-# tuning has chosen is in the params that an arm is given.
-NOT_OF_AN_ARM = {"name", "seeds", "arms", "tuning", "tracking", "saving", "pretrain", "finetune"}
 POINTS_PER_BATCH = 1000  # mlflow's limit
 ENTRIES_PER_BATCH = 100  # mlflow's limit for params and for tags
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
@@ -85,16 +80,9 @@ class Point(NamedTuple):
     step: int
 
 
-def arm_key(params: Params, arm: str, seed: int) -> ArmKey:
-    """The key of an arm's run.
-
-    Raises:
-        ParamsError: there is no such arm.
-    """
-    shared = params.model_dump(mode="json", exclude=NOT_OF_AN_ARM)
-    own = params.arm(arm).model_dump(mode="json", exclude={"pretrain", "finetune"})
-    stages = (pretrain_params(params, arm), params.finetune_of(arm))
-    return ArmKey(params.name, arm, seed, fingerprint(shared, own, *stages, seed))
+def arm_key(run: config.Run) -> ArmKey:
+    """The key of an arm's run."""
+    return ArmKey(run.params.name, run.arm, run.seed, run.fingerprint())
 
 
 def store_uri() -> str:

@@ -48,7 +48,7 @@ def read_trial(arm: str, trial: str, given: dict[str, str], base: Path = Path())
         ValueError: a file is not what its stage writes.
     """
     result = read_json(base / paths.trial(arm, trial))
-    if not result.get("trained"):
+    if not result:
         return RunContent({})
     record = read_json(base / paths.record("tune", arm, trial=trial))
     content = RunContent(given | {"budget_fraction": str(result["budget_fraction"])}, dataset=read_dataset(base))

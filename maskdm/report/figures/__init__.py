@@ -53,7 +53,7 @@ def draw_figures(
     with matplotlib.style.context(STYLE, after_reset=True):
         for kind in kinds:
             figure = kind.draw(shown)
-            below = [printed(said, figure.get_figwidth())] if said and kind.has_scores else []
+            below = [printed(said, figure.get_figwidth())] if kind.has_scores else []
             _save([figure, *below], folder / kind.file)
     return [_picture(kind, shown) for kind in kinds]
 

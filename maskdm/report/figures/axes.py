@@ -80,8 +80,6 @@ def scale_scores(axes: Axes, scores: pd.Series, ends: dict[str, float]) -> None:
         log_values(axes.yaxis)
     else:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-    if not ends:
-        return
     floor, untrained = ends["floor"], ends["untrained"]
     room = max(high - low, 0.1 * high)
     axes.margins(y=0.12)  # for the notes

@@ -95,13 +95,12 @@ def _draw_curves(figure: SubFigure, shown: Shown) -> None:
     size, unit = compute_unit(frame["flops"])
     panels = figure.subplots(1, len(NAMES), sharex=True)
     for axes, (name, title) in zip(panels, NAMES.items(), strict=True):
-        if floor is not None:
-            _draw_floor(axes, floor["mean"][name], floor["std"][name])
+        _draw_floor(axes, floor["mean"][name], floor["std"][name])
         for arm in shown.arms:
             _draw_arm(axes, frame[frame["arm"] == arm], name, looks[arm], size)
         axes.set_title(title)
         axes.set_yscale("log")
-        axes.set_ylim(*_limits([*frame[name], *([] if floor is None else [floor["mean"][name]])]))
+        axes.set_ylim(*_limits([*frame[name], floor["mean"][name]]))
         log_values(axes.yaxis)
         scale_compute(axes, frame["flops"] / size)
         figure.supxlabel(compute_label(unit), fontsize=8.5)

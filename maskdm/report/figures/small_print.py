@@ -16,9 +16,8 @@ LINE_CHARACTERS = 100  # of digits, which are wider than most, fit
 
 
 def small_print(results: Results) -> str:
-    """The protocol of all scores, and how training flipped images; empty where none was recorded."""
-    protocol = "" if results.protocol is None else results.protocol.text
-    return " ".join(f"{protocol} {flips_text(results.flips)}".split())
+    """The protocol of all scores, and how training flipped images."""
+    return " ".join(f"{results.protocol.text} {flips_text(results.flips)}".split())
 
 
 def printed(text: str, width: float = WIDTH) -> Figure:

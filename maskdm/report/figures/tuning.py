@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from maskdm.report.figures.axes import REMARK, log_values, row_text
 from maskdm.report.figures.kind import Kind, Shown
-from maskdm.report.looks import MISSING, WIDTH, short
+from maskdm.report.looks import WIDTH, short
 from maskdm.report.tuning import Choice, Trial
 
 COLUMNS = 4
@@ -46,8 +46,7 @@ def _draw(shown: Shown) -> Figure:
 
 
 def _tuned(shown: Shown) -> dict[str, Choice]:
-    choices = shown.results.choices
-    return {arm: choices[arm] for arm in shown.params.arms if arm in choices and choices[arm].trials}
+    return {arm: choice for arm, choice in shown.results.choices.items() if choice.is_tuned}
 
 
 def _metric_name(shown: Shown) -> str:
@@ -70,8 +69,6 @@ def _draw_choice(axes: Axes, shown: Shown, choice: Choice, names: list[str]) -> 
             axes.plot(score, row, **CHOSEN)
         else:
             axes.plot(score, row, **TRIED)
-    for row in sorted(set(range(len(names))) - {names.index(trial.name) for trial in choice.trials}):
-        row_text(axes, 0.97, row, "missing", style="italic", color=MISSING)
 
 
 def _scale(axes: Axes, scores: list[float], names: list[str]) -> None:
