@@ -200,7 +200,7 @@ def measure_quality(folder: Path) -> list[Quality]:
         compute, images = device.resolve(params.compute), open_data(params)
         weights = paths.finetune(ARM, SEED) / milestone_file(1.0)
         model = load_model(params, weights, images.num_classes, compute)
-        scorer = Scorer(params, compute, images.sha256)
+        scorer = Scorer(params, compute)
         found = []
         for sampler, num_steps in cases:
             drawn_with = with_sampler(params, sampler, num_steps)

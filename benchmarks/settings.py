@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -43,5 +44,6 @@ class Settings:
     @property
     def precisions(self) -> tuple[str, ...]:
         """Those that the device computes in, the best last."""
-        config = ComputeConfig(device="cuda" if self.device.type == "cuda" else "cpu", threads=self.threads)
+        kind: Literal["cpu", "cuda"] = "cuda" if self.device.type == "cuda" else "cpu"
+        config = ComputeConfig(device=kind, precision="auto", threads=self.threads)
         return ("fp32", "bf16") if device.resolve(config).autocast else ("fp32",)

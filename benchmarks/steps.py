@@ -11,12 +11,10 @@ import numpy as np
 from benchmarks.settings import Settings
 from benchmarks.shapes import Shape, arm_of
 from benchmarks.timing import Task
-from maskdm.compute import StagePlan, count_image_flops
-from maskdm.config import Params
+from maskdm.config import Params, Training
 from maskdm.data.arrays import ImageArrays, ShardWriter
-from maskdm.masking import Masking
 from maskdm.optimization import clip_gradients
-from maskdm.stages.training import Trainer, TrainingJob
+from maskdm.stages.training import Trainer
 from maskdm.training import TrainState, train
 
 NUM_IMAGES = 2048
@@ -37,23 +35,23 @@ class Steps:
     """
 
     def __init__(self, params: Params, images: ImageArrays, folder: Path) -> None:
-        job = _job(params)
-        self.flops, self.num_visible = job.plan.flops_per_step, job.plan.num_visible
-        self.trainer = Trainer(job, images, folder)
-        self._run = self.trainer.train_run()
+        self._run = _training(params)
+        self.flops, self.num_visible = self._run.flops_per_step, self._run.num_visible
+        self.trainer = Trainer(self._run, images, folder)
 
     def run(self, num_steps: int) -> float:
         """Make steps; the seconds that the training loop's own clock has counted."""
         state, trainer = self.trainer.state, self.trainer
         before = state.device_seconds
         run = replace(self._run, num_steps=state.step + num_steps)
-        train(state, run, trainer.batches, trainer.compute, _NobodyWatches())
+        micro = trainer.micro_batch_size
+        train(state, run, trainer.batches, trainer.compute, _NobodyWatches(), micro_batch_size=micro)
         return state.device_seconds - before
 
     def update(self) -> None:
         """What ends a step, alone: clipping, AdamW and the average of the weights."""
         state = self.trainer.state
-        clip_gradients(state.model.parameters(), self._run.training.grad_clip)
+        clip_gradients(state.model.parameters(), self._run.params.training.grad_clip)
         state.optimizer.step()
         assert state.ema is not None, "one process averages weights"
         state.ema.update(state.step)
@@ -123,21 +121,19 @@ def random_arrays(folder: Path, image_size: int, channels: int, num_images: int)
     return ImageArrays.open(place)
 
 
-def _job(params: Params) -> TrainingJob:
+def _training(params: Params) -> Training:
     """The one arm's only stage that matters: finetuning of `scratch`, else pretraining."""
     (arm,) = params.arms
     config, is_masked = params.arm(arm), arm != arm_of(0.0)
-    stage = params.pretrain_of(arm) if is_masked else params.finetune_of(arm)
-    masking = Masking(config.strategy, params.grid, config.mask_rate or 0.0)
-    flops = stage.batch_size * count_image_flops(params, masking.num_visible)
-    return TrainingJob(
-        params=params,
+    return Training(
         stage="pretrain" if is_masked else "finetune",
+        params=params,
         arm=arm,
         seed=SEED,
-        config=stage,
-        plan=StagePlan(10**9, stage.batch_size, masking.num_visible, flops),
-        masking=masking,
+        config=params.pretrain_of(arm) if is_masked else params.finetune_of(arm),
+        strategy=config.strategy,
+        mask_rate=config.mask_rate or 0.0,
+        num_steps=10**9,
     )
 
 

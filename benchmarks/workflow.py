@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import multiprocessing
+import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +16,16 @@ from typing import Any
 
 import yaml
 
-from benchmarks.faults import ENGINE_FILES, ROOT, TINY, Stages, environment
 from benchmarks.outcome import Cell, Outcome, Table, Target
 from benchmarks.settings import Settings
+from benchmarks.shapes import ROOT
 from benchmarks.timing import Rounds, Spread, Task, interleave
-from maskdm.formats import ARM_STAGES
+from maskdm.cli import main
+from maskdm.config import load_params
+from maskdm.config.jobs import ARM_STAGES, Jobs
 
+TINY = ROOT / "experiments" / "tiny" / "params.yaml"
+ENGINE_FILES = ("dvc.yaml", "params.yaml", "Snakefile", "workflow", "profiles", ".dvcignore")  # as a checkout has them
 ARM = "patch-m50"
 # In the order of the pipeline; `tune` is pretrain to evaluate in one.
 STAGES = ("prepare", "features", "scale", "choose", "pretrain", "finetune", "sample", "evaluate", "report")
@@ -55,9 +63,9 @@ class Project:
     def __init__(self, folder: Path, arms: dict[str, Any]) -> None:
         folder.mkdir(parents=True)
         self.folder = folder
-        content = yaml.safe_load((ROOT / TINY / "params.yaml").read_text(encoding="utf-8"))
+        content = yaml.safe_load(TINY.read_text(encoding="utf-8"))
         content |= {"arms": arms, "tracking": {"enabled": False}}
-        content["tuning"]["enabled"] = False
+        content["tuning"]["trials"] = {}
         (folder / "params.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 
     def forget(self) -> None:
@@ -86,9 +94,15 @@ def command(words: Sequence[str], folder: Path) -> str:
     return done.stdout
 
 
-def words_of(stage: str, arm: str = ARM) -> list[str]:
+def environment() -> dict[str, str]:
+    """For engines: `maskdm` is this environment's."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**{k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}, "PATH": path}
+
+
+def words_of(stage: str) -> list[str]:
     """How a stage is typed."""
-    return ["maskdm", stage, *(("--arm", arm, "--seed", "0") if stage in ARM_STAGES else ())]
+    return ["maskdm", stage, *(("--arm", ARM, "--seed", "0") if stage in ARM_STAGES else ())]
 
 
 class _StageClock:
@@ -189,18 +203,28 @@ def _finished_project(folder: Path) -> Project:
         source = ROOT / name
         if name != "params.yaml":
             (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
-    content = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))
-    stages, started = Stages(folder), time.monotonic()
-    trials = [("tune", "--arm", arm, "--trial", trial) for arm in _arms() for trial in content["tuning"]["trials"]]
-    of_arms = [tuple(words_of(stage, arm)[1:]) for arm in _arms() for stage in STAGES[4:8]]
-    for words in (*((stage,) for stage in STAGES[:3]), *trials, ("choose",), *of_arms, ("report",)):
-        stages.must(*words)
+    started = time.monotonic()
+    worker = multiprocessing.get_context("spawn").Process(target=_run_stages, args=(folder,))
+    worker.start()
+    worker.join()
+    if worker.exitcode != 0:
+        raise SystemExit(f"the stages of a finished project have ended with {worker.exitcode}")
     command(["dvc", "init", "--quiet", "--no-scm"], folder)
     command(["dvc", "commit", "--force"], folder)
-    if "up to date" not in (said := command(["dvc", "repro"], folder)):
+    if "Data and pipelines are up to date" not in (said := command(["dvc", "repro"], folder)):
         raise SystemExit(f"dvc repro has found something to do in a finished project:\n{said[-2000:]}")
     print(f"made a finished project in {time.monotonic() - started:.0f} s", flush=True)
     return project
+
+
+def _run_stages(folder: Path) -> None:
+    """Run every stage of a folder's experiment, in a process of its own: one import of PyTorch serves them all."""
+    with contextlib.chdir(folder), (folder / "said.txt").open("w") as said:
+        for job in Jobs(load_params()).all():
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                code = main(job.words)
+            if code != 0:
+                raise SystemExit(f"{job.command} ended with {code}:\n{(folder / 'said.txt').read_text()[-2000:]}")
 
 
 def _trivial_project(folder: Path) -> Project:

@@ -9,11 +9,11 @@ import shutil
 import time
 from pathlib import Path
 
-from benchmarks.faults import ENGINE_FILES, ROOT, TINY
 from benchmarks.outcome import Cell, Outcome, Table, Target
 from benchmarks.settings import Settings
+from benchmarks.shapes import ROOT
 from benchmarks.timing import Task, interleave
-from benchmarks.workflow import command
+from benchmarks.workflow import ENGINE_FILES, TINY, command
 
 TARGETS = {
     "seconds": Target("default: seconds of dvc repro", None, 300.0),
@@ -66,6 +66,6 @@ def make_project(folder: Path, tiny: bool) -> Path:
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
     if tiny:
-        shutil.copy(ROOT / TINY / "params.yaml", folder / "params.yaml")
+        shutil.copy(TINY, folder / "params.yaml")
     command(["dvc", "init", "--quiet", "--no-scm"], folder)
     return folder
