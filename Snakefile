@@ -10,8 +10,8 @@ from snakemake.utils import min_version
 
 from maskdm.config import parse_params
 from maskdm.config.jobs import STAGE_VERSIONS, Jobs
-from maskdm.errors import ParamsError
-from maskdm.markers import set_markers, stages_use_a_gpu
+from maskdm.base.errors import ParamsError
+from maskdm.stages.markers import set_markers, stages_use_a_gpu
 
 min_version("9.0")
 

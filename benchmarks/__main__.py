@@ -25,7 +25,7 @@ from benchmarks.record import (
 )
 from benchmarks.settings import Settings
 from benchmarks.shapes import SHAPES
-from maskdm.errors import UserError
+from maskdm.base.errors import UserError
 
 # name → what it measures; each is a module of this package with `run(settings)`
 BENCHMARKS = {
@@ -35,7 +35,7 @@ BENCHMARKS = {
     "ema_optimizer": "the share of a step that clipping, AdamW and averaged weights take",
     "scaling": "time against images, tokens, width and batch, with fitted exponents",
     "workflow": "what a stage costs beside its work; start-up; a `dvc repro` with nothing to do",
-    "attention": "plain attention against PyTorch's kernel, and its softmax: what the rules of maskdm.backbone rest on",
+    "attention": "plain attention against PyTorch's kernel, and its softmax: what the rules of uvit.py rest on",
     "gpu": "on a CUDA device: MFU, memory, compiled or not, images on the device or not",
     "workflow-default": "the default experiment through both engines: 10 minutes a round; only where it is asked for",
 }

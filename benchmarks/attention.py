@@ -1,7 +1,7 @@
 """`attention`: plain matrix products against PyTorch's kernel, by tokens and precision; the softmax's precision.
 
-The rules in `maskdm.backbone`, `uses_plain_attention` and `widens_softmax`, rest on these tables. Nothing is timed when
-a stage starts.
+The rules `uses_plain_attention` and `widens_softmax` of `maskdm.method.backbones.uvit` rest on these tables. Nothing is
+timed when a stage starts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from benchmarks import machine
 from benchmarks.outcome import Cell, Outcome, Table
 from benchmarks.settings import Settings
 from benchmarks.timing import Task, interleave, looped
-from maskdm.backbone import plain_attention, uses_plain_attention, widens_softmax
+from maskdm.method.backbones.uvit import plain_attention, uses_plain_attention, widens_softmax
 
 TOKENS, QUICK_TOKENS = (17, 65, 101, 129, 257, 401, 513, 1025), (17, 65)
 NUM_HEADS, HEAD_DIM = 8, 64

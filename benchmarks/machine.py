@@ -15,7 +15,7 @@ import psutil
 import torch
 
 from benchmarks.timing import Rounds, Spread, Task, looped
-from maskdm.records import cpu_name, git_state
+from maskdm.base.machine import cpu_name, git_state
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "timm", "numpy", "pillow", "dvc", "snakemake", "mlflow")

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.machine import slug
 from benchmarks.outcome import render, render_targets
-from maskdm.errors import UserError
+from maskdm.base.errors import UserError
 
 FORMAT = "maskdm-benchmarks/1"
 FOLDER = Path(__file__).parent / "records"

@@ -4,7 +4,7 @@ What is the same: width, depth, heads, hidden width, long skips, patches, time t
 weights; so are the FLOPs. What differs: every patch enters, and nothing is masked, drawn or averaged by our code.
 
 "Tuned" is what a user would get who knows the machine: PyTorch's fused AdamW, and attention by the kernel that our rule
-takes (`maskdm.backbone.uses_plain_attention`).
+takes (`maskdm.method.backbones.uvit.uses_plain_attention`).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.shapes import Shape
-from maskdm.backbone import timestep_embedding, uses_plain_attention
-from maskdm.diffusion import Diffusion
-from maskdm.patches import patchify
-from maskdm.torchvision_compat import declare_missing_operators
+from maskdm.base.torchvision_compat import declare_missing_operators
+from maskdm.method.backbones.uvit import timestep_embedding, uses_plain_attention
+from maskdm.method.diffusion import Diffusion
+from maskdm.method.patches import patchify
 
 
 class TimmUViT(nn.Module):

@@ -17,15 +17,15 @@ from benchmarks.settings import Settings
 from benchmarks.shapes import ROOT, Shape
 from benchmarks.timing import Spread, Task, interleave, looped
 from benchmarks.workflow import command
-from maskdm import device, paths, rng
-from maskdm.backbone import UViT
-from maskdm.compute import build_model
-from maskdm.config import Params, load_params
-from maskdm.drawing import draw_images, load_model
-from maskdm.records import git_state
-from maskdm.stages.finetune import milestone_file
-from maskdm.stages.inputs import open_data
+from maskdm.base import rng
+from maskdm.base.machine import git_state
+from maskdm.config import Params, load_params, paths
+from maskdm.data.inputs import open_data
+from maskdm.method.backbones.building import build_model
+from maskdm.method.backbones.uvit import UViT
+from maskdm.models.drawing import draw_images, load_model
 from maskdm.stages.scoring import Scorer
+from maskdm.training import devices
 
 NUM_EVALUATIONS = 50
 SAMPLERS = ("ddim", "ddpm", "dpmsolver++", "unipc")
@@ -89,7 +89,7 @@ def _speed(settings: Settings) -> Table:
 def _drawing_task(shape: Shape, sampler: str, num_images: int, num_steps: int, settings: Settings) -> Task:
     params = shape.params(0.0, settings.threads, device=settings.device.type)
     params = with_sampler(params, sampler, num_steps, num_images)
-    compute = device.resolve(params.compute)
+    compute = devices.resolve(params.compute)
     model = build_model(params, 0)
     model.initialise(rng.generator(SEED, "init"))
     model.eval().to(compute.device)
@@ -197,8 +197,8 @@ def measure_quality(folder: Path) -> list[Quality]:
     cases = [REFERENCE, *((sampler, num_steps) for num_steps in NUM_STEPS for sampler in SAMPLERS)]
     with contextlib.chdir(folder):
         params = load_params()
-        compute, images = device.resolve(params.compute), open_data(params)
-        weights = paths.finetune(ARM, SEED) / milestone_file(1.0)
+        compute, images = devices.resolve(params.compute), open_data(params)
+        weights = paths.finetune(ARM, SEED) / paths.milestone_file(1.0)
         model = load_model(params, weights, images.num_classes, compute)
         scorer = Scorer(params, compute)
         found = []
@@ -212,7 +212,7 @@ def measure_quality(folder: Path) -> list[Quality]:
 
 
 def _score(
-    params: Params, model: UViT, num_classes: int, seed: int, compute: device.Compute, scorer: Scorer
+    params: Params, model: UViT, num_classes: int, seed: int, compute: devices.Compute, scorer: Scorer
 ) -> tuple[float, float]:
     with contextlib.redirect_stderr(io.StringIO()):  # their own progress
         drawn = draw_images(params, model, num_classes, seed, params.sampling.num_samples, compute, "draw")

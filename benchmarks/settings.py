@@ -10,8 +10,8 @@ import torch
 
 from benchmarks.machine import num_cores
 from benchmarks.shapes import SHAPES, Shape
-from maskdm import device
 from maskdm.config import ComputeConfig
+from maskdm.training import devices
 
 CPU = torch.device("cpu")
 
@@ -46,4 +46,4 @@ class Settings:
         """Those that the device computes in, the best last."""
         kind: Literal["cpu", "cuda"] = "cuda" if self.device.type == "cuda" else "cpu"
         config = ComputeConfig(device=kind, precision="auto", threads=self.threads)
-        return ("fp32", "bf16") if device.resolve(config).autocast else ("fp32",)
+        return ("fp32", "bf16") if devices.resolve(config).autocast else ("fp32",)

@@ -1,4 +1,4 @@
-"""Real training steps, as the stages make them: `maskdm.training.train` with all that it does, on random images."""
+"""Real training steps, as the stages make them: `maskdm.training.loop.train`, all of it, on random images."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from benchmarks.shapes import Shape, arm_of
 from benchmarks.timing import Task
 from maskdm.config import Params, Training
 from maskdm.data.arrays import ImageArrays, ShardWriter
-from maskdm.optimization import clip_gradients
 from maskdm.stages.training import Trainer
-from maskdm.training import TrainState, train
+from maskdm.training.loop import TrainState, train
+from maskdm.training.optimizer import clip_gradients
 
 NUM_IMAGES = 2048
 SEED = 0

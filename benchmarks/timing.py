@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any
 
-from maskdm.progress import Progress
+from maskdm.base.progress import Progress
 
 MOST_REPETITIONS = 1000
 SURELY_LONG_ENOUGH = 5  # a first run of so many times the wanted seconds: warming up is not that slow

@@ -10,12 +10,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from maskdm import __version__, interchange, interrupts, preflight
-from maskdm.config import Params, load_params
+from maskdm import __version__
+from maskdm.base import interrupts
+from maskdm.base.errors import ParamsError, UserError
+from maskdm.config import Params, load_params, preflight
 from maskdm.config.jobs import ARM_STAGES, STAGE_VERSIONS, Jobs
-from maskdm.errors import ParamsError, UserError
-from maskdm.fid.options import add_export_images, add_fid
+from maskdm.models import commands as interchange
 from maskdm.plan.gpus import DEFAULT_UTILISATION, GPUS
+from maskdm.stages.score.options import add_export_images, add_fid
 
 DESCRIPTION = """\
 Does masked pretraining of a diffusion model pay on your data, at equal compute?
@@ -305,7 +307,7 @@ def _add_new(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 
 def _new(options: argparse.Namespace) -> None:
-    from maskdm.new_experiment import new_experiment, next_steps
+    from maskdm.config.new_experiment import new_experiment, next_steps
 
     new_experiment(options.folder, options.source, options.changes, options.arms)
     print(next_steps(options.folder))
@@ -313,14 +315,14 @@ def _new(options: argparse.Namespace) -> None:
 
 def _fid(options: argparse.Namespace) -> None:
     _prepare_libraries(options.threads)
-    from maskdm.fid.command import run
+    from maskdm.stages.score.command import run
 
     run(options)
 
 
 def _export_images(options: argparse.Namespace) -> None:
     _prepare_libraries(options.threads)
-    from maskdm.fid.export import run
+    from maskdm.stages.score.export import run
 
     run(options)
 
@@ -415,6 +417,6 @@ def _verify(options: argparse.Namespace) -> None:
 
 def _ui(options: argparse.Namespace) -> None:
     params = load_params()
-    from maskdm.ui import open_ui
+    from maskdm.tracking.ui import open_ui
 
     open_ui(params, options.port)

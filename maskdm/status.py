@@ -19,16 +19,15 @@ from typing import Any
 
 import psutil
 
-from maskdm import paths
-from maskdm.checksums import NOT_NOW
-from maskdm.config import Params, load_params
+from maskdm.base.checksums import NOT_NOW
+from maskdm.base.errors import UserError
+from maskdm.base.interrupts import Stopped
+from maskdm.base.locks import holder_of
+from maskdm.base.progress import progress
+from maskdm.base.units import duration, size
+from maskdm.config import Params, load_params, paths
 from maskdm.config.jobs import ARM_STAGES, Job, Jobs, OutdatedError
 from maskdm.config.stamps import Stamp, damaged_files, read_stamp
-from maskdm.errors import UserError
-from maskdm.interrupts import Stopped
-from maskdm.locks import holder_of
-from maskdm.plan.units import duration, size
-from maskdm.progress import progress
 
 STATES = ("done", "running", "failed", "resumable", "out of date", "after tuning", "missing")
 BEGUN, FAILED, PROGRESS = "begun.json", "failed.json", "progress.json"  # in a work folder (`maskdm.stages.runner`)

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from maskdm import rng
-from maskdm.backbone import UViT
-from maskdm.compute import build_model
+from maskdm.base import rng
 from maskdm.config import ComputeConfig, Params, parse_params
-from maskdm.device import Compute, resolve
-from maskdm.protocol import Protocol, drawn_as, metrics_as
+from maskdm.method.backbones.building import build_model
+from maskdm.method.backbones.uvit import UViT
+from maskdm.scoring.protocol import Protocol, drawn_as, metrics_as
+from maskdm.training.devices import Compute, resolve
 
 CPU = torch.device("cpu")
 FP32 = resolve(ComputeConfig(device="cpu", precision="fp32"))

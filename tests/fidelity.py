@@ -10,11 +10,11 @@ from unittest.mock import patch
 
 import torch
 
-from maskdm.torchvision_compat import declare_missing_operators
+from maskdm.base.torchvision_compat import declare_missing_operators
 
 # What the installed command `fidelity` runs; beside a PyTorch without torchvision's operators they are declared first.
 FIDELITY = """
-from maskdm.torchvision_compat import declare_missing_operators
+from maskdm.base.torchvision_compat import declare_missing_operators
 operators = declare_missing_operators()
 from torch_fidelity.fidelity import main
 main()

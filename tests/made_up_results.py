@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from maskdm.checksums import CHECKSUM
+from maskdm.base.checksums import CHECKSUM
+from maskdm.base.errors import UserError
+from maskdm.base.publishing import publish_description
 from maskdm.config import Params, parse_params
+from maskdm.config.formats import GIVEN
 from maskdm.config.jobs import STAGE_VERSIONS, Jobs
 from maskdm.config.stamps import FILE, STAMP, Stamp, stamp_folder, stamped
-from maskdm.errors import UserError
-from maskdm.formats import GIVEN
-from maskdm.publishing import publish_description
 from maskdm.report.comparison import Comparison, compare_arms
 from maskdm.report.results import Missing, Results, Run, milestone_key
 from maskdm.report.tables import summary_frame

@@ -12,8 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from maskdm import rng
-from maskdm.backbone import (
+from maskdm.base import rng
+from maskdm.config import ModelConfig
+from maskdm.config.geometry import Grid
+from maskdm.method.backbones.building import build_model
+from maskdm.method.backbones.uvit import (
     AttentionChoice,
     Block,
     UViT,
@@ -22,11 +25,8 @@ from maskdm.backbone import (
     uses_plain_attention,
     widens_softmax,
 )
-from maskdm.compute import build_model
-from maskdm.config import ModelConfig
-from maskdm.config.geometry import Grid
-from maskdm.masking import Masking, all_visible
-from maskdm.memory import saved_bytes
+from maskdm.method.masks import Masking, all_visible
+from maskdm.training.memory import saved_bytes
 from tests.factories import CPU, tiny_model, tiny_params
 
 NUM_PATCHES, PATCH_DIM, NUM_CLASSES = 16, 4, 10

@@ -22,8 +22,8 @@ from benchmarks.settings import Settings
 from benchmarks.shapes import RATES, SHAPES, SMALL, TINY, Shape
 from benchmarks.steps import StepMaker, random_arrays
 from benchmarks.timing import Rounds, Spread, Task, interleave
-from maskdm.compute import count_image_flops
-from maskdm.errors import UserError
+from maskdm.base.errors import UserError
+from maskdm.method.backbones.building import count_image_flops
 from tests.factories import CPU
 
 NANO = Shape("tiny", 8, 1, {"patch_size": 2, "dim": 16, "depth": 3, "num_heads": 2, "mlp_ratio": 4.0}, 4)

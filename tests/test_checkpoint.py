@@ -14,16 +14,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from maskdm.architecture import architecture_of
-from maskdm.checkpoint import (
-    FORMAT,
-    load_into,
-    load_tensors,
-    load_weights,
-    save_tensors,
-)
-from maskdm.checksums import file_sha256
-from maskdm.errors import UserError
+from maskdm.base.checksums import file_sha256
+from maskdm.base.errors import UserError
+from maskdm.base.tensors import FORMAT, load_into, load_tensors, load_weights, save_tensors
+from maskdm.config.architecture import architecture_of
 from tests.factories import tiny_model, tiny_params
 
 States = dict[str, dict[str, Tensor]]

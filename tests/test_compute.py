@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from maskdm.backbone import UViT
-from maskdm.compute import count_image_flops
+from maskdm.base.errors import ParamsError
 from maskdm.config import ModelConfig, Params, Run, StageConfig, resolve
-from maskdm.diffusion import Diffusion, draw_step, masked_dsm_loss
-from maskdm.errors import ParamsError
-from maskdm.masking import Masking
+from maskdm.method.backbones.building import count_image_flops
+from maskdm.method.backbones.uvit import UViT
+from maskdm.method.diffusion import Diffusion, draw_step, masked_dsm_loss
+from maskdm.method.masks import Masking
 from tests.factories import tiny_model, tiny_params
 
 

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from maskdm.checksums import short_hash
+from maskdm.base.checksums import short_hash
+from maskdm.base.errors import ParamsError
 from maskdm.config import ArmConfig, Params, load_params, parse_params, schema
-from maskdm.errors import ParamsError
 
 ROOT = Path(__file__).parents[1]
 PARAMS_FILES = [ROOT / "params.yaml", *sorted((ROOT / "experiments").glob("*/params.yaml"))]

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from maskdm.base.errors import UserError
 from maskdm.config import Params
 from maskdm.data.arrays import ImageArrays, ShardWriter
 from maskdm.data.grids import GAP, save_grid
 from maskdm.data.prepare import prepare
-from maskdm.errors import UserError
 from tests.factories import data_params
 
 SHAPE = (2, 3, 3)

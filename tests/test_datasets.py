@@ -22,14 +22,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskdm import paths
-from maskdm.config import Params
+from maskdm.base.errors import ParamsError, UserError
+from maskdm.base.locks import one_writer
+from maskdm.base.publishing import publish_folder
+from maskdm.config import Params, paths
 from maskdm.data.arrays import ImageArrays
 from maskdm.data.opening import open_collection
 from maskdm.data.prepare import check_apart, prepare
-from maskdm.errors import ParamsError, UserError
-from maskdm.locks import one_writer
-from maskdm.publishing import publish_folder
 from tests.factories import data_params
 
 OUT = Path("out")
@@ -238,7 +237,7 @@ def served(folder: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("is_whole", [True, False])
 def test_mnist_is_downloaded_whole_or_not_at_all(is_whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from maskdm.torchvision_compat import declare_missing_operators
+    from maskdm.base.torchvision_compat import declare_missing_operators
 
     declare_missing_operators()
     from torchvision import datasets
@@ -274,7 +273,7 @@ def test_what_a_killed_download_has_left_is_removed() -> None:
 def test_what_another_process_downloads_is_waited_for_and_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its folder is not taken for one that was left."""
     said: list[str] = []
-    monkeypatch.setattr("maskdm.locks._say", said.append)
+    monkeypatch.setattr("maskdm.base.locks._say", said.append)
     with ThreadPoolExecutor(1) as pool:
         with one_writer(LOCK, "another"):
             put(".work/download-other/file", b"half")

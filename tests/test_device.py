@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from maskdm.base.errors import UserError
 from maskdm.config import ComputeConfig
-from maskdm.device import KEEP_FREED_MEMORY, Compute, free_gpus, resolve
-from maskdm.errors import UserError
+from maskdm.training.devices import KEEP_FREED_MEMORY, Compute, free_gpus, resolve
 from tests.factories import CPU
 
 HOLD = """
 import sys
-from maskdm.device import free_gpus
+from maskdm.training.devices import free_gpus
 print(*free_gpus(tuple(sys.argv[2:]), int(sys.argv[1])), flush=True)
 sys.stdin.read()
 """

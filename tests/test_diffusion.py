@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from maskdm.backbone import UViT
 from maskdm.config.geometry import Grid
-from maskdm.diffusion import Denoiser, Diffusion, Draws, Prediction, draw_step, make_betas, masked_dsm_loss
-from maskdm.masking import Masking, to_mask
-from maskdm.patches import patchify, unpatchify
-from maskdm.sampling import on_images
+from maskdm.method.backbones.uvit import UViT
+from maskdm.method.diffusion import Denoiser, Diffusion, Draws, Prediction, draw_step, make_betas, masked_dsm_loss
+from maskdm.method.masks import Masking, to_mask
+from maskdm.method.patches import patchify, unpatchify
+from maskdm.method.sampling import on_images
 from tests.factories import tiny_model, tiny_params
 
 PATCH_SIZE, GRID, CHANNELS = 2, Grid(4, 4), 1

@@ -21,8 +21,8 @@ import psutil
 import pytest
 import yaml
 
-from maskdm import markers
 from maskdm.config.jobs import STAGE_VERSIONS
+from maskdm.stages import markers
 
 ROOT = Path(__file__).parents[1]
 ENGINE_FILES = ("dvc.yaml", "params.yaml", "Snakefile", "workflow", "profiles", ".dvcignore", ".gitignore")

@@ -18,19 +18,12 @@ import pytest
 import scipy.linalg
 import torch
 
-from maskdm.classifier import FEATURE_DIM, TrainedClassifier, train_classifier
+from maskdm.base.errors import UserError
+from maskdm.base.torchvision_compat import declare_missing_operators
 from maskdm.config import EvaluationConfig
 from maskdm.data.batches import to_model_range
-from maskdm.errors import UserError
-from maskdm.evaluation import (
-    PRC_BLOCK,
-    Reference,
-    check_counts,
-    compute_metrics,
-    floor_metrics,
-    mean_and_covariance,
-)
-from maskdm.extractors import (
+from maskdm.scoring.classifier import FEATURE_DIM, TrainedClassifier, train_classifier
+from maskdm.scoring.extractors import (
     PUBLISHED,
     FeatureExtractor,
     open_classifier,
@@ -38,9 +31,16 @@ from maskdm.extractors import (
     open_pretrained,
     save_classifier,
 )
-from maskdm.fid.export import write_pngs
-from maskdm.fid.sets import Wanted, open_set
-from maskdm.torchvision_compat import declare_missing_operators
+from maskdm.scoring.scores import (
+    PRC_BLOCK,
+    Reference,
+    check_counts,
+    compute_metrics,
+    floor_metrics,
+    mean_and_covariance,
+)
+from maskdm.stages.score.export import write_pngs
+from maskdm.stages.score.sets import Wanted, open_set
 from tests.factories import CPU, digits
 from tests.fidelity import fidelity, write_inception_weights
 
@@ -127,7 +127,7 @@ def test_scores_are_torch_fidelitys_to_the_last_digits(count: int, monkeypatch: 
     from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
 
-    monkeypatch.setattr("maskdm.evaluation.STATISTICS_BLOCK", 1000)  # several of the larger set
+    monkeypatch.setattr("maskdm.scoring.scores.STATISTICS_BLOCK", 1000)  # several of the larger set
     x, y = gaussian(count, 32, 0.2, seed=1), gaussian(count + 37, 32, seed=2)
     ours = compute_metrics(x, y, config())
     both = [torch.from_numpy(features.astype(np.float64)) for features in (x, y)]
@@ -143,7 +143,7 @@ def test_scores_are_torch_fidelitys_to_the_last_digits(count: int, monkeypatch: 
 @pytest.mark.parametrize("neighborhood", [1, 3, 12])
 def test_distances_in_blocks_are_those_of_the_whole_matrix(monkeypatch: pytest.MonkeyPatch, neighborhood: int) -> None:
     """Also where a block has fewer columns than neighbours are asked for; few columns are held at a time."""
-    monkeypatch.setattr("maskdm.evaluation.PRC_BLOCK", 7)
+    monkeypatch.setattr("maskdm.scoring.scores.PRC_BLOCK", 7)
     columns, cat = [0], torch.cat
 
     def counting(parts: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
@@ -166,7 +166,7 @@ def test_what_is_known_of_the_real_images_before_is_not_computed_again(monkeypat
     reference = Reference.of(y, neighborhood=3)
     expected, seen = compute_metrics(x, y, config()), []
     monkeypatch.setattr(
-        "maskdm.evaluation.mean_and_covariance", lambda f: seen.append(len(f)) or mean_and_covariance(f)
+        "maskdm.scoring.scores.mean_and_covariance", lambda f: seen.append(len(f)) or mean_and_covariance(f)
     )
     assert compute_metrics(x, reference, config()) == expected
     assert seen == [150]
@@ -235,7 +235,7 @@ def test_the_neighbourhood_of_the_floor_shrinks_with_few_real_images() -> None:
 def test_the_floor_compares_images_with_others_only(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[np.ndarray, np.ndarray]] = []
     real = np.arange(1000, dtype=np.float32).reshape(500, 2)
-    monkeypatch.setattr("maskdm.evaluation.compute_metrics", lambda x, y, _: seen.append((x, y)))
+    monkeypatch.setattr("maskdm.scoring.scores.compute_metrics", lambda x, y, _: seen.append((x, y)))
     floor_metrics(real, 100, config())
     ((samples, others),) = seen
     assert (len(samples), len(others)) == (100, 400)
@@ -558,7 +558,7 @@ def test_a_download_that_is_broken_is_told_of(error: Exception, says: str) -> No
 
 def test_torch_fidelity_can_be_imported_once_operators_are_declared() -> None:
     code = (
-        "from maskdm.torchvision_compat import declare_missing_operators as declare\n"
+        "from maskdm.base.torchvision_compat import declare_missing_operators as declare\n"
         "assert declare() is declare()\n"
         "import torch_fidelity, torchvision, torch\n"
         "print(torch_fidelity.calculate_metrics.__name__, hasattr(torch.ops.torchvision, 'nms'))\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from maskdm.config import Params, load_params
-from maskdm.new_experiment import new_experiment
+from maskdm.config.new_experiment import new_experiment
 from maskdm.plan.command import PlanOptions, run
 from tests.conftest import Experiment
 from tests.test_datasets import encode, make_celeba, make_hub_cifar, make_lsun, make_mnist, pixels, put

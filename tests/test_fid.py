@@ -18,19 +18,19 @@ import pytest
 import torch
 from PIL import Image
 
-from maskdm import references
+from maskdm.base.errors import UserError
+from maskdm.base.publishing import publish_description, publish_json
 from maskdm.config import EvaluationConfig, load_params
 from maskdm.config.stamps import FILE, read_stamp, stamp_folder
 from maskdm.data.arrays import ImageArrays, ShardWriter
-from maskdm.errors import UserError
-from maskdm.evaluation import Reference
-from maskdm.exported import publish_exported
-from maskdm.extractors import FeatureExtractor, open_pixels
-from maskdm.fid import command, export, sets
-from maskdm.fid.options import add_export_images, add_fid
-from maskdm.protocol import Protocol, differences, drawn_as, flips_text, images_of
-from maskdm.publishing import publish_description, publish_json
-from maskdm.stored_images import StoredImages
+from maskdm.data.stored_images import StoredImages
+from maskdm.models.exported import publish_exported
+from maskdm.scoring import references
+from maskdm.scoring.extractors import FeatureExtractor, open_pixels
+from maskdm.scoring.protocol import Protocol, differences, drawn_as, flips_text, images_of
+from maskdm.scoring.scores import Reference
+from maskdm.stages.score import command, export, sets
+from maskdm.stages.score.options import add_export_images, add_fid
 from tests.conftest import ARM, Experiment
 from tests.factories import CPU, digits, protocol, tiny_model, tiny_params
 from tests.fidelity import write_inception_weights

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from maskdm.masking import Masking
+from maskdm.method.masks import Masking
 from maskdm.report.figures import FIGURES, _save, draw_figures
 from maskdm.report.figures.against_scratch import AGAINST_SCRATCH
 from maskdm.report.figures.axes import compute_unit, fid_text

@@ -19,14 +19,14 @@ import PIL
 import pytest
 from PIL import Image
 
+from maskdm.base.errors import UserError
+from maskdm.base.publishing import publish_folder
 from maskdm.config import DatasetConfig
 from maskdm.data import bulk_decoding, sources
 from maskdm.data.arrays import ImageArrays
 from maskdm.data.decoding import BadImageError, decode
 from maskdm.data.image_folder import labels_from_folders
 from maskdm.data.prepare import check_apart, prepare
-from maskdm.errors import UserError
-from maskdm.publishing import publish_folder
 from tests.factories import data_params
 
 SIZE = 8

@@ -26,15 +26,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
-from maskdm import interchange
-from maskdm.backbone import UViT
-from maskdm.checkpoint import Which, load_tensors
+from maskdm.base.errors import ParamsError, UserError
+from maskdm.base.publishing import publish_description
+from maskdm.base.tensors import WeightSet, load_tensors
 from maskdm.config import load_params, parse_params
-from maskdm.diffusion import make_betas
-from maskdm.errors import ParamsError, UserError
-from maskdm.exported import load_exported, publish_exported, weights_for
-from maskdm.patches import gather_patches, patchify
-from maskdm.publishing import publish_description
+from maskdm.method.backbones.uvit import UViT
+from maskdm.method.diffusion import make_betas
+from maskdm.method.patches import gather_patches, patchify
+from maskdm.models import commands
+from maskdm.models.exported import load_exported, publish_exported, weights_for
 from tests import factories
 from tests.conftest import ARM, Experiment
 from tests.made_up_results import stamp_outputs
@@ -51,15 +51,15 @@ class Parser(argparse.ArgumentParser):
 
 def import_file(file: Path, out: Path, *options: str) -> None:
     parser = Parser()
-    interchange.add_import_arguments(parser)
-    interchange.run_import(parser.parse_args([str(file), "--out", str(out), *options]))
+    commands.add_import_arguments(parser)
+    commands.run_import(parser.parse_args([str(file), "--out", str(out), *options]))
 
 
 def export(experiment: Experiment, checkpoint: str, *options: str) -> None:
     parser = Parser()
-    interchange.add_export_arguments(parser)
+    commands.add_export_arguments(parser)
     with contextlib.chdir(experiment.folder):
-        interchange.run_export(parser.parse_args([checkpoint, *options]))
+        commands.run_export(parser.parse_args([checkpoint, *options]))
 
 
 # --- the authors' network, from its description
@@ -218,7 +218,7 @@ def test_an_imported_network_computes_the_authors_function(
     is_masked = pick(False, True)
     num_visible = data.draw(st.integers(1, kind["side"] ** 2 - 1)) if is_masked else kind["side"] ** 2
     inputs = some_inputs(kind["channels"], kind["patch"], kind["side"], num_visible, kind["classes"], seed=3)
-    states: dict[Which, State] = {"raw": raw, "ema": ema}
+    states: dict[WeightSet, State] = {"raw": raw, "ema": ema}
     for which, state in states.items():
         params, model, num_classes = load_exported(folder / "out", which)
         assert params.dataset.image_size == kind["patch"] * kind["side"]
@@ -302,7 +302,7 @@ def test_both_sets_are_kept_and_one_of_them_is_the_model(tmp_path: Path) -> None
     for which, own, other in (("ema", ema, raw), ("raw", raw, ema)):
         import_file(file, tmp_path / which, "--num-heads", "2", "--which", which)
         assert torch.equal(load_file(tmp_path / which / "model.safetensors")["decoder_pred.weight"], own[name])
-        second: Which = "raw" if which == "ema" else "ema"
+        second: WeightSet = "raw" if which == "ema" else "ema"
         assert torch.equal(load_exported(tmp_path / which, second).model.decoder_pred.weight, other[name])
     assert load_exported(tmp_path / "ema").model.decoder_pred.weight.dtype == torch.float32
 

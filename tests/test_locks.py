@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 
-from maskdm.errors import UserError
-from maskdm.locks import holder_of, one_writer
+from maskdm.base.errors import UserError
+from maskdm.base.locks import holder_of, one_writer
 
 HOLDING = """
 import sys, time
 from pathlib import Path
-from maskdm.locks import one_writer
+from maskdm.base.locks import one_writer
 with one_writer(Path(sys.argv[1]), "pretrain x"):
     print("at work", flush=True)
     time.sleep(60)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from maskdm.config.geometry import Grid, Strategy, VisibleShape, visible_shape
-from maskdm.masking import Masking, all_visible, to_mask
+from maskdm.method.masks import Masking, all_visible, to_mask
 
 PAPER_GRID = Grid(16, 16)
 grids = st.builds(Grid, rows=st.integers(1, 18), cols=st.integers(1, 18))

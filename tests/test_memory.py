@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from maskdm.config import StageConfig
-from maskdm.device import Compute
-from maskdm.memory import FILLED, MemoryCounter, micro_batch_size
+from maskdm.training.devices import Compute
+from maskdm.training.memory import FILLED, MemoryCounter, micro_batch_size
 from tests.factories import FP32, tiny_params
 
 PARAMS = tiny_params()

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from maskdm.base.errors import ParamsError, UserError
 from maskdm.config import load_params
-from maskdm.errors import ParamsError, UserError
-from maskdm.new_experiment import new_experiment, next_steps
+from maskdm.config.new_experiment import new_experiment, next_steps
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "experiments" / "tiny"

@@ -21,8 +21,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from maskdm.checkpoint import load_tensors
-from maskdm.parallel import ALONE
+from maskdm.base.tensors import load_tensors
+from maskdm.training.ranks import ALONE
 from tests import two_ranks
 
 if TYPE_CHECKING:

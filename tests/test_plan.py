@@ -14,25 +14,18 @@ import pytest
 import torch
 from torch import nn
 
-from maskdm import device
-from maskdm.compute import count_image_flops
+from maskdm.base.units import duration, flops, size
 from maskdm.config import ComputeConfig, Params, Training, resolve
-from maskdm.memory import PROCESS_BYTES, MemoryCounter, peak_alive_bytes, saved_bytes
+from maskdm.method.backbones.building import count_image_flops
 from maskdm.plan import bench, calibration
 from maskdm.plan.calibration import Calibration, calibrate, measured_shapes
 from maskdm.plan.estimates import estimate, forward_flops, work_of
-from maskdm.plan.findings import (
-    disk_warning,
-    launch_warnings,
-    memory_warning,
-    threads_warning,
-    time_ratio,
-    warnings_of,
-)
+from maskdm.plan.findings import disk_warning, launch_warnings, memory_warning, threads_warning, time_ratio, warnings_of
 from maskdm.plan.gpus import GPUS
 from maskdm.plan.store import Measurement, MeasurementStore
 from maskdm.plan.table import Outlook, format_table
-from maskdm.plan.units import duration, flops, size
+from maskdm.training import devices
+from maskdm.training.memory import PROCESS_BYTES, MemoryCounter, peak_alive_bytes, saved_bytes
 from tests.factories import FP32, ArrayImages, tiny_params
 
 if TYPE_CHECKING:
@@ -167,8 +160,8 @@ def test_memory_of_training_is_states_activations_and_a_batch() -> None:
 @pytest.mark.parametrize("depth", [1, 3, 9])
 def test_memory_of_deep_networks_is_that_of_the_whole_network(depth: int) -> None:
     """Counted on fake tensors, a pair of blocks for all: as much as a real forward pass keeps."""
-    from maskdm.diffusion import Diffusion, draw_step, masked_dsm_loss
-    from maskdm.masking import Masking
+    from maskdm.method.diffusion import Diffusion, draw_step, masked_dsm_loss
+    from maskdm.method.masks import Masking
     from tests.factories import tiny_model
 
     params = tiny_params(model={"depth": depth})
@@ -227,7 +220,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     return FakeBench.asked
 
 
-def measure(params: Params, compute: device.Compute = FP32, **store: Any) -> Calibration:
+def measure(params: Params, compute: devices.Compute = FP32, **store: Any) -> Calibration:
     return calibrate(params, compute, work_of(params, compute), MeasurementStore(**store))
 
 
@@ -293,8 +286,8 @@ def test_a_damaged_entry_is_measured_anew(asked: list[str], entry: Any) -> None:
     "change",
     [
         lambda patch: patch.setattr(calibration, "machine", lambda: ("another CPU", 64, "9.9")),
-        lambda patch: patch.setattr(device.Compute, "describe", lambda self: {"precision": "bf16"}),
-        lambda patch: patch.setattr(device.Compute, "describe_device", lambda self: {"threads": 7}),
+        lambda patch: patch.setattr(devices.Compute, "describe", lambda self: {"precision": "bf16"}),
+        lambda patch: patch.setattr(devices.Compute, "describe_device", lambda self: {"threads": 7}),
     ],
     ids=["machine", "precision", "threads"],
 )

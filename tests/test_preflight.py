@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from maskdm.base.errors import ParamsError
 from maskdm.config import Params, parse_params
+from maskdm.config.image_counts import NUM_IMAGES, most_real
+from maskdm.config.preflight import check
 from maskdm.data.digits import load_digits
-from maskdm.errors import ParamsError
-from maskdm.exported import publish_exported
-from maskdm.image_counts import NUM_IMAGES, most_real
-from maskdm.preflight import check
+from maskdm.models.exported import publish_exported
 from tests.conftest import ARM, Experiment
 from tests.factories import tiny_model, tiny_params
 from tests.imported import modules_after

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from maskdm import paths
-from maskdm.errors import UserError
-from maskdm.publishing import move, publish_folder, publish_json, publish_text
+from maskdm.base.errors import UserError
+from maskdm.base.publishing import move, publish_folder, publish_json, publish_text
+from maskdm.config import paths
 
 OUTPUT = Path("results/pretrain/scratch/seed-0")
 SHARED_MEMORY = Path("/dev/shm")
@@ -124,7 +124,7 @@ def test_killed_process_publishes_nothing_and_the_next_one_does() -> None:
     code = f"""
 import time
 from pathlib import Path
-from maskdm.publishing import publish_folder
+from maskdm.base.publishing import publish_folder
 with publish_folder(Path({str(OUTPUT)!r})) as folder:
     (folder / "a").write_text("half")
     Path("started").touch()

@@ -16,12 +16,11 @@ import pytest
 from scipy import stats
 
 import maskdm.report.report as report_module
-from maskdm import paths
-from maskdm.checksums import CHECKSUM
-from maskdm.config import Params, parse_params
+from maskdm.base.checksums import CHECKSUM
+from maskdm.base.errors import UserError
+from maskdm.base.publishing import publish_description
+from maskdm.config import Params, parse_params, paths
 from maskdm.config.jobs import Jobs
-from maskdm.errors import UserError
-from maskdm.publishing import publish_description
 from maskdm.report import Report, print_report, print_summary, write_report
 from maskdm.report.numbers import decimals, number_text, signed
 from maskdm.report.results import read_results

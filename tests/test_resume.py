@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from maskdm.errors import UserError
-from maskdm.resume import Pieces, ProgressNote, StateStore
+from maskdm.base.errors import UserError
+from maskdm.training.state import Pieces, ProgressNote, StateStore
 
 Damage = Callable[[bytes], bytes]
 DAMAGES: dict[str, Damage] = {
@@ -187,7 +187,7 @@ def test_a_full_disk_is_an_error_of_the_users_and_keeps_the_earlier_states(tmp_p
 SAVING = """
 import sys, torch
 from pathlib import Path
-from maskdm.resume import StateStore
+from maskdm.training.state import StateStore
 store = StateStore(Path(sys.argv[1]), 60.0)
 print("ready", flush=True)
 for step in range(1, 100_000):

@@ -21,13 +21,12 @@ from typing import Any
 import pytest
 import yaml
 
-from maskdm import paths
-from maskdm.checksums import checked
-from maskdm.config import load_params
+from maskdm.base.checksums import checked
+from maskdm.base.locks import one_writer
+from maskdm.base.publishing import publish_description
+from maskdm.config import load_params, paths
 from maskdm.config.jobs import ARM_STAGES, Job, Jobs
 from maskdm.config.stamps import Stamp, damaged_files, missing_files, read_stamp, stamp_folder, stamped
-from maskdm.locks import one_writer
-from maskdm.publishing import publish_description
 from tests.conftest import ARM, TINY, Experiment, Outcome
 
 OF_ARM = ["--arm", ARM, "--seed", "0"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 import yaml
 
-from maskdm.checksums import short_hash
+from maskdm.base.checksums import short_hash
 from maskdm.config import Params, Section, load_params, parse_params, resolve
 from maskdm.config.jobs import ARM_STAGES, Jobs
 from maskdm.config.runs import shared_values

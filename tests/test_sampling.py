@@ -14,10 +14,10 @@ from torch import Tensor
 from maskdm.config import SamplingConfig
 from maskdm.config.geometry import Grid
 from maskdm.data.batches import to_uint8
-from maskdm.device import Compute
-from maskdm.diffusion import Diffusion, Prediction
-from maskdm.drawing import draw_images
-from maskdm.sampling import ImageDenoiser, ImageNoise, batches_of, on_images, sample, sample_timesteps
+from maskdm.method.diffusion import Diffusion, Prediction
+from maskdm.method.sampling import ImageDenoiser, ImageNoise, batches_of, on_images, sample, sample_timesteps
+from maskdm.models.drawing import draw_images
+from maskdm.training.devices import Compute
 from tests.factories import CPU, FP32, tiny_model, tiny_params
 
 MEAN, STD = 0.2, 0.12  # of the data; 1 is more than six standard deviations away

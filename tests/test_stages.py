@@ -21,13 +21,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from maskdm import rng
-from maskdm.checkpoint import load_tensors
-from maskdm.checksums import checked, short_hash
-from maskdm.compute import build_model, count_image_flops
+from maskdm.base import rng
+from maskdm.base.checksums import checked, short_hash
+from maskdm.base.publishing import publish_description
+from maskdm.base.tensors import load_tensors
 from maskdm.config import Params, Run, load_params
-from maskdm.publishing import publish_description
-from maskdm.resume import StateStore
+from maskdm.method.backbones.building import build_model, count_image_flops
+from maskdm.training.state import StateStore
 
 if TYPE_CHECKING:
     from tests.conftest import Experiment, Outcome
@@ -547,13 +547,13 @@ def test_loss_that_is_not_finite_ends_the_stage_and_keeps_the_last_good_state(pr
 def test_loss_that_is_not_finite_between_two_rows_makes_no_update(
     prepared: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from maskdm import training
+    from maskdm.training import loop
 
-    states: list[training.TrainState] = []
+    states: list[loop.TrainState] = []
 
-    def train(state: training.TrainState, *arguments: Any) -> None:
+    def train(state: loop.TrainState, *arguments: Any) -> None:
         states.append(state)
-        training.train(state, *arguments)
+        loop.train(state, *arguments)
 
     monkeypatch.setattr("maskdm.stages.training.train", train)
     prepared.change(pretrain={"lr": 1e12}, compute={"precision": "fp32"}, training={"log_every": 1000})

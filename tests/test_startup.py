@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from maskdm.config.jobs import ARM_STAGES
-from maskdm.eager import EagerAdam, EagerAdamW
+from maskdm.training.eager import EagerAdam, EagerAdamW
 from tests.imported import AFTER, after, modules_after, run_python
 
 if TYPE_CHECKING:
@@ -62,7 +62,9 @@ def test_a_stage_that_is_up_to_date_imports_neither_tensors_nor_engines(finished
     assert not {*modules.split()} & (TENSORS | TRAINING)
 
 
-@pytest.mark.parametrize("module", ["maskdm.config.jobs", "maskdm.markers", "maskdm.stages.runner", "maskdm.status"])
+@pytest.mark.parametrize(
+    "module", ["maskdm.config.jobs", "maskdm.stages.markers", "maskdm.stages.runner", "maskdm.status"]
+)
 def test_what_only_compares_stamps_imports_neither_tensors_nor_engines(module: str, tiny: Experiment) -> None:
     (modules,) = run_python(f"import sys, {module}; print(*sys.modules)", tiny.folder)
     assert not {*modules.split()} & (TENSORS | TRAINING)
@@ -120,7 +122,9 @@ def test_an_update_records_no_gradient_and_leaves_gradients_on() -> None:
     assert torch.is_grad_enabled() and weight.is_leaf and not torch.equal(weight, torch.ones(3))
 
 
-@pytest.mark.parametrize(("name", "imports"), [("maskdm.eager.EagerAdamW", False), ("torch.optim.AdamW", True)])
+@pytest.mark.parametrize(
+    ("name", "imports"), [("maskdm.training.eager.EagerAdamW", False), ("torch.optim.AdamW", True)]
+)
 def test_the_bare_optimizers_do_not_import_the_compiler(tiny: Experiment, name: str, imports: bool) -> None:
     """Where PyTorch's own no longer does, ours are no longer needed."""
     module, cls = name.rsplit(".", 1)

@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 
-from maskdm import paths
-from maskdm.config import load_params
+from maskdm.config import load_params, paths
 from maskdm.config.jobs import Job, Jobs
 from tests.conftest import ARM, TINY, Experiment, Outcome
 
@@ -25,7 +24,7 @@ TRIALS = {"one": {"pretrain.lr": 1e30}, "two": {"pretrain.lr": 2e30}}
 HOLDER = """\
 import sys, time
 from pathlib import Path
-from maskdm.locks import one_writer
+from maskdm.base.locks import one_writer
 with one_writer(Path(sys.argv[1]), "pretrain"):
     Path("ready").touch()
     time.sleep(300)

@@ -15,8 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from maskdm import distances
-from maskdm.checksums import file_sha256
+from maskdm.base.checksums import file_sha256
 from maskdm.config import DatasetConfig, Params, load_params, parse_params, resolve
 from maskdm.data.swissroll import NOISE, NUM_POINTS, RADIUS, TURNS, load_swissroll, on_roll, swissroll
 from maskdm.report import points as report
@@ -37,6 +36,7 @@ from maskdm.report.tables import (
     verdict_frame,
 )
 from maskdm.report.verdicts import answer, judge_arms
+from maskdm.scoring import points
 from maskdm.stages.sample import PatchesAlone
 from tests.made_up_results import compared, make_params, make_results
 from tests.test_figures import assert_is_printed_whole
@@ -79,7 +79,7 @@ def test_points_are_images_of_two_pixels_and_as_many_as_asked() -> None:
 
 
 def test_points_lie_on_the_roll_within_the_noise_and_the_rounding() -> None:
-    found = distances.points_of(pixels(limit=1000))
+    found = points.points_of(pixels(limit=1000))
     roll = on_roll(np.linspace(*TURNS, 2000))
     off = np.linalg.norm(found[:, None] - roll[None], axis=2).min(axis=1)
     assert off.max() < 5 * NOISE + STEP
@@ -99,41 +99,41 @@ def test_the_roll_begins_and_ends_where_it_says_and_keeps_away_from_the_border()
 def test_the_marginals_of_a_shift_are_its_coordinates_whatever_the_distribution() -> None:
     real = np.random.default_rng(0).normal(size=(500, 3))
     shift = np.array([0.5, -0.25, 0.0])
-    assert distances.marginal_wasserstein(real + shift, real) == pytest.approx(np.abs(shift))
+    assert points.marginal_wasserstein(real + shift, real) == pytest.approx(np.abs(shift))
 
 
 def test_wasserstein_of_uniform_distributions_is_in_closed_form() -> None:
     grid = (np.arange(20_000)[:, None] + 0.5) / 20_000
-    found = distances.marginal_wasserstein(3 * grid, grid)
+    found = points.marginal_wasserstein(3 * grid, grid)
     assert found == pytest.approx([1.0], abs=1e-6)  # the mean of 2u, for every quantile u
 
 
 def test_sliced_wasserstein_of_a_shift_is_its_mean_projection() -> None:
     real = np.random.default_rng(0).normal(size=(300, 2))
-    found = distances.sliced_wasserstein(real + np.array([0.3, 0.4]), real)
+    found = points.sliced_wasserstein(real + np.array([0.3, 0.4]), real)
     assert found == pytest.approx(0.5 * 2 / np.pi, rel=0.1)  # the mean of |cos| over directions is 2/π
 
 
 def test_the_energy_distance_of_gaussians_is_in_closed_form() -> None:
     draws = np.random.default_rng(0)
-    far = distances.energy_distance(draws.normal(50.0, 1.0, (4000, 1)), draws.normal(0.0, 1.0, (4000, 1)))
+    far = points.energy_distance(draws.normal(50.0, 1.0, (4000, 1)), draws.normal(0.0, 1.0, (4000, 1)))
     assert far == pytest.approx(2 * 50 - 2 * 2 / np.sqrt(np.pi), rel=0.01)  # E|X − X'| is 2/√π
 
 
 def test_the_energy_distance_of_two_points_is_twice_how_far_they_are() -> None:
-    assert distances.energy_distance(np.array([[0.0, 0.0]]), np.array([[3.0, 4.0]])) == pytest.approx(10.0)
+    assert points.energy_distance(np.array([[0.0, 0.0]]), np.array([[3.0, 4.0]])) == pytest.approx(10.0)
 
 
 def test_blocks_of_pairs_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = np.random.default_rng(0).normal(size=(2, 50, 2))
-    whole = distances.energy_distance(one, other)
-    monkeypatch.setattr(distances, "PAIRS_AT_ONCE", 120)
-    assert distances.energy_distance(one, other) == pytest.approx(whole)
+    whole = points.energy_distance(one, other)
+    monkeypatch.setattr(points, "PAIRS_AT_ONCE", 120)
+    assert points.energy_distance(one, other) == pytest.approx(whole)
 
 
 def test_equal_sets_are_at_distance_zero_in_any_order() -> None:
     real = swissroll(500, 0)
-    found = distances.distances(real[::-1], real)
+    found = points.distances(real[::-1], real)
     assert list(found) == ["marginal_0", "marginal_1", "sliced_wasserstein", "energy"]
     assert all(value == pytest.approx(0.0, abs=1e-9) for value in found.values())
 
@@ -141,7 +141,7 @@ def test_equal_sets_are_at_distance_zero_in_any_order() -> None:
 def test_the_product_of_the_marginals_is_told_from_the_roll_by_the_joint_distances_alone() -> None:
     real, draws = swissroll(3000, 0), np.random.default_rng(0)
     independent = np.stack([draws.permutation(real[:, i]) for i in range(2)], axis=1)
-    found, floor = distances.distances(independent[:1500], real), distances.sampling_floor(real, 1500)
+    found, floor = points.distances(independent[:1500], real), points.sampling_floor(real, 1500)
     threshold = {name: floor["mean"][name] + 4 * floor["std"][name] for name in found}
     assert found["marginal_0"] < threshold["marginal_0"]
     assert found["marginal_1"] < threshold["marginal_1"]
@@ -152,22 +152,22 @@ def test_the_product_of_the_marginals_is_told_from_the_roll_by_the_joint_distanc
 def test_a_frechet_distance_of_gaussians_would_not_see_the_roll() -> None:
     real, draws = swissroll(2000, 0), np.random.default_rng(0)
     gaussian = draws.multivariate_normal(real.mean(axis=0), np.cov(real.T), 2000)
-    found, floor = distances.distances(gaussian, real), distances.sampling_floor(real, 1000)
+    found, floor = points.distances(gaussian, real), points.sampling_floor(real, 1000)
     joint = ("sliced_wasserstein", "energy")
     assert all(found[name] > floor["mean"][name] + 4 * floor["std"][name] for name in joint)
 
 
 def test_the_floor_is_what_other_real_points_get() -> None:
-    floor = distances.sampling_floor(swissroll(2000, 0), 1000)
-    fresh = distances.distances(swissroll(1000, 5), swissroll(1000, 6))
-    assert (floor["num_samples"], floor["draws"]) == (1000, distances.FLOOR_DRAWS)
+    floor = points.sampling_floor(swissroll(2000, 0), 1000)
+    fresh = points.distances(swissroll(1000, 5), swissroll(1000, 6))
+    assert (floor["num_samples"], floor["draws"]) == (1000, points.FLOOR_DRAWS)
     for name, value in fresh.items():
         assert abs(value - floor["mean"][name]) < 5 * floor["std"][name]
 
 
 def test_the_floor_falls_with_the_number_of_points_and_takes_at_most_half() -> None:
     real = swissroll(2000, 0)
-    few, many = distances.sampling_floor(real, 50), distances.sampling_floor(real, 10_000)
+    few, many = points.sampling_floor(real, 50), points.sampling_floor(real, 10_000)
     assert (few["num_samples"], many["num_samples"]) == (50, 1000)
     assert all(many["mean"][name] < few["mean"][name] / 2 for name in many["mean"])
 
@@ -178,20 +178,20 @@ def test_the_floor_falls_with_the_number_of_points_and_takes_at_most_half() -> N
 )
 def test_what_can_not_be_compared_is_refused(one: tuple[int, ...], other: tuple[int, ...], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        distances.distances(np.zeros(one), np.zeros(other))
+        points.distances(np.zeros(one), np.zeros(other))
 
 
 def test_distances_are_for_few_pixel_values_alone() -> None:
     roll = roll_params()
-    assert distances.apply_to(roll)
-    assert not distances.apply_to(roll.model_copy(update={"dataset": make_params().dataset}))
-    assert not distances.apply_to(make_params())
-    assert distances.scale_of(make_params(), np.zeros((2, 2)), np.zeros((2, 2))) == {}
+    assert points.apply_to(roll)
+    assert not points.apply_to(roll.model_copy(update={"dataset": make_params().dataset}))
+    assert not points.apply_to(make_params())
+    assert points.scale_of(make_params(), np.zeros((2, 2)), np.zeros((2, 2))) == {}
 
 
 def test_the_scale_has_both_ends() -> None:
-    real = distances.points_of(pixels(limit=200))
-    scale = distances.scale_of(roll_params(), np.zeros((50, 1, 2, 1), dtype=np.uint8), real)["distances"]
+    real = points.points_of(pixels(limit=200))
+    scale = points.scale_of(roll_params(), np.zeros((50, 1, 2, 1), dtype=np.uint8), real)["distances"]
     assert scale["floor"]["num_samples"] == 100  # half of the real ones
     assert scale["untrained"]["marginal_0"] == pytest.approx(1 + real[:, 0].mean())  # all at −1
     assert scale["untrained"].keys() == scale["floor"]["mean"].keys()
@@ -199,7 +199,7 @@ def test_the_scale_has_both_ends() -> None:
 
 def test_pixels_become_the_values_that_the_network_sees() -> None:
     images = np.array([[[[0], [255]]], [[[51], [204]]]], dtype=np.uint8)
-    assert distances.points_of(images) == pytest.approx(np.array([[-1.0, 1.0], [-0.6, 0.6]]))
+    assert points.points_of(images) == pytest.approx(np.array([[-1.0, 1.0], [-0.6, 0.6]]))
 
 
 # --- the primer -----------------------------------------------------------------------------------------------
@@ -287,10 +287,10 @@ def test_scratch_has_no_primer(roll: Experiment) -> None:
 
 
 def test_distances_are_those_of_the_published_points(roll: Experiment) -> None:
-    points = distances.points_of(np.load(roll.path("results/samples/patch-m50/seed-0/primer_alone.npy")))
-    real = distances.points_of(np.load(roll.path("results/data/images-00000.npy")))
+    drawn = points.points_of(np.load(roll.path("results/samples/patch-m50/seed-0/primer_alone.npy")))
+    real = points.points_of(np.load(roll.path("results/data/images-00000.npy")))
     found = read(roll, "results/metrics/patch-m50-seed-0.json")["primer_alone"]["distances"]
-    assert found == pytest.approx(distances.distances(points, real), abs=1e-6)
+    assert found == pytest.approx(points.distances(drawn, real), abs=1e-6)
 
 
 def test_samples_of_other_pretrained_weights_are_refused(roll: Experiment, tmp_path: Path) -> None:
@@ -525,7 +525,7 @@ def test_the_points_that_are_there_are_drawn(published: Path) -> None:
     assert [len(one.values) for one in points] == [400, 100, 100, 100, 100]
     assert len(fewer) == 4
     assert points[0].title == "data"
-    assert points[0].values == pytest.approx(distances.points_of(pixels(limit=400)))
+    assert points[0].values == pytest.approx(points.points_of(pixels(limit=400)))
 
 
 def test_the_figure_shows_every_distribution_and_every_distance(published: Path) -> None:
@@ -551,7 +551,7 @@ def test_the_figure_shows_every_distribution_and_every_distance(published: Path)
 
 def test_the_experiment_is_valid_and_sees_one_coordinate_at_a_time() -> None:
     params = load_params(ROOT / "experiments" / "swissroll" / "params.yaml")
-    assert distances.apply_to(params)
+    assert points.apply_to(params)
     masked = [arm for arm in params.arms if params.arm(arm).strategy != "none"]
     assert masked
     given: dict[str, Any] = {}  # as if the choice were made

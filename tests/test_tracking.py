@@ -12,10 +12,11 @@ from typing import Any
 import psutil
 import pytest
 
-from maskdm import cli, paths, publishing, tracking, ui
-from maskdm.config import Params, parse_params, resolve
-from maskdm.errors import UserError
-from maskdm.tracking import background, sender
+from maskdm import cli, tracking
+from maskdm.base import publishing
+from maskdm.base.errors import UserError
+from maskdm.config import Params, parse_params, paths, resolve
+from maskdm.tracking import background, sender, ui
 from maskdm.tracking.sender import Sender
 from maskdm.tracking.spool import EVENTS, Spool, SpoolReader, spools, tracking_folder
 from maskdm.tracking.store import Store, arm_key, open_store, shown
@@ -622,7 +623,7 @@ def test_the_ui_says_what_is_missing(project: Path) -> None:
 def test_the_ui_answers_and_leaves_no_process(store: Store) -> None:
     log_run()
     port = free_port()
-    process = run_python("from maskdm.ui import open_ui\nopen_ui(params, int(sys.argv[2]))", str(port))
+    process = run_python("from maskdm.tracking.ui import open_ui\nopen_ui(params, int(sys.argv[2]))", str(port))
     assert process.stdout is not None
     assert f"127.0.0.1:{port}/#/experiments/1/runs?viewStateShareKey=arms&" in process.stdout.readline()
     assert [process.stdout.readline() for _ in range(2)][-1] == "Ctrl-C stops it.\n"

@@ -13,8 +13,9 @@ from typing import Any
 import psutil
 import pytest
 
-from maskdm import paths, publishing, tracking
-from maskdm.config import resolve
+from maskdm import tracking
+from maskdm.base import publishing
+from maskdm.config import paths, resolve
 from maskdm.tracking import background, spool, stage_runs
 from maskdm.tracking.sender import Sender
 from maskdm.tracking.spool import SpoolReader, spools
@@ -328,7 +329,7 @@ def test_a_disk_that_fills_up_while_a_stage_logs_costs_one_warning(
 ) -> None:
     code = """
         import resource
-        from maskdm.publishing import publish_text
+        from maskdm.base.publishing import publish_text
         from maskdm.tracking import background, stage_run
         from pathlib import Path
         background.start_sender = lambda root: False

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from maskdm import paths, publishing, tracking
-from maskdm.architecture import architecture_of
-from maskdm.checkpoint import save_tensors
-from maskdm.config import Params, load_params, resolve
+from maskdm import tracking
+from maskdm.base import publishing
+from maskdm.base.errors import UserError
+from maskdm.base.tensors import save_tensors
+from maskdm.config import Params, load_params, paths, resolve
+from maskdm.config.architecture import architecture_of
 from maskdm.config.jobs import Jobs
-from maskdm.errors import UserError
 from maskdm.tracking import saved_view
 from maskdm.tracking.store import Store, arm_key
 from tests.conftest import Experiment

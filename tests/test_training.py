@@ -17,12 +17,10 @@ from torch import Tensor, nn
 
 from maskdm.config import ComputeConfig, Params, StageConfig, Training
 from maskdm.data.batches import Batches
-from maskdm.device import Compute, resolve
-from maskdm.diffusion import Diffusion, draw_step
-from maskdm.masking import Masking
-from maskdm.optimization import Ema, clip_gradients, lr_at, make_optimizer
-from maskdm.resume import StateStore
-from maskdm.training import (
+from maskdm.method.diffusion import Diffusion, draw_step
+from maskdm.method.masks import Masking
+from maskdm.training.devices import Compute, resolve
+from maskdm.training.loop import (
     NonFiniteLossError,
     TrainState,
     accumulate_gradients,
@@ -31,6 +29,8 @@ from maskdm.training import (
     state_tensors,
     train,
 )
+from maskdm.training.optimizer import Ema, clip_gradients, lr_at, make_optimizer
+from maskdm.training.state import StateStore
 from tests.factories import BF16, CPU, FP32, digits, tiny_model, tiny_params
 
 CUDA = Compute(torch.device("cuda"), autocast=False, threads=1)
@@ -270,7 +270,7 @@ class FakeTime:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        monkeypatch.setattr("maskdm.training.time.perf_counter", lambda: self.now)
+        monkeypatch.setattr("maskdm.training.loop.time.perf_counter", lambda: self.now)
 
     def taking(self, seconds: float, what: Callable[..., Any] = lambda *_: None) -> Callable[..., Any]:
         """The same function, as slow."""
@@ -286,7 +286,7 @@ def train_timed(clock: FakeTime, state: TrainState, run: Training) -> list[dict[
     """Train where a step takes 1 s and its data 0.25 s, logging 100 s and saving 1000 s (three times); its rows."""
     rows: list[dict[str, float]] = []
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("maskdm.training.clip_gradients", clock.taking(1.0, clip_gradients))
+        patched.setattr("maskdm.training.loop.clip_gradients", clock.taking(1.0, clip_gradients))
         batches: Any = clock.taking(0.25, batches_of(run))
         watch = Watch(clock.taking(100.0, rows.append), clock.taking(1000.0), lambda step: step in (3, 7, 8))
         train_watched(state, run, batches, FP32, watch)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from maskdm.config.geometry import Grid
-from maskdm.transfer import carried_over, resized_positions
+from maskdm.training.transfer import carried_over, resized_positions
 
 
 def positions(grid: Grid, num_extra: int, scale: int = 1) -> torch.Tensor:

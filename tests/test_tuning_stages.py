@@ -15,13 +15,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from maskdm import device, paths
-from maskdm.checksums import checked, values_sha256
-from maskdm.config import Run, load_params, resolve
-from maskdm.drawing import draw_images, load_model
-from maskdm.evaluation import compute_metrics, floor_metrics
-from maskdm.extractors import open_classifier
-from maskdm.publishing import publish_description
+from maskdm.base.checksums import checked, values_sha256
+from maskdm.base.publishing import publish_description
+from maskdm.config import Run, load_params, paths, resolve
+from maskdm.models.drawing import draw_images, load_model
+from maskdm.scoring.extractors import open_classifier
+from maskdm.scoring.scores import compute_metrics, floor_metrics
+from maskdm.training import devices
 
 if TYPE_CHECKING:
     from tests.conftest import Experiment, Outcome
@@ -443,7 +443,7 @@ def test_the_floor_is_of_as_many_real_images_as_samples(tuned: Experiment) -> No
 
 
 def test_the_untrained_network_is_what_scratch_starts_from(scored_once: Experiment) -> None:
-    params, compute = load_params(scored_once.file), device.resolve(load_params(scored_once.file).compute)
+    params, compute = load_params(scored_once.file), devices.resolve(load_params(scored_once.file).compute)
     model = load_model(params, scored_once.path("results/pretrain/scratch/seed-0/checkpoint.safetensors"), 10, compute)
     drawn = draw_images(params, model, 10, 0, 64, compute, "by hand")
     folder = scored_once.path("results/features")

@@ -31,18 +31,17 @@ import torch
 import yaml
 from PIL import Image
 
-from maskdm import paths
-from maskdm.checkpoint import FORMAT, load_tensors, save_tensors
-from maskdm.checksums import CHECKSUM, with_checksum
-from maskdm.classifier import Classifier
-from maskdm.config import EvaluationConfig, load_params
+from maskdm.base.checksums import CHECKSUM, with_checksum
+from maskdm.base.errors import ParamsError, UserError
+from maskdm.base.printable import printable
+from maskdm.base.tensors import FORMAT, load_tensors, save_tensors
+from maskdm.config import EvaluationConfig, load_params, paths
 from maskdm.data import bulk_decoding, sources
 from maskdm.data.arrays import ImageArrays, _dataset_digest
-from maskdm.errors import ParamsError, UserError
-from maskdm.extractors import open_classifier, open_pretrained
-from maskdm.printable import printable
-from maskdm.resume import StateStore
-from maskdm.stages.inputs import read_json
+from maskdm.data.inputs import read_json
+from maskdm.scoring.classifier import Classifier
+from maskdm.scoring.extractors import open_classifier, open_pretrained
+from maskdm.training.state import StateStore
 from tests.conftest import ARM, TINY, Experiment, Outcome
 from tests.factories import CPU
 

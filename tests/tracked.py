@@ -19,8 +19,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from maskdm import paths, publishing, tracking
-from maskdm.config import Params, parse_params, resolve
+from maskdm import tracking
+from maskdm.base import publishing
+from maskdm.config import Params, parse_params, paths, resolve
 from maskdm.config.jobs import Jobs
 from maskdm.tracking import arm_content, background
 from maskdm.tracking.sender import Sender

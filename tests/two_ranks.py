@@ -16,13 +16,13 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from maskdm.company import Company
 from maskdm.config import Params, parse_params, resolve
-from maskdm.parallel import Ranks
-from maskdm.stages.inputs import open_data
+from maskdm.data.inputs import open_data
 from maskdm.stages.training import Trainer
 from maskdm.tracking import StageRun
-from maskdm.training import NonFiniteLossError, state_tensors
+from maskdm.training.company import Company
+from maskdm.training.loop import NonFiniteLossError, state_tensors
+from maskdm.training.ranks import Ranks
 
 ARM, BAD_STEP = "patch-m50", 7
 Change = Callable[[int, Tensor], Tensor]

@@ -13,12 +13,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from maskdm import paths
-from maskdm.checksums import checked, file_sha256
+from maskdm.base.checksums import checked, file_sha256
+from maskdm.base.errors import UserError
+from maskdm.config import paths
 from maskdm.config.runs import Run, resolve, shared_values
 from maskdm.config.schema import Params
 from maskdm.config.stamps import Stamp, missing_files, read_stamp
-from maskdm.errors import UserError
 
 # Raised when a stage's code computes something else (not when a comment changes: a training of days must survive that).
 # dvc.yaml and the Snakefile carry them too: DVC runs a stage again when its command changes.

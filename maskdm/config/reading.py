@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
+from maskdm.base.errors import ParamsError
+from maskdm.base.printable import printable
 from maskdm.config.schema import PARAMS_FILE, Params, parse_params
-from maskdm.errors import ParamsError
-from maskdm.printable import printable
 
 MAX_BYTES = 2**18  # of params.yaml: a thousand arms; YAML is read at 100 kB a second
 # What PyYAML raises for values that can't be what their tags say, such as a date with a thirteenth month.

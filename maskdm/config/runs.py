@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from maskdm.checksums import short_hash
+from maskdm.base.checksums import short_hash
+from maskdm.base.errors import ParamsError
 from maskdm.config.geometry import Grid, Strategy, VisibleShape, visible_shape
 from maskdm.config.schema import Params, Section, StageConfig
-from maskdm.errors import ParamsError
 
 # Values that change rounding alone: no result is made again for them.
 ROUNDING = {"micro_batch_size"}

@@ -22,11 +22,11 @@ from pydantic import (
     model_validator,
 )
 
-from maskdm.checksums import short_hash
+from maskdm.base.checksums import short_hash
+from maskdm.base.errors import ParamsError
+from maskdm.base.printable import printable
 from maskdm.config.flops import Split, split_budget, training_flops
 from maskdm.config.geometry import Grid, Strategy, VisibleShape, visible_shape
-from maskdm.errors import ParamsError
-from maskdm.printable import printable
 
 PARAMS_FILE = Path("params.yaml")
 MAX_MISTAKES = 20  # shown at once

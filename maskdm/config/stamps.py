@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from maskdm.checksums import CHECKSUM, checked, file_sha256, short_hash, values_sha256
-from maskdm.differences import differing
-from maskdm.publishing import publish_description
+from maskdm.base.checksums import CHECKSUM, checked, file_sha256, short_hash, values_sha256
+from maskdm.base.differences import differing
+from maskdm.base.publishing import publish_description
 
 STAMP = "stamp"
 FILE = "stamp.json"

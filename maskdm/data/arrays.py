@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from maskdm import paths
-from maskdm.checksums import CHECKSUM, checked, file_sha256, values_sha256
-from maskdm.errors import UserError
-from maskdm.publishing import publish_description, replace_file
+from maskdm.base.checksums import CHECKSUM, checked, file_sha256, values_sha256
+from maskdm.base.errors import UserError
+from maskdm.base.publishing import publish_description, replace_file
+from maskdm.config import paths
 
 FORMAT = "maskdm-arrays/2"
 MANIFEST = "manifest.json"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskdm import rng
+from maskdm.base import rng
 
 RESIDENT_SHARE = 4  # the dataset may take so much of a GPU's memory: one part in
 UPLOADED_AT_ONCE = 8192  # images

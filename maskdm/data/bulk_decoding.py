@@ -13,12 +13,12 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
+from maskdm.base.errors import UserError
+from maskdm.base.progress import progress
 from maskdm.config import DatasetConfig
 from maskdm.data.arrays import Images
 from maskdm.data.collection import Collection, Numbers
 from maskdm.data.decoding import BadImageError, decode, fit
-from maskdm.errors import UserError
-from maskdm.progress import progress
 
 BYTES_PER_PIXEL = 8  # four channels of 16 bits: no image file needs more …
 METADATA_BYTES = 2**26  # … beside its metadata

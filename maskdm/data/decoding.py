@@ -8,9 +8,9 @@ from io import BytesIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from maskdm.base.printable import printable
 from maskdm.config import DatasetConfig
 from maskdm.data.arrays import Images
-from maskdm.printable import printable
 
 FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM")  # Pillow's names for the suffixes we read
 EXIF_BYTES = 2**22  # an image's metadata: 64 kB in most formats, and a decoder makes thirty times as much of it

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from maskdm.base.errors import UserError
 from maskdm.data.arrays import LabelledImages
-from maskdm.errors import UserError
 
 TABLE = Path("datasets") / "data" / "digits.csv.gz"  # in scikit-learn: 64 pixels, then the digit
 MAX_VALUE = 16  # the digits count the dark pixels of 4×4 blocks

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import PurePosixPath
 
+from maskdm.base.errors import UserError
+from maskdm.base.printable import printable
 from maskdm.config import DatasetConfig
 from maskdm.data.arrays import Labels
 from maskdm.data.collection import Collection, ImageFiles, as_array
 from maskdm.data.sources import Source, open_source, reading
-from maskdm.errors import UserError
-from maskdm.printable import printable
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 

@@ -13,6 +13,7 @@ import numpy as np
 import PIL
 from tqdm import tqdm
 
+from maskdm.base.errors import UserError
 from maskdm.config import DatasetConfig, Params
 from maskdm.data.arrays import Entries, ImageArrays, write_manifest
 from maskdm.data.collection import Collection, as_array
@@ -21,7 +22,6 @@ from maskdm.data.named.huggingface import PREFIX
 from maskdm.data.opening import open_collection
 from maskdm.data.selection import Selection, facts, select
 from maskdm.data.shards import Made, Maker, Shard, split_into_shards
-from maskdm.errors import UserError
 
 PREVIEW = "preview.png"
 PREVIEW_IMAGES = 64

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from maskdm.base.errors import UserError
 from maskdm.config import DatasetConfig
+from maskdm.config.image_counts import num_held_out, num_used
 from maskdm.data.arrays import Labels
 from maskdm.data.collection import Collection, Numbers
-from maskdm.errors import UserError
-from maskdm.image_counts import num_held_out, num_used
 
 USED, HELD_OUT = 0, 1  # streams of a dataset's seed
 

@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from maskdm.checksums import file_sha256
+from maskdm.base.checksums import file_sha256
+from maskdm.base.printable import printable
 from maskdm.config import DatasetConfig
 from maskdm.data.arrays import Labels, ShardFile, shard_name
 from maskdm.data.bulk_decoding import Decoded, any_number_of_pixels, decode_all
 from maskdm.data.collection import Collection, Numbers
 from maskdm.data.decoding import BadImageError
-from maskdm.printable import printable
 
 
 @dataclass(frozen=True)

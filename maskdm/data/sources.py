@@ -19,9 +19,9 @@ from typing import Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from maskdm.base.errors import UserError
+from maskdm.base.printable import printable
 from maskdm.data.decoding import BadImageError
-from maskdm.errors import UserError
-from maskdm.printable import printable
 
 ARCHIVES = ".zip, .tar, .tar.gz, .tar.xz or .tar.bz2"
 DAMAGED_ARCHIVE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError)

@@ -11,20 +11,19 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from maskdm import paths
-from maskdm.backbone import UViT
-from maskdm.compute import build_model
-from maskdm.config import Params
+from maskdm.base.errors import UserError
+from maskdm.config import Params, paths
 from maskdm.data.arrays import ImageArrays
 from maskdm.data.batches import Batches, Images
-from maskdm.device import Compute
-from maskdm.diffusion import Diffusion, draw_step, masked_dsm_loss
-from maskdm.errors import UserError
-from maskdm.masking import Masking
-from maskdm.memory import NUM_CLASSES
-from maskdm.optimization import Ema, clip_gradients, make_optimizer
+from maskdm.method.backbones.building import build_model
+from maskdm.method.backbones.uvit import UViT
+from maskdm.method.diffusion import Diffusion, draw_step, masked_dsm_loss
+from maskdm.method.masks import Masking
+from maskdm.method.sampling import on_images
 from maskdm.plan.store import Measurement
-from maskdm.sampling import on_images
+from maskdm.training.devices import Compute
+from maskdm.training.memory import NUM_CLASSES
+from maskdm.training.optimizer import Ema, clip_gradients, make_optimizer
 
 SYNTHETIC_IMAGES = 8192  # in memory, where no dataset is prepared
 MAX_REPETITIONS = 50

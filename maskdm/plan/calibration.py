@@ -12,13 +12,13 @@ from importlib import metadata
 
 import torch
 
-from maskdm.checksums import short_hash
+from maskdm.base.checksums import short_hash
+from maskdm.base.machine import cpu_name
+from maskdm.base.progress import Progress
 from maskdm.config import Params, Training
-from maskdm.device import Compute
 from maskdm.plan.bench import Bench, open_images
 from maskdm.plan.store import Measurement, MeasurementStore
-from maskdm.progress import Progress
-from maskdm.records import cpu_name
+from maskdm.training.devices import Compute
 
 TOTAL_SECONDS = 6.0  # of all measurements together; what is missing then is scaled from what was measured
 LONGEST_SECONDS = 0.5  # of one measurement

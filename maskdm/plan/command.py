@@ -10,17 +10,17 @@ from pathlib import Path
 import psutil
 import torch
 
-from maskdm import device, paths
-from maskdm.config import ComputeConfig, Params
-from maskdm.device import Compute
-from maskdm.errors import UserError
+from maskdm.base.errors import UserError
+from maskdm.base.units import size
+from maskdm.config import ComputeConfig, Params, paths
 from maskdm.plan.calibration import Calibration, calibrate
 from maskdm.plan.estimates import Estimates, estimate, work_of
 from maskdm.plan.findings import disk_warning, launch_warnings, memory_warning, threads_warning, warnings_of
 from maskdm.plan.gpus import GPUS
 from maskdm.plan.store import MeasurementStore
 from maskdm.plan.table import Outlook, crop_windows, format_table, paragraph
-from maskdm.plan.units import size
+from maskdm.training import devices
+from maskdm.training.devices import Compute
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,9 @@ def _resolve(config: ComputeConfig) -> tuple[Compute, str | None]:
     """Where stages would compute here, on no more threads than there are cores, and what is missing for that."""
     config = config.model_copy(update={"threads": min(config.threads, num_cores())})
     try:
-        return device.resolve(config), None
+        return devices.resolve(config), None
     except UserError as error:
-        return device.resolve(config.model_copy(update={"device": "cpu"})), str(error)
+        return devices.resolve(config.model_copy(update={"device": "cpu"})), str(error)
 
 
 def _words_on_time(calibration: Calibration | None, missing: str | None) -> str:

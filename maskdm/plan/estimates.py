@@ -11,13 +11,13 @@ from typing import Literal
 
 import torch
 
-from maskdm.checksums import short_hash
-from maskdm.compute import build_model
+from maskdm.base.checksums import short_hash
 from maskdm.config import Params, Run, Training, resolve
-from maskdm.device import Compute
-from maskdm.memory import NUM_CLASSES, MemoryCounter, micro_batch_size
+from maskdm.method.backbones.building import build_model
 from maskdm.plan.calibration import Calibration, Work, machine
 from maskdm.plan.store import Measurement, MeasurementStore
+from maskdm.training.devices import Compute
+from maskdm.training.memory import NUM_CLASSES, MemoryCounter, micro_batch_size
 
 FLOAT32 = 4
 SETS_KEPT = 2  # of weights in a checkpoint: raw and averaged

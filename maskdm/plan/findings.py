@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from maskdm.base.units import size
 from maskdm.config import Params, Run, Training, resolve
-from maskdm.device import Compute
 from maskdm.plan.calibration import Calibration
 from maskdm.plan.estimates import micro_batch_of
 from maskdm.plan.gpus import Gpu
-from maskdm.plan.units import size
+from maskdm.training.devices import Compute
 
 # A masked step per image should cost, of an unmasked one, what its FLOPs do; where it costs this many times as much,
 # most of it is not arithmetic.

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from maskdm import paths
+from maskdm.config import paths
 
 FORMAT = "maskdm-calibration/1"
 FILE = paths.WORK / "calibration.json"

@@ -6,11 +6,11 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from maskdm.base.units import duration, flops, size
 from maskdm.config import Params
 from maskdm.plan.calibration import Calibration
 from maskdm.plan.estimates import Estimates, StageEstimate, Total, total_of
 from maskdm.plan.gpus import Gpu
-from maskdm.plan.units import duration, flops, size
 
 WIDTH = 118  # of the words
 GAP = "  "

@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 
 from maskdm.config import Params
-from maskdm.headline import Headline, headline_of
 from maskdm.report.results import Results
 from maskdm.report.statistics import Crossing, Estimate, Paired, crossing, estimate, holm, paired
 from maskdm.report.tuning import Choice
+from maskdm.scoring.headline import Headline, headline_of
 
 SCORES = ("fid", "kid", "precision", "recall")
 SIGNIFICANT = 0.05

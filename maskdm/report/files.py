@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from maskdm.checksums import checked, file_sha256
+from maskdm.base.checksums import checked, file_sha256
 from maskdm.config.jobs import Job
 from maskdm.config.stamps import read_stamp
 

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from maskdm import distances, paths
-from maskdm.config import Params
-from maskdm.headline import DISTANCE, SLICED_WASSERSTEIN
+from maskdm.config import Params, paths
 from maskdm.report.files import UnusableError, open_images
 from maskdm.report.numbers import number_text
 from maskdm.report.results import Results, Run, milestone_key
 from maskdm.report.statistics import Estimate, estimate
+from maskdm.scoring import points
+from maskdm.scoring.headline import DISTANCE, SLICED_WASSERSTEIN
 
 PRIMERS = {"primer_alone": "primer, x and y each alone", "primer": "primer, x and y together"}
 REAL, UNTRAINED = "real vs real", "untrained"
@@ -41,7 +41,7 @@ class Points:
 
 def are_shown(params: Params) -> bool:
     """Whether the report speaks of points: images of two values, compared as such."""
-    return distances.apply_to(params) and int(np.prod(params.dataset.shape)) == DIMENSIONS
+    return points.apply_to(params) and int(np.prod(params.dataset.shape)) == DIMENSIONS
 
 
 def distance_frame(params: Params, results: Results) -> pd.DataFrame:
@@ -112,7 +112,7 @@ def _scale_rows(results: Results) -> list[dict[str, str]]:
 
 def points_caution(params: Params) -> str:
     """What FID does not see of points, and what is shown instead; empty where images are no points."""
-    if not distances.apply_to(params):
+    if not points.apply_to(params):
         return ""
     return (
         "FID on so few values is the distance of two Gaussians with the points' means and covariances: it is blind to "
@@ -152,6 +152,6 @@ def read_points(params: Params, results: Results) -> list[Points]:
 
 def _values(file: Path, shape: tuple[int, int, int]) -> np.ndarray | None:
     try:
-        return distances.points_of(np.asarray(open_images(file, shape, "maskdm sample")))
+        return points.points_of(np.asarray(open_images(file, shape, "maskdm sample")))
     except UnusableError:
         return None

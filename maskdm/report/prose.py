@@ -8,8 +8,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from maskdm.config import Params
-from maskdm.headline import FID, Headline
-from maskdm.protocol import flips_text
 from maskdm.report.comparison import Comparison, reference_of
 from maskdm.report.numbers import number_text, rate_text
 from maskdm.report.points import points_caution
@@ -17,6 +15,8 @@ from maskdm.report.results import Missing, Results
 from maskdm.report.sensitivity import edge_caution
 from maskdm.report.statistics import CONFIDENCE, ENOUGH
 from maskdm.report.verdicts import EQUAL_COMPUTE, MATCHED_BY
+from maskdm.scoring.headline import FID, Headline
+from maskdm.scoring.protocol import flips_text
 
 RATE_TOLERANCE = 0.05  # between the mask rate asked for and the one realised
 _SCALE_ROWS = (

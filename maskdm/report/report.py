@@ -13,12 +13,10 @@ from typing import Any, TypeVar
 
 import pandas as pd
 
-from maskdm import paths
-from maskdm.checksums import checked
-from maskdm.config import Params
-from maskdm.errors import UserError
-from maskdm.protocol import Protocol, flips_text
-from maskdm.publishing import publish_description
+from maskdm.base.checksums import checked
+from maskdm.base.errors import UserError
+from maskdm.base.publishing import publish_description
+from maskdm.config import Params, paths
 from maskdm.report.comparison import Comparison, compare_arms
 from maskdm.report.figures import draw_figures
 from maskdm.report.page import Content, Picture, render_markdown, render_page
@@ -28,6 +26,7 @@ from maskdm.report.results import Results, read_results
 from maskdm.report.sensitivity import trials_table, tuning_note
 from maskdm.report.tables import TERMINAL_WIDTH, display_table, format_table, summary_frame, verdict_frame, write_csv
 from maskdm.report.verdicts import Verdict, answer, judge_arms
+from maskdm.scoring.protocol import Protocol, flips_text
 
 SUMMARY, VERDICTS, PAGE = "summary.csv", "verdicts.csv", "report.html"
 PROTOCOL, TRAINING = "protocol.json", "training.json"

@@ -8,15 +8,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from maskdm import paths
-from maskdm.config import Params
+from maskdm.base.errors import UserError
+from maskdm.config import Params, paths
+from maskdm.config.formats import ARM_STAGES
 from maskdm.config.jobs import MANIFEST, Job, Jobs, OutdatedError
-from maskdm.errors import UserError
-from maskdm.formats import ARM_STAGES
-from maskdm.headline import DISTANCE, flat_scores
-from maskdm.protocol import Protocol
 from maskdm.report.files import FORCE, UnusableError, open_images, read_curve, read_json, require_current
 from maskdm.report.tuning import Choice, read_choice
+from maskdm.scoring.headline import DISTANCE, flat_scores
+from maskdm.scoring.protocol import Protocol
 
 MILESTONE_KEYS = (
     *("step", "flops", "images_seen", "tokens_seen"),

@@ -10,13 +10,13 @@ from typing import Any
 import pandas as pd
 
 from maskdm.config import Params
-from maskdm.formats import ORIGIN_KEYS
-from maskdm.headline import FID, Headline, Score, flat_scores, headline_of
+from maskdm.config.formats import ORIGIN_KEYS
 from maskdm.report.comparison import Against, Comparison
 from maskdm.report.numbers import decimals, number_text, rate_text, ratio_text, signed
 from maskdm.report.results import MILESTONE_KEYS, Results, Run, milestone_key
 from maskdm.report.statistics import ENOUGH, Estimate, half_width
 from maskdm.report.verdicts import Verdict
+from maskdm.scoring.headline import FID, Headline, Score, flat_scores, headline_of
 
 ARM_COLUMNS = ("arm", "strategy", "block_size", "mask_rate", "realised_mask_rate")
 SCALES = {"floor": "real vs real", "untrained": "untrained"}  # as they are called in tables

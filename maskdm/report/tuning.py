@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from maskdm import paths
+from maskdm.config import paths
+from maskdm.config.formats import GIVEN
 from maskdm.config.jobs import Job, Jobs
-from maskdm.formats import GIVEN
 from maskdm.report.files import UnusableError, read_json
 
 

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from maskdm import paths
-from maskdm.formats import GIVEN
-from maskdm.publishing import publish_description
-from maskdm.stages.inputs import read_json
+from maskdm.base.publishing import publish_description
+from maskdm.config import paths
+from maskdm.config.formats import GIVEN
+from maskdm.data.inputs import read_json
 from maskdm.stages.runner import Task
 
 

@@ -7,16 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from maskdm import device, distances, paths
-from maskdm.config import Run
-from maskdm.headline import flat_scores
-from maskdm.resume import Pieces
-from maskdm.stages import finetune, sample
-from maskdm.stages.inputs import read_array, read_json
+from maskdm.config import Run, paths
+from maskdm.data.inputs import read_array, read_json
+from maskdm.scoring import points
+from maskdm.scoring.headline import flat_scores
+from maskdm.stages import sample
 from maskdm.stages.runner import Task
 from maskdm.stages.sample import PRIMERS, name_of, title_of
 from maskdm.stages.scoring import Scorer
 from maskdm.tracking import publish_arm
+from maskdm.training import devices
+from maskdm.training.state import Pieces
 
 
 def run(task: Task, _: Path) -> dict[str, Any]:
@@ -26,7 +27,7 @@ def run(task: Task, _: Path) -> dict[str, Any]:
         UserError: samples or features are damaged, or too few.
     """
     arm, samples = task.run, paths.samples(task.run.arm, task.run.seed)
-    compute = device.resolve(arm.params.compute)
+    compute = devices.resolve(arm.params.compute)
     scorer, kept = Scorer(arm.params, compute), Pieces(task.work)
     scored = {}
     for key, sha256 in read_json(samples / sample.INFO, "sample")["samples_sha256"].items():
@@ -48,7 +49,7 @@ def after(task: Task, _: dict[str, Any]) -> None:
 def _spent(run: Run, key: str) -> dict[str, Any]:
     """The step of a milestone or of a primer, and the compute spent by then."""
     if key not in PRIMERS:
-        milestones = read_json(paths.finetune(run.arm, run.seed) / finetune.MILESTONES, "finetune")
+        milestones = read_json(paths.finetune(run.arm, run.seed) / paths.MILESTONES, "finetune")
         return dict(milestones[key])
     return {"step": run.pretrain.num_steps, **run.finetune.before.as_dict()}
 
@@ -58,8 +59,8 @@ def _score(run: Run, scorer: Scorer, drawn: np.ndarray, kept: Pieces, key: str) 
     if (piece := kept.load(name_of(key))) is not None:
         return dict(piece[1]["scores"])
     scores: dict[str, Any] = scorer.score(drawn, f"score {run.arm} at {title_of(key)}").as_dict()
-    if distances.apply_to(run.params):
-        scores["distances"] = distances.distances(distances.points_of(drawn), scorer.real)
+    if points.apply_to(run.params):
+        scores["distances"] = points.distances(points.points_of(drawn), scorer.real)
     kept.save(name_of(key), {}, {"scores": scores})
     return scores
 

@@ -6,22 +6,18 @@ from pathlib import Path
 
 from torch import Tensor
 
-from maskdm import paths, rng
-from maskdm.architecture import architecture_of
-from maskdm.checkpoint import load_weights
-from maskdm.compute import build_model
-from maskdm.config import Run
-from maskdm.publishing import link_or_copy, publish_description
-from maskdm.stages import pretrain
-from maskdm.stages.inputs import open_training_data
+from maskdm.base import rng
+from maskdm.base.publishing import link_or_copy, publish_description
+from maskdm.base.tensors import load_weights
+from maskdm.config import Run, paths
+from maskdm.config.architecture import architecture_of
+from maskdm.data.inputs import open_training_data
+from maskdm.method.backbones.building import build_model
 from maskdm.stages.joint import sharing
 from maskdm.stages.runner import Task, is_follower
 from maskdm.stages.training import Trainer, write_curve
 from maskdm.tracking import publish_arm
-from maskdm.transfer import carried_over
-
-MILESTONES = "milestones.json"
-CURVE = "curve.csv"
+from maskdm.training.transfer import carried_over
 
 
 def run(task: Task, folder: Path) -> None:
@@ -32,30 +28,20 @@ def run(task: Task, folder: Path) -> None:
     """
     arm = task.run
     images = open_training_data(arm.finetune, verify=not is_follower())
-    init = pretrained_weights(arm, paths.pretrain(arm.arm, arm.seed) / pretrain.CHECKPOINT, images.num_classes)
+    init = pretrained_weights(arm, paths.pretrain(arm.arm, arm.seed) / paths.CHECKPOINT, images.num_classes)
     with sharing(task.job) as ranks:
         trainer = Trainer(arm.finetune, images, task.work, ranks, init)
         state = trainer.run(task.tracked, task.record)
         if ranks.is_first:
             for fraction, step in arm.milestones:
-                link_or_copy(trainer.milestone(step), folder / milestone_file(fraction))
-            publish_description(folder / MILESTONES, _describe(arm))
-            write_curve(folder / CURVE, state)
+                link_or_copy(trainer.milestone(step), folder / paths.milestone_file(fraction))
+            publish_description(folder / paths.MILESTONES, _describe(arm))
+            write_curve(folder / paths.CURVE, state)
 
 
 def after(task: Task, _: None) -> None:
     """Bring the arm's run in MLflow up to date."""
     publish_arm(task.run, through="finetune")
-
-
-def milestone_file(fraction: float) -> str:
-    """The weights at a fraction of the budget."""
-    return f"{milestone_name(fraction)}.safetensors"
-
-
-def milestone_name(fraction: float) -> str:
-    """`milestone-0.500`: files of a milestone start with it."""
-    return f"milestone-{fraction:.3f}"
 
 
 def pretrained_weights(run: Run, checkpoint: Path, num_classes: int) -> dict[str, Tensor]:

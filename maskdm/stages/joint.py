@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from maskdm import device
-from maskdm.company import Company
+from maskdm.base.interrupts import Stopped
 from maskdm.config import Run
 from maskdm.config.jobs import Job
-from maskdm.interrupts import Stopped
-from maskdm.parallel import Ranks
 from maskdm.stages.runner import is_follower
-from maskdm.training import NonFiniteLossError
+from maskdm.training import devices
+from maskdm.training.company import Company
+from maskdm.training.loop import NonFiniteLossError
+from maskdm.training.ranks import Ranks
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def dismiss(run: Run) -> None:
 
 def _company(run: Run) -> Company:
     compute = run.params.compute
-    return Company(compute.devices, device.resolve(compute, compute.devices).device)
+    return Company(compute.devices, devices.resolve(compute, compute.devices).device)
 
 
 @contextmanager

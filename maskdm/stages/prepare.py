@@ -6,14 +6,13 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from maskdm import paths
-from maskdm.config import Params
+from maskdm.base.errors import UserError
+from maskdm.config import Params, paths
+from maskdm.config.image_counts import most_real
+from maskdm.config.preflight import check_num_real
 from maskdm.data.arrays import ImageArrays
 from maskdm.data.prepare import PREVIEW, check_apart, prepare
 from maskdm.data.selection import Selection
-from maskdm.errors import UserError
-from maskdm.image_counts import most_real
-from maskdm.preflight import check_num_real
 from maskdm.stages.runner import Task
 
 

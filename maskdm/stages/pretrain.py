@@ -6,15 +6,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from maskdm.config import Training
-from maskdm.exported import weights_for
-from maskdm.stages.inputs import open_training_data
+from maskdm.config import Training, paths
+from maskdm.data.inputs import open_training_data
+from maskdm.models.exported import weights_for
 from maskdm.stages.joint import sharing
 from maskdm.stages.runner import Task, is_follower
 from maskdm.stages.training import Trainer, write_curve
-
-CHECKPOINT = "checkpoint.safetensors"
-CURVE = "curve.csv"
 
 
 def run(task: Task, folder: Path) -> None:
@@ -30,8 +27,8 @@ def run(task: Task, folder: Path) -> None:
         trainer = Trainer(training, images, task.work, ranks, init)
         state = trainer.run(task.tracked, task.record)
         if ranks.is_first:
-            trainer.save_weights(folder / CHECKPOINT)
-            write_curve(folder / CURVE, state)
+            trainer.save_weights(folder / paths.CHECKPOINT)
+            write_curve(folder / paths.CURVE, state)
 
 
 def starting_weights(training: Training, num_classes: int) -> dict[str, Tensor] | None:

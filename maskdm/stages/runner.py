@@ -28,14 +28,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from maskdm import paths
-from maskdm.checksums import checked
-from maskdm.config import Params, Run
-from maskdm.config.jobs import Job
-from maskdm.config.stamps import Stamp, missing_files, read_stamp, stamp_folder, stamped
-from maskdm.errors import UserError
-from maskdm.locks import holder_of, one_writer
-from maskdm.publishing import (
+from maskdm.base.checksums import checked
+from maskdm.base.errors import UserError
+from maskdm.base.locks import holder_of, one_writer
+from maskdm.base.publishing import (
     BUILDING,
     explain_refusals,
     move,
@@ -45,7 +41,10 @@ from maskdm.publishing import (
     remove,
     sync_tree,
 )
-from maskdm.records import measured
+from maskdm.config import Params, Run, paths
+from maskdm.config.jobs import Job
+from maskdm.config.stamps import Stamp, missing_files, read_stamp, stamp_folder, stamped
+from maskdm.stages.records import measured
 from maskdm.tracking import StageRun, flat, stage_run, trial_params
 
 BEGUN, FAILED, OUTPUT, RECORD, PREVIOUS = "begun.json", "failed.json", "output", "record.json", "previous"

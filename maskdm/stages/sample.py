@@ -7,19 +7,18 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor, nn
 
-from maskdm import device, paths
-from maskdm.checksums import file_sha256
-from maskdm.config import Run
+from maskdm.base.checksums import file_sha256
+from maskdm.base.publishing import publish_description
+from maskdm.config import Run, paths
 from maskdm.data.grids import save_grid
-from maskdm.drawing import draw_images, load_model
-from maskdm.parallel import Ranks
-from maskdm.publishing import publish_description
-from maskdm.resume import Pieces
-from maskdm.stages import finetune, pretrain
-from maskdm.stages.inputs import open_training_data
+from maskdm.data.inputs import open_training_data
+from maskdm.models.drawing import draw_images, load_model
 from maskdm.stages.joint import sharing
 from maskdm.stages.runner import Task
 from maskdm.tracking import publish_arm
+from maskdm.training import devices
+from maskdm.training.ranks import Ranks
+from maskdm.training.state import Pieces
 
 INFO = "samples.json"
 # The pretrained weights before any finetuning, among the milestones: seeing all patches, as finetuning does, and one at
@@ -35,7 +34,7 @@ def run(task: Task, folder: Path) -> None:
         UserError: the weights do not fit, or memory does not suffice.
     """
     arm, sampling = task.run, task.params.sampling
-    compute = device.resolve(task.params.compute, task.params.compute.devices)
+    compute = devices.resolve(task.params.compute, task.params.compute.devices)
     files = weights_of(arm)
     with sharing(task.job, is_shared=sampling.num_samples > sampling.batch_size) as ranks:
         samples = {}
@@ -62,17 +61,17 @@ def after(task: Task, _: None) -> None:
 def weights_of(run: Run) -> dict[str, Path]:
     """The weights that an arm is sampled from: by milestone, the primers first if there are any."""
     finetuned = paths.finetune(run.arm, run.seed)
-    files = {f"{fraction:.3f}": finetuned / finetune.milestone_file(fraction) for fraction, _ in run.milestones}
+    files = {f"{fraction:.3f}": finetuned / paths.milestone_file(fraction) for fraction, _ in run.milestones}
     if not run.has_primer:
         return files
-    pretrained = paths.pretrain(run.arm, run.seed) / pretrain.CHECKPOINT
+    pretrained = paths.pretrain(run.arm, run.seed) / paths.CHECKPOINT
     alone = {PRIMER_ALONE: pretrained} if run.pretrain.num_visible == 1 else {}
     return {PRIMER: pretrained, **alone, **files}
 
 
 def name_of(key: str) -> str:
     """How the files of a milestone or of a primer begin."""
-    return key if key in PRIMERS else finetune.milestone_name(float(key))
+    return key if key in PRIMERS else paths.milestone_name(float(key))
 
 
 def title_of(key: str) -> str:
@@ -81,7 +80,7 @@ def title_of(key: str) -> str:
     return primers.get(key) or f"{float(key):.0%}"
 
 
-def _draw(run: Run, compute: device.Compute, ranks: Ranks, key: str, weights: Path, kept: Pieces | None) -> np.ndarray:
+def _draw(run: Run, compute: devices.Compute, ranks: Ranks, key: str, weights: Path, kept: Pieces | None) -> np.ndarray:
     """The samples of a milestone or of a primer, on the first rank."""
     training = run.pretrain if key in PRIMERS else run.finetune
     params, num_classes = training.params, open_training_data(training).num_classes

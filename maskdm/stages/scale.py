@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from maskdm import device, distances, rng
-from maskdm.compute import build_model
-from maskdm.drawing import draw_images
-from maskdm.evaluation import floor_metrics
-from maskdm.stages.inputs import open_data
+from maskdm.base import rng
+from maskdm.data.inputs import open_data
+from maskdm.method.backbones.building import build_model
+from maskdm.models.drawing import draw_images
+from maskdm.scoring import points
+from maskdm.scoring.scores import floor_metrics
 from maskdm.stages.runner import Task
 from maskdm.stages.scoring import Scorer
+from maskdm.training import devices
 
 ENDS = ("floor", "untrained")
 SEED = 0  # of the untrained network: a scale for all seeds
@@ -23,7 +25,7 @@ def run(task: Task, _: Path) -> dict[str, Any]:
     Raises:
         UserError: too few samples are asked for, or memory does not suffice.
     """
-    params, compute = task.params, device.resolve(task.params.compute)
+    params, compute = task.params, devices.resolve(task.params.compute)
     images, scorer = open_data(params), Scorer(params, compute)
     model = build_model(params, images.num_classes)
     model.initialise(rng.generator(SEED, "init"))
@@ -33,7 +35,7 @@ def run(task: Task, _: Path) -> dict[str, Any]:
     scale = {
         "floor": floor_metrics(scorer.real, num_samples, params.evaluation).as_dict(),
         "untrained": scorer.score(drawn, "score untrained").as_dict(),
-        **distances.scale_of(params, drawn, scorer.real),
+        **points.scale_of(params, drawn, scorer.real),
         **scorer.origin,
     }
     task.record.update(compute.describe())

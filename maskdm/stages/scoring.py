@@ -6,16 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from maskdm import paths
-from maskdm.config import Params
-from maskdm.device import Compute
-from maskdm.errors import UserError
-from maskdm.evaluation import Metrics, check_counts, compute_metrics
-from maskdm.extractors import FeatureExtractor
-from maskdm.protocol import Protocol, drawn_as, metrics_as
-from maskdm.references import load_statistics
+from maskdm.base.errors import UserError
+from maskdm.config import Params, paths
+from maskdm.data.inputs import read_array, read_json
+from maskdm.scoring.extractors import FeatureExtractor
+from maskdm.scoring.protocol import Protocol, drawn_as, metrics_as
+from maskdm.scoring.references import load_statistics
+from maskdm.scoring.scores import Metrics, check_counts, compute_metrics
 from maskdm.stages import features
-from maskdm.stages.inputs import read_array, read_json
+from maskdm.training.devices import Compute
 
 
 class Scorer:
@@ -35,10 +34,10 @@ class Scorer:
 
     def __init__(self, params: Params, compute: Compute) -> None:
         folder, sha256 = paths.FEATURES, "reference_sha256"
-        info = read_json(folder / features.INFO_FILE, "features")
+        info = read_json(folder / paths.FEATURES_INFO, "features")
         self._config = params.evaluation
         self._extractor = _open_same_extractor(params, compute, info)
-        self.real = read_array(folder / features.REFERENCE_FILE, "features", info[sha256])
+        self.real = read_array(folder / paths.REAL_FEATURES, "features", info[sha256])
         self._reference = load_statistics(folder, self.real, info[sha256], params.evaluation.prc_neighborhood)
         self.origin: dict[str, Any] = {
             **{key: info[key] for key in ("data_sha256", "extractor", "extractor_sha256")},

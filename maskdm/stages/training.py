@@ -8,24 +8,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from maskdm import device, interrupts, memory, rng
-from maskdm.architecture import architecture_of
-from maskdm.backbone import Block, uses_plain_attention
-from maskdm.checkpoint import DamagedError, load_tensors, save_tensors
-from maskdm.compute import build_model
+from maskdm.base import interrupts, rng
+from maskdm.base.errors import UserError
+from maskdm.base.interrupts import Deferral, Stopped
+from maskdm.base.progress import Progress
+from maskdm.base.publishing import replace_file
+from maskdm.base.tensors import DamagedError, load_tensors, save_tensors
 from maskdm.config import DiffusionConfig, Training
+from maskdm.config.architecture import architecture_of
+from maskdm.config.formats import CURVE_COLUMNS
 from maskdm.data.arrays import ImageArrays
 from maskdm.data.batches import Batches, is_resident, num_bytes
-from maskdm.errors import UserError
-from maskdm.formats import CURVE_COLUMNS
-from maskdm.interrupts import Deferral, Stopped
-from maskdm.optimization import Ema, make_optimizer
-from maskdm.parallel import ALONE, Ranks, Sets
-from maskdm.progress import Progress
-from maskdm.publishing import replace_file
-from maskdm.resume import ProgressNote, StateStore, put_aside
+from maskdm.method.backbones.building import build_model
+from maskdm.method.backbones.uvit import Block, uses_plain_attention
 from maskdm.tracking import StageRun
-from maskdm.training import (
+from maskdm.training import devices, memory
+from maskdm.training.loop import (
     NonFiniteLossError,
     TrainState,
     Watcher,
@@ -34,6 +32,9 @@ from maskdm.training import (
     state_tensors,
     train,
 )
+from maskdm.training.optimizer import Ema, make_optimizer
+from maskdm.training.ranks import ALONE, Ranks, Sets
+from maskdm.training.state import ProgressNote, StateStore, put_aside
 
 DOES_NOT_FIT = "or images kept on the device (data.device_resident), did not fit; try data.device_resident: false"
 
@@ -71,7 +72,7 @@ class Trainer:
             raise UserError("model.class_conditional needs a dataset with labels (class folders); this one has none")
         self.training, self.folder, self.ranks = training, folder, ranks
         self._taken: Sets = {}
-        self.compute = device.resolve(params.compute, params.compute.devices)
+        self.compute = devices.resolve(params.compute, params.compute.devices)
         self.architecture = architecture_of(params, images.num_classes)
         if not training.num_steps:  # initial weights serve every diffusion
             self.architecture = {k: v for k, v in self.architecture.items() if k not in DiffusionConfig.model_fields}
@@ -81,7 +82,7 @@ class Trainer:
         self.micro_batch_size = ranks.shared(
             memory.micro_batch_size(params, self.compute, training.config, training.num_visible, ranks.num_ranks, taken)
         )
-        with device.explain_out_of_memory(f"{training.title}: the network with its optimizer, {DOES_NOT_FIT}"):
+        with devices.explain_out_of_memory(f"{training.title}: the network with its optimizer, {DOES_NOT_FIT}"):
             self.state = self._fresh_state(images.num_classes, init)
             self.batches = self._make_batches(images, resident)
 
@@ -103,7 +104,7 @@ class Trainer:
             return self.state
         bar = Progress(self.training.num_steps, self.training.title, "step", initial=self.state.step)
         try:
-            with interrupts.deferring() as signals, device.explain_out_of_memory(self._needs_less_memory()):
+            with interrupts.deferring() as signals, devices.explain_out_of_memory(self._needs_less_memory()):
                 self._train(_Watcher(self, tracked, bar, signals, prefix))
         except NonFiniteLossError as error:
             raise NonFiniteLossError(f"{error}. {self._keep_last_good()}", error.reason) from None
@@ -160,7 +161,7 @@ class Trainer:
 
     def _follow(self) -> None:
         """What another rank than the first does."""
-        with device.explain_out_of_memory(self._needs_less_memory()):
+        with devices.explain_out_of_memory(self._needs_less_memory()):
             self._train(_Follower(self))
 
     def _restore(self) -> None:

@@ -8,22 +8,22 @@ from typing import Any
 
 import numpy as np
 
-from maskdm import device
-from maskdm.compute import build_model
+from maskdm.base.publishing import replace_file
 from maskdm.config import Training
-from maskdm.drawing import draw_images, load_model
-from maskdm.formats import ORIGIN_KEYS
-from maskdm.parallel import Ranks
-from maskdm.publishing import replace_file
-from maskdm.resume import Pieces
+from maskdm.config.formats import ORIGIN_KEYS
+from maskdm.data.inputs import open_training_data
+from maskdm.method.backbones.building import build_model
+from maskdm.models.drawing import draw_images, load_model
 from maskdm.stages.finetune import pretrained_weights
-from maskdm.stages.inputs import open_training_data
 from maskdm.stages.joint import sharing
 from maskdm.stages.pretrain import starting_weights
 from maskdm.stages.runner import Task, is_follower
 from maskdm.stages.scoring import Scorer
 from maskdm.stages.training import Trainer
-from maskdm.training import NonFiniteLossError
+from maskdm.training import devices
+from maskdm.training.loop import NonFiniteLossError
+from maskdm.training.ranks import Ranks
+from maskdm.training.state import Pieces
 
 SCORES = ("fid", "kid", "kid_std", "precision", "recall", "num_samples")
 
@@ -38,7 +38,7 @@ def run(task: Task, _: Path) -> dict[str, Any]:
     """
     trial, tuning = task.run, task.job.params.tuning
     assert trial.trial is not None
-    compute = device.resolve(trial.params.compute, trial.params.compute.devices)
+    compute = devices.resolve(trial.params.compute, trial.params.compute.devices)
     scorer = Scorer(trial.params, compute)
     result: dict[str, Any] = {
         "arm": trial.arm,
@@ -95,7 +95,7 @@ def _train_stage(task: Task, training: Training, images: Any, ranks: Ranks, init
 def _draw(task: Task, weights: Path | None, title: str, ranks: Ranks) -> np.ndarray:
     """Samples, on the first rank; it gives the others its weights."""
     trial, params = task.run, task.run.params
-    compute = device.resolve(params.compute, params.compute.devices)
+    compute = devices.resolve(params.compute, params.compute.devices)
     num_classes = open_training_data(trial.finetune).num_classes
     if weights is None:
         model = build_model(params, num_classes).eval().to(compute.device)

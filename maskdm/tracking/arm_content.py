@@ -7,10 +7,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from maskdm import paths
-from maskdm.config import Run
-from maskdm.formats import ARM_STAGES, TRAINING_STAGES
-from maskdm.headline import DISTANCE, HEADLINES, flat_scores
+from maskdm.config import Run, paths
+from maskdm.config.formats import ARM_STAGES, TRAINING_STAGES
+from maskdm.scoring.headline import DISTANCE, HEADLINES, flat_scores
 from maskdm.tracking.dataset import read_dataset
 from maskdm.tracking.run_content import Points, RunContent, finite, only_numbers, read_json, read_rows
 

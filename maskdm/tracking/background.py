@@ -10,8 +10,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from maskdm import paths
-from maskdm.errors import UserError
+from maskdm.base.errors import UserError
+from maskdm.config import paths
 from maskdm.tracking.spool import Spool, SpoolReader, spools, tracking_folder
 
 LOCK = "sender.lock"  # held by the sender while it lives; holds its pid

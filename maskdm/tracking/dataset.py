@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maskdm import paths
+from maskdm.config import paths
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

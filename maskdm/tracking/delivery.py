@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
-from maskdm.errors import UserError
+from maskdm.base.errors import UserError
 from maskdm.tracking.dataset import add_dataset
 from maskdm.tracking.publishing import publish
 from maskdm.tracking.registry import publish_models

@@ -20,15 +20,15 @@ class Drawer(PythonModel):
 
     def load_context(self, context: PythonModelContext) -> None:
         """Read the weights; where they were trained with CUDA and there is none, the CPU draws."""
-        from maskdm import device
-        from maskdm.checkpoint import load_tensors
+        from maskdm.base.tensors import load_tensors
         from maskdm.config import parse_params
-        from maskdm.drawing import load_model
+        from maskdm.models.drawing import load_model
+        from maskdm.training import devices
 
         weights, params = (Path(context.artifacts[name]) for name in ("weights", "params"))
         self._params = parse_params(json.loads(params.read_text(encoding="utf-8")), source=str(params))
         asked = self._params.compute
-        self._compute = device.resolve(asked if asked.device == "cpu" else asked.model_copy(update={"device": "auto"}))
+        self._compute = devices.resolve(asked if asked.device == "cpu" else asked.model_copy(update={"device": "auto"}))
         self._num_classes = int(load_tensors(weights)[1]["architecture"]["num_classes"])
         self._model = load_model(self._params, weights, self._num_classes, self._compute)
 
@@ -54,7 +54,7 @@ class Drawer(PythonModel):
         return np.concatenate([self._draw(int(seed), int(num_images)) for seed, num_images in rows])
 
     def _draw(self, seed: int, num_images: int) -> np.ndarray:
-        from maskdm.drawing import draw_images
+        from maskdm.models.drawing import draw_images
 
         title = f"seed {seed}"
         return draw_images(self._params, self._model, self._num_classes, seed, num_images, self._compute, title)

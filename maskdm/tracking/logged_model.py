@@ -66,7 +66,7 @@ def _signature(shape: tuple[int, int, int]) -> ModelSignature:
 
 
 def _artifacts(folder: Path, params: Params, weights: Path) -> dict[str, str]:
-    from maskdm.checkpoint import load_tensors, save_tensors
+    from maskdm.base.tensors import load_tensors, save_tensors
 
     states, info = load_tensors(weights)
     files = {"weights": folder / "weights.safetensors", "params": folder / "params.json"}

@@ -9,10 +9,10 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maskdm import config, paths
-from maskdm.config import Params, parse_params, resolve
+from maskdm import config
+from maskdm.base.errors import UserError
+from maskdm.config import Params, parse_params, paths, resolve
 from maskdm.config.jobs import ARM_STAGES, Jobs
-from maskdm.errors import UserError
 from maskdm.tracking.arm_content import REPORT, read_arm
 from maskdm.tracking.background import wake_sender
 from maskdm.tracking.dataset import add_dataset, datasets_of, identity

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maskdm import paths
-from maskdm.checksums import file_sha256
-from maskdm.config import Params, parse_params
-from maskdm.headline import Headline, flat_scores, headline_of
+from maskdm.base.checksums import file_sha256
+from maskdm.config import Params, parse_params, paths
+from maskdm.scoring.headline import Headline, flat_scores, headline_of
 from maskdm.tracking.logged_model import save_model
 from maskdm.tracking.run_content import finite, read_json
 from maskdm.tracking.store import ArmKey, Store

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from maskdm.protocol import said_of
+from maskdm.scoring.protocol import said_of
 from maskdm.tracking.dataset import DatasetEntry
 
 Points = dict[tuple[str, int], float]

@@ -9,7 +9,7 @@ import json
 from typing import Any
 
 from maskdm.config import Params
-from maskdm.headline import FID, SLICED_WASSERSTEIN, Headline
+from maskdm.scoring.headline import FID, SLICED_WASSERSTEIN, Headline
 from maskdm.tracking.trial_content import tuned_paths
 
 VIEW_NAME = "arms"
@@ -77,9 +77,9 @@ def experiment_tags(params: Params) -> dict[str, str]:
 
 
 def _headline(params: Params) -> Headline:
-    from maskdm import distances  # NumPy, which nothing else here needs
+    from maskdm.scoring import points  # NumPy, which nothing else here needs
 
-    return SLICED_WASSERSTEIN if distances.apply_to(params) else FID
+    return SLICED_WASSERSTEIN if points.apply_to(params) else FID
 
 
 def arms_view(params: Params) -> dict[str, Any]:

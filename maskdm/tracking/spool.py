@@ -24,7 +24,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from maskdm import paths
+from maskdm.config import paths
 
 EVENTS = "events.jsonl"
 PROGRESS = "sent.json"

@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from maskdm import paths
-from maskdm.config import Params, Run
+from maskdm.config import Params, Run, paths
 from maskdm.tracking.background import wake_sender, warn_if_unsent
 from maskdm.tracking.dataset import read_dataset
 from maskdm.tracking.saved_view import experiment_tags

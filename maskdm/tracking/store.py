@@ -16,7 +16,8 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from maskdm import config, paths
+from maskdm import config
+from maskdm.config import paths
 from maskdm.tracking.continued import ContinuedRun
 
 if TYPE_CHECKING:

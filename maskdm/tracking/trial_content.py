@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from maskdm import paths
-from maskdm.config import Params, Section
+from maskdm.config import Params, Section, paths
 from maskdm.tracking.dataset import read_dataset
 from maskdm.tracking.run_content import RunContent, only_numbers, read_json
 

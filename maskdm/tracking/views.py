@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from urllib.parse import urlencode
 
-from maskdm import paths
-from maskdm.config import Params
-from maskdm.errors import UserError
+from maskdm.base.errors import UserError
+from maskdm.config import Params, paths
 from maskdm.tracking.saved_view import TRIALS_VIEW_NAME, VIEW_NAME
 from maskdm.tracking.store import open_store, shown, store_uri
 

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from maskdm.base.errors import UserError
+from maskdm.base.printable import printable
 from maskdm.config import DatasetConfig
 from maskdm.data.collection import Collection, ImageFiles
 from maskdm.data.image_folder import image_names
 from maskdm.data.named.files import by_base_name, find_or_download, split_of
 from maskdm.data.sources import open_source, reading
-from maskdm.errors import UserError
-from maskdm.printable import printable
 
 SPLITS = {"train": "0", "valid": "1", "test": "2", "all": None}
 IMAGES, PARTITION = "img_align_celeba", "list_eval_partition.txt"

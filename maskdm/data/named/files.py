@@ -10,15 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from maskdm import paths
-from maskdm.config import DatasetConfig
+from maskdm.base.errors import UserError
+from maskdm.base.locks import one_writer
+from maskdm.base.printable import printable
+from maskdm.base.publishing import cannot_write, replace_file
+from maskdm.config import DatasetConfig, paths
 from maskdm.data.sources import Source
-from maskdm.errors import UserError
-from maskdm.locks import one_writer
-from maskdm.printable import printable
-from maskdm.publishing import cannot_write, replace_file
 
-DATA = Path("data")  # beside params.yaml
 DOWNLOAD = "download-"  # in the work folder: what is being downloaded
 CONNECTION_SECONDS = 30.0  # without an answer
 
@@ -31,11 +29,6 @@ DOWNLOADS: dict[str, tuple[str, str, tuple[str, ...]]] = {
 }
 
 T = TypeVar("T")
-
-
-def root_of(dataset: DatasetConfig) -> Path:
-    """Where the files are looked for and downloaded to, from the folder of params.yaml."""
-    return DATA / dataset.source if dataset.root is None else Path(dataset.root)
 
 
 def split_of(dataset: DatasetConfig) -> str:
@@ -54,7 +47,7 @@ def find_or_download(dataset: DatasetConfig, find: Callable[[Path], T | None], n
     Raises:
         UserError: they are not there and can't be downloaded.
     """
-    root = root_of(dataset)
+    root = paths.root_of(dataset)
     if (found := find(root)) is not None:
         return found
     reason = None
@@ -113,7 +106,7 @@ def _download(source: str, root: Path) -> str | None:
 
 
 def _torchvision_class(name: str) -> Callable[..., object]:
-    from maskdm.torchvision_compat import declare_missing_operators  # imports torch: only to download
+    from maskdm.base.torchvision_compat import declare_missing_operators  # imports torch: only to download
 
     declare_missing_operators()
     from torchvision import datasets

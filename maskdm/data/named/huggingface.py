@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from maskdm.base.errors import UserError
+from maskdm.base.printable import printable
 from maskdm.config import DatasetConfig
 from maskdm.data.arrays import Labels
 from maskdm.data.collection import Collection, check_size
 from maskdm.data.decoding import BadImageError
 from maskdm.data.sources import reading
-from maskdm.errors import UserError
-from maskdm.printable import printable
 
 PREFIX = "huggingface:"
 SAVED = ("state.json", "dataset_dict.json")  # of what `save_to_disk` has written

@@ -9,14 +9,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from maskdm.config import DatasetConfig
+from maskdm.base.errors import UserError
+from maskdm.base.printable import printable
+from maskdm.config import DatasetConfig, paths
 from maskdm.config.schema import LSUN_OBJECTS
 from maskdm.data.collection import Collection, check_size
 from maskdm.data.decoding import BadImageError
-from maskdm.data.named.files import root_of
 from maskdm.data.sources import reading
-from maskdm.errors import UserError
-from maskdm.printable import printable
 
 if TYPE_CHECKING:
     import lmdb
@@ -57,7 +56,7 @@ def open_lsun(dataset: DatasetConfig) -> Iterator[Collection]:
         UserError: the package is missing, or the database is missing, cut off or damaged.
     """
     package = _package()
-    path = _find(root_of(dataset), dataset.split or "")
+    path = _find(paths.root_of(dataset), dataset.split or "")
     with reading(str(path), lambda: path.open("rb")) as file:
         size = os.fstat(file.fileno()).st_size
     try:

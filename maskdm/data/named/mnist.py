@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
+from maskdm.base.errors import UserError
 from maskdm.config import DatasetConfig
 from maskdm.data.arrays import Images
 from maskdm.data.collection import Collection, Pixels
 from maskdm.data.named.files import DOWNLOADS, find_or_download, split_of
 from maskdm.data.sources import reading
-from maskdm.errors import UserError
 
 SPLITS = {"train": ("train",), "test": ("t10k",), "all": ("train", "t10k")}
 KINDS = ("images-idx3-ubyte", "labels-idx1-ubyte")

@@ -9,9 +9,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from maskdm.config import Params
-from maskdm.headline import Headline, headline_of
 from maskdm.report.comparison import Comparison, reference_of
 from maskdm.report.results import Results
+from maskdm.scoring.headline import Headline, headline_of
 
 
 @dataclass(frozen=True)

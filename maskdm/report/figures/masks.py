@@ -58,7 +58,7 @@ def draw_masks(params: Params, arm: str) -> np.ndarray:
     # torch takes seconds to import, and nothing else here needs it.
     import torch
 
-    from maskdm.masking import Masking, to_mask
+    from maskdm.method.masks import Masking, to_mask
 
     config, grid = params.arm(arm), params.grid
     masking = Masking(config.strategy, grid, config.mask_rate or 0.0, config.block_size)

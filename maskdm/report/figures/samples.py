@@ -7,12 +7,12 @@ import math
 import numpy as np
 from matplotlib.figure import Figure
 
-from maskdm.headline import flat_scores
 from maskdm.report.figures.axes import fid_text
 from maskdm.report.figures.kind import Kind, Shown
 from maskdm.report.figures.pixels import as_color, enlarged, lay_out, reduced
 from maskdm.report.looks import short
 from maskdm.report.results import Run, milestone_key
+from maskdm.scoring.headline import flat_scores
 
 COLUMNS = 4
 PANEL_PIXELS = 336

@@ -6,9 +6,9 @@ import textwrap
 
 from matplotlib.figure import Figure
 
-from maskdm.protocol import flips_text
 from maskdm.report.looks import FLOOR, WIDTH
 from maskdm.report.results import Results
+from maskdm.scoring.protocol import flips_text
 
 FONT_SIZE, LINE_SPACING = 8, 1.35  # points; lines
 MARGIN = 0.06  # inches

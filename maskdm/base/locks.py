@@ -1,0 +1,90 @@
+"""One writer at a time. The kernel frees the lock when its holder dies: a killed process never blocks the next."""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import fcntl
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from maskdm.base.publishing import cannot_write, explain_refusals
+
+NOT_SUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+
+
+@contextmanager
+def one_writer(lock: Path, what: str) -> Iterator[None]:
+    """Let one process at a time run the block; another waits and says for whom.
+
+    Where the file system has no locks the block runs all the same, with a warning.
+
+    Args:
+        lock: a file of its own; holds who is at work.
+        what: for messages.
+
+    Raises:
+        UserError: the place can't be written.
+    """
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise cannot_write(lock, error) from error
+    with file:
+        _acquire(file, what)
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "what": what, "since": _now()}
+        with explain_refusals(lock):
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), json.dumps(holder).encode())
+        yield
+
+
+def holder_of(lock: Path) -> dict[str, Any] | None:
+    """Who holds a lock, as {"pid", "host", "what", "since"}; empty where it does not say; None where nobody does."""
+    try:
+        with lock.open("r", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return read_holder(lock)
+    except OSError:
+        return None
+    return None
+
+
+def read_holder(lock: Path) -> dict[str, Any]:
+    """Who holds or held a lock; empty where the file does not say."""
+    try:
+        return dict(json.loads(lock.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return {}
+
+
+def _acquire(file: TextIO, what: str) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = read_holder(Path(file.name))
+        where = "" if holder.get("host") in (None, socket.gethostname()) else f" on {holder['host']}"
+        _say(f"{what}: waiting for process {holder.get('pid', '?')}{where}, which works on it")
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
+        _say(
+            f"warning: {file.name} can't be locked ({error.strerror}): make sure that one process at a time runs {what}"
+        )
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,89 @@
+"""Opening what earlier stages made; the runner has checked that it is there and up to date."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maskdm.base.checksums import checked, file_sha256
+from maskdm.base.errors import UserError
+from maskdm.config import Params, Training, paths
+from maskdm.data.arrays import ImageArrays
+
+
+def open_data(params: Params, verify: bool = False, folder: Path = paths.DATA) -> ImageArrays:
+    """The prepared dataset.
+
+    Args:
+        params: say its shape.
+        verify: check that every file is the one that was written; where its pixels are used.
+        folder: where it lies.
+
+    Raises:
+        UserError: it is missing, damaged, or of another shape than params say.
+    """
+    images = ImageArrays.open(folder)
+    expected = params.dataset.shape
+    if images.shape != expected:
+        raise UserError(
+            f"the images in {folder} are {_times(images.shape)}, but params.yaml says {_times(expected)}; "
+            "run first: maskdm prepare --force"
+        )
+    if verify:
+        images.verify(paths.WORK / f"verified{'' if folder == paths.DATA else '-' + folder.name}.json")
+    return images
+
+
+def open_training_data(training: Training, verify: bool = False) -> ImageArrays:
+    """What a training stage sees: in pretraining the one of `datasets` that the arm names, else the dataset.
+
+    Raises:
+        UserError: as `open_data`.
+    """
+    config = training.params.pretrain_of(training.arm)
+    other = config.dataset if training.stage == "pretrain" else None
+    return open_data(training.params, verify, paths.DATA if other is None else paths.pretrain_data(other))
+
+
+def read_json(path: Path, stage: str) -> Any:
+    """The content of a description that an earlier stage has published.
+
+    Raises:
+        UserError: it is missing or damaged; names the stage that makes it.
+    """
+    try:
+        return checked(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(path, stage, error) from None
+
+
+def read_array(path: Path, stage: str, sha256: str) -> np.ndarray:
+    """An array of an earlier stage, memory-mapped.
+
+    Args:
+        path: the .npy file.
+        stage: which makes it.
+        sha256: of the file that the stage wrote.
+
+    Raises:
+        UserError: it is missing or damaged; names the stage that makes it.
+    """
+    try:
+        if file_sha256(path) != sha256:
+            raise ValueError("it is not the file that was written: its sha256 differs")
+        array: np.ndarray = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # what NumPy raises for a header of nonsense may be almost anything
+        raise _damaged(path, stage, error) from None
+    return array
+
+
+def _damaged(path: Path, stage: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return UserError(f"{path} can't be read ({reason}); delete its folder and run the {stage} stage again")
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return "×".join(str(side) for side in shape)

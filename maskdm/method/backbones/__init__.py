@@ -1,0 +1,1 @@
+"""The networks, and how one is built from params."""

@@ -1,0 +1,1 @@
+"""Scoring: feature extractors, scores of images and of points, and what scores are of."""

@@ -1,0 +1,189 @@
+"""What scores are of: numbers of different protocols are numbers of different things, and never stand in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from maskdm.base.differences import differing
+from maskdm.config import EvaluationConfig, SamplingConfig
+
+# Where the files lay makes no other images.
+NOT_OF_THE_PIXELS = ("root",)
+CROPS = {"none": "not cropped", "center": "centre crop"}
+MOST_NAMED = 10  # classes
+PARTS = {"train": "those trained on", "held_out": "held out", "all": "those trained on and held out"}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Everything that scores depend on besides the model.
+
+    Attributes:
+        images: how the real images were made, as the dataset's manifest has it: source, split, crop, resize …
+        shape: (H, W, C) of real and generated images.
+        reference: which of the real images: train, held_out or all.
+        num_real: how many.
+        real_sha256: of their pixels.
+        extractor: its name and layer.
+        extractor_sha256: of the weights that it computes with.
+        weights_sha256: of the local file that they came from; None if downloaded or trained here.
+        num_samples: how many images were generated; FID depends on it.
+        drawn: how: weights, sampler, number of steps …; empty where that is not known.
+        metrics: KID's subsets and the manifold's neighbourhood.
+    """
+
+    images: dict[str, Any]
+    shape: tuple[int, int, int]
+    reference: str
+    num_real: int
+    real_sha256: str
+    extractor: str
+    extractor_sha256: str
+    weights_sha256: str | None
+    num_samples: int
+    drawn: dict[str, Any]
+    metrics: dict[str, int]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as JSON gives them back."""
+        return {**asdict(self), "shape": list(self.shape)}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Self:
+        """The protocol of `as_dict`.
+
+        Raises:
+            ValueError: it has other fields.
+        """
+        try:
+            height, width, channels = content["shape"]
+            protocol = cls(**{**content, "shape": (height, width, channels)})
+            _ = protocol.text  # its fields hold what they should
+            return protocol
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"no protocol of this version of maskdm: {error}") from None
+
+    @property
+    def text(self) -> str:
+        """Two lines for people."""
+        return (
+            f"Scores are of {self.num_samples:,} generated images{_drawn_text(self.drawn)} "
+            f"and {self.num_real:,} real ones{_real_text(self)}.\n"
+            f"Features: {self.extractor}, sha256 {self.extractor_sha256[:12]}{_file_text(self.weights_sha256)}; "
+            f"{_metrics_text(self.metrics)}."
+        )
+
+
+def images_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """How the images of a prepared dataset were made, from its manifest."""
+    said = {**(manifest.get("source") or {}), **(manifest.get("protocol") or {})}
+    return {key: value for key, value in sorted(said.items()) if value is not None and key not in NOT_OF_THE_PIXELS}
+
+
+def shaping_of(images: Mapping[str, Any]) -> dict[str, Any]:
+    """How files became images of one size, as far as `images_of` knows it: crop and resize filter."""
+    return {key: images[key] for key in ("crop", "crop_box", "resize_filter") if key in images}
+
+
+def drawn_as(sampling: SamplingConfig) -> dict[str, Any]:
+    """How images are generated: always from averaged weights."""
+    return {"weights": "EMA", **sampling.model_dump(include={"sampler", "num_steps", "eta", "clip_x_0"})}
+
+
+def metrics_as(evaluation: EvaluationConfig) -> dict[str, int]:
+    """What KID, precision and recall depend on."""
+    return evaluation.model_dump(include={"kid_subsets", "kid_subset_size", "prc_neighborhood"})
+
+
+def flips_text(flips: Mapping[str, float]) -> str:
+    """How training flipped images: no part of a protocol, for arms that differ in it are compared all the same.
+
+    Args:
+        flips: by arm, the probability of a left-right flip.
+
+    Returns:
+        a sentence that names the arms where they differ; empty where nothing is known.
+    """
+    arms: dict[float, list[str]] = {}
+    for arm, probability in flips.items():
+        arms.setdefault(probability, []).append(arm)
+    said = {flip_text(probability): ", ".join(of) for probability, of in arms.items()}
+    if len(said) < 2:
+        return "".join(f"Trained {how}." for how in said)
+    return f"Trained {'; '.join(f'{how}: {of}' for how, of in said.items())}."
+
+
+def flip_text(probability: float) -> str:
+    """How training flipped images, as a part of a sentence."""
+    return f"with left-right flips of probability {probability:g}" if probability else "without left-right flips"
+
+
+def said_of(scores: Mapping[str, Any]) -> str:
+    """What the scores that a stage has published are of, for people; empty where that was not recorded.
+
+    Raises:
+        ValueError: their protocol has other fields.
+    """
+    protocol = scores.get("protocol")
+    text = Protocol.from_dict(protocol).text if protocol else ""
+    flips = {} if scores.get("flip") is None else {str(scores.get("arm")): scores["flip"]}
+    return "\n".join(filter(None, (text, flips_text(flips))))
+
+
+def differences(one: Any, other: Any) -> Iterator[str]:
+    """What differs between two protocols as plain values, a line each: `crop: center and none`."""
+    for path, here, there in differing(one, other):
+        yield f"{path or 'protocol'}: {_short(here)} and {_short(there)}"
+
+
+def _short(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return f"{text[:12]}…" if len(text) == 64 else text
+
+
+def _drawn_text(drawn: Mapping[str, Any]) -> str:
+    if "sampler" not in drawn:
+        return f" ({', '.join([str(drawn['from']), *_made_texts(drawn)])})" if "from" in drawn else ""
+    eta = f", eta {drawn['eta']:g}" if drawn.get("sampler") == "ddim" else ""
+    return f" ({drawn['weights']} weights, {drawn['sampler']}, {drawn['num_steps']} evaluations each{eta})"
+
+
+def _real_text(protocol: Protocol) -> str:
+    images, (height, width, channels) = protocol.images, protocol.shape
+    part = [PARTS[protocol.reference]] if protocol.reference in PARTS else []
+    source = [str(images[key]) for key in ("kind", "split", "from") if key in images]
+    chosen = [f"{key} {_plain(images[key])}" for key in ("classes", "limit", "fraction", "held_out") if images.get(key)]
+    size = f"{height}×{width} {'grey' if channels == 1 else 'RGB'}"
+    return f" ({', '.join([' '.join(source) or 'given', *chosen, *part, size, *_made_texts(images), 'not flipped'])})"
+
+
+def _made_texts(images: Mapping[str, Any]) -> list[str]:
+    """How files became images of one size, as far as it is known."""
+    crop = [_crop_text(images)] if "crop" in images else []
+    resize = [f"resized by {images['resize_filter']}, antialiased"] if "resize_filter" in images else []
+    return [*crop, *resize]
+
+
+def _crop_text(images: Mapping[str, Any]) -> str:
+    if images.get("crop_box"):
+        top, left, side = images["crop_box"]
+        return f"cropped to {side}×{side} from row {top}, column {left}"
+    return CROPS.get(str(images["crop"]), str(images["crop"]))
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        more = f" and {len(value) - MOST_NAMED} more" if len(value) > MOST_NAMED else ""
+        return "/".join(map(str, value[:MOST_NAMED])) + more
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _file_text(weights_sha256: str | None) -> str:
+    return "" if weights_sha256 is None else f" (file {weights_sha256[:12]})"
+
+
+def _metrics_text(metrics: Mapping[str, int]) -> str:
+    subsets = f"KID over {metrics['kid_subsets']} subsets of {metrics['kid_subset_size']}"
+    return f"{subsets}, precision and recall with {metrics['prc_neighborhood']} neighbours"

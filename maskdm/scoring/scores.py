@@ -1,0 +1,222 @@
+"""Metrics between two sets of features: FID, KID, precision, recall, equal to torch-fidelity's.
+
+The tests hold them against torch-fidelity, whose import brings torchvision and takes longer than scoring the default.
+
+What depends on the real images alone is computed once (`Reference`), and in blocks: they need not fit into memory.
+
+Source: Heusel et al. 2017 (FID), Bińkowski et al. 2018 (KID), Kynkäänniemi et al. 2019 (precision, recall).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maskdm.base import rng
+from maskdm.base.errors import UserError
+from maskdm.config import EvaluationConfig
+
+PRC_BLOCK = 1000  # rows and columns of the distance matrix held at a time: 8 MB
+FEWEST_REAL = 4  # of which each half has a covariance, and a nearest neighbour
+KID_SEED = 2020  # of the subsets; torch-fidelity's
+STATISTICS_BLOCK = 2**14  # rows that are double precision at a time
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Scores of samples against real images.
+
+    Attributes:
+        fid: Fréchet distance; biased: it falls as the number of samples grows.
+        kid: mean of the unbiased estimates over random subsets; may be slightly negative.
+        kid_std: standard deviation over the subsets.
+        precision: share of samples within the real images' manifold.
+        recall: share of real images within the samples' manifold.
+        num_samples: how many samples were scored.
+    """
+
+    fid: float
+    kid: float
+    kid_std: float
+    precision: float
+    recall: float
+    num_samples: int
+
+    def as_dict(self) -> dict[str, float]:
+        """Plain values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Features of the real images, and what scoring needs of them whatever the samples are.
+
+    Attributes:
+        features: (M, D); may be memory-mapped.
+        mean: (D,) float64.
+        covariance: (D, D) float64, unbiased.
+        radii: (M,) float64: the distance to the `neighborhood`-th nearest of the others.
+        neighborhood: of the radii.
+    """
+
+    features: np.ndarray
+    mean: np.ndarray
+    covariance: np.ndarray
+    radii: np.ndarray
+    neighborhood: int
+
+    @classmethod
+    def of(cls, features: np.ndarray, neighborhood: int) -> Self:
+        """Compute it; memory is bounded by blocks of images, whatever M is, but for the radii, 8 bytes an image.
+
+        Args:
+            features: (M, D).
+            neighborhood: of precision and recall.
+        """
+        return cls(features, *mean_and_covariance(features), _radii(features, neighborhood).numpy(), neighborhood)
+
+
+def mean_and_covariance(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (D,) and unbiased covariance (D, D) of features (M, D), in float64."""
+    count = len(features)
+    mean = sum(block.sum(axis=0) for block in _blocks(features, STATISTICS_BLOCK)) / count
+    centred = (block - mean for block in _blocks(features, STATISTICS_BLOCK))
+    return mean, np.asarray(sum(block.T @ block for block in centred)) * (1 / (count - 1))
+
+
+def compute_metrics(samples: np.ndarray, real: np.ndarray | Reference, config: EvaluationConfig) -> Metrics:
+    """Score features of samples against features of real images.
+
+    Args:
+        samples: (N, D).
+        real: (M, D), or what was made of them before.
+        config: KID's subsets, the manifold's neighbourhood.
+
+    Raises:
+        UserError: either set is smaller than a metric needs.
+    """
+    reference = real if isinstance(real, Reference) else None
+    check_counts(len(samples), len(real.features if isinstance(real, Reference) else real), config)
+    if reference is None:
+        assert isinstance(real, np.ndarray)
+        reference = Reference.of(real, config.prc_neighborhood)
+    assert reference.neighborhood == config.prc_neighborhood, "the radii are those of the neighbourhood asked for"
+    kid, kid_std = _kid(samples, reference.features, config)
+    return Metrics(
+        fid=_fid(samples, reference),
+        kid=kid,
+        kid_std=kid_std,
+        precision=_share_within_reach(samples, reference.features, torch.from_numpy(np.array(reference.radii))),
+        recall=_share_within_reach(reference.features, samples, _radii(samples, config.prc_neighborhood)),
+        num_samples=len(samples),
+    )
+
+
+def _fid(samples: np.ndarray, real: Reference) -> float:
+    """‖μ − μ′‖² + tr(Σ + Σ′ − 2 √(Σ Σ′)); the trace of the root is the sum of the eigenvalues' roots."""
+    mean, covariance = mean_and_covariance(samples)
+    difference = mean - real.mean
+    roots = np.sqrt(np.linalg.eigvals(covariance @ real.covariance).astype(complex)).real
+    return float(difference @ difference + np.trace(covariance) + np.trace(real.covariance) - 2 * roots.sum())
+
+
+def _kid(samples: np.ndarray, real: np.ndarray, config: EvaluationConfig) -> tuple[float, float]:
+    """Mean and standard deviation over random subsets, drawn as torch-fidelity draws them by default.
+
+    Differs: only the rows of a subset are held in double precision.
+    """
+    numbers = np.random.RandomState(KID_SEED)
+    estimates = []
+    for _ in range(config.kid_subsets):
+        x, y = (
+            features[numbers.choice(len(features), config.kid_subset_size, replace=False)].astype(np.float64)
+            for features in (samples, real)
+        )
+        estimates.append(_squared_mmd(x, y))
+    return float(np.mean(estimates)), float(np.std(estimates))
+
+
+def _squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
+    """The unbiased estimate of MMD² of as many rows (M, D) each, of the kernel k(x, y) = (x·y / D + 1)³."""
+    count = len(x)
+    within = sum(kernel.sum() - kernel.trace() for kernel in (_kernel(x, x), _kernel(y, y)))
+    return float(within / (count * (count - 1)) - 2 * _kernel(x, y).mean())
+
+
+def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    base = x @ y.T / x.shape[1] + 1
+    return base * base * base  # a power of 3 takes ten times as long
+
+
+def _radii(features: np.ndarray, neighborhood: int) -> Tensor:
+    """The distance of each row (M, D) to its `neighborhood`-th nearest other: (M,)."""
+    return torch.cat([_nearest(block, features, neighborhood + 1)[:, -1] for block in _rows(features)])
+
+
+def _nearest(block: Tensor, features: np.ndarray, count: int) -> Tensor:
+    """The distances of each row (B, D) to the `count` nearest of features (M, D), ascending: (B, count)."""
+    nearest = torch.empty(len(block), 0, dtype=block.dtype)
+    for others in _rows(features):
+        found = torch.cat([nearest, torch.cdist(block, others)], dim=1)
+        nearest = found.topk(min(count, found.shape[1]), dim=1, largest=False, sorted=True).values
+    return nearest
+
+
+def _share_within_reach(features: np.ndarray, centres: np.ndarray, radii: Tensor) -> float:
+    """The share of features (N, D) that are no farther from some centre (M, D) than its radius (M,)."""
+    reached = [_is_within_reach(block, centres, radii) for block in _rows(features)]
+    return float(torch.cat(reached).float().mean())
+
+
+def _is_within_reach(block: Tensor, centres: np.ndarray, radii: Tensor) -> Tensor:
+    """Whether each row (B, D) is no farther from some centre (M, D) than its radius (M,): (B,)."""
+    reached = torch.zeros(len(block), dtype=torch.bool)
+    for others, reach in zip(_rows(centres), radii.split(PRC_BLOCK), strict=True):
+        reached |= (torch.cdist(block, others) <= reach).any(dim=1)
+    return reached
+
+
+def _rows(features: np.ndarray) -> Iterator[Tensor]:
+    return map(torch.from_numpy, _blocks(features, PRC_BLOCK))
+
+
+def _blocks(features: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """The rows in float64, so many at a time."""
+    return (features[start : start + size].astype(np.float64) for start in range(0, len(features), size))
+
+
+def floor_metrics(real: np.ndarray, num_samples: int, config: EvaluationConfig) -> Metrics:
+    """Real images in the place of samples, against the other real images: about what a perfect model would get.
+
+    As many of them as samples are scored, at most half, for both sides need some. Samples are scored against all real
+    images and these only against the others, so that the floor's bias is the larger one: where the others are few, the
+    floor of FID is rather too high. KID's subsets and the neighbourhood shrink with them where they must.
+
+    Holds a copy of all features: an image has 2048 of Inception's, 8 KB.
+
+    Args:
+        real: features of the real images, (M, D); at least `FEWEST_REAL`.
+        num_samples: of the samples that it is the scale for.
+        config: as for the samples.
+    """
+    order = torch.randperm(len(real), generator=rng.generator(0, "floor")).numpy()
+    count = min(num_samples, len(real) // 2)
+    fitting = config.model_copy(
+        update={
+            "kid_subset_size": min(config.kid_subset_size, count),
+            "prc_neighborhood": min(config.prc_neighborhood, count - 1),
+        }
+    )
+    return compute_metrics(real[order[:count]], real[order[count:]], fitting)
+
+
+def check_counts(num_samples: int, num_real: int, config: EvaluationConfig) -> None:
+    """Raises: UserError, if there are fewer samples or real images than the metrics need."""
+    for what, count in (("samples", num_samples), ("real images", num_real)):
+        if shortage := config.shortage(count, what):
+            raise UserError(f"{shortage}; lower kid_subset_size or use more {what}")

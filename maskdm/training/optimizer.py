@@ -1,0 +1,76 @@
+"""Optimizer, learning-rate schedule and averaged weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from maskdm.config import StageConfig, TrainingConfig
+from maskdm.training.eager import EagerAdamW
+
+
+def make_optimizer(model: nn.Module, training: TrainingConfig, lr: float) -> torch.optim.AdamW:
+    """Fused AdamW; with `decay: weights`, biases, norms and embeddings are not decayed."""
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        is_weight = parameter.dim() >= 2 and "norm" not in name and not name.endswith(("pos_embed", "label_emb.weight"))
+        (decayed if is_weight or training.decay == "all" else free).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": training.weight_decay},
+        {"params": free, "weight_decay": 0.0},
+    ]
+    beta_1, beta_2 = training.betas
+    return EagerAdamW([g for g in groups if g["params"]], lr=lr, betas=(beta_1, beta_2), fused=True)
+
+
+def lr_at(step: int, num_steps: int, config: StageConfig) -> float:
+    """The learning rate of a step (from 0): linear warm-up, then constant or half a cosine to zero."""
+    warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    if config.lr_decay == "constant":
+        return config.lr * warmup
+    done = max(0, step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
+    return config.lr * warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+class Ema:
+    """Exponential moving average of the weights, θ̄ ← d θ̄ + (1 − d) θ.
+
+    The decay is corrected for short runs: d_step = min(d, (1 + step) / (10 + step)), so that the average forgets
+    the initialisation early on.
+
+    Args:
+        model: whose parameters are averaged.
+        decay: d in [0, 1).
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self._sources: list[Tensor] = list(model.parameters())
+        self._names = [name for name, _ in model.named_parameters()]
+        self._averages = [p.detach().clone() for p in self._sources]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Average in the weights after the update of `step` (from 0)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self._averages, self._sources, 1 - decay)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averaged weights by name."""
+        return dict(zip(self._names, self._averages, strict=True))
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from averaged weights."""
+        for name, average in zip(self._names, self._averages, strict=True):
+            average.copy_(state[name])
+
+
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> None:
+    """Scale the gradients down to a total norm of at most `max_norm`; without one, leave them. No host sync."""
+    if max_norm is not None:
+        nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
