@@ -13,9 +13,10 @@ from benchmarks.shapes import Shape, arm_of
 from benchmarks.timing import Task
 from maskdm.config import Params, Training
 from maskdm.data.arrays import ImageArrays, ShardWriter
-from maskdm.stages.training import Trainer
-from maskdm.training.loop import TrainState, train
+from maskdm.training.loop import Watcher, train
+from maskdm.training.objective import Objective
 from maskdm.training.optimizer import clip_gradients
+from maskdm.training.trainer import Trainer
 
 NUM_IMAGES = 2048
 SEED = 0
@@ -44,8 +45,7 @@ class Steps:
         state, trainer = self.trainer.state, self.trainer
         before = state.device_seconds
         run = replace(self._run, num_steps=state.step + num_steps)
-        micro = trainer.micro_batch_size
-        train(state, run, trainer.batches, trainer.compute, _NobodyWatches(), micro_batch_size=micro)
+        train(state, trainer.batches, Objective(state.model, run, trainer.compute), Watcher())
         return state.device_seconds - before
 
     def update(self) -> None:
@@ -135,15 +135,3 @@ def _training(params: Params) -> Training:
         mask_rate=config.mask_rate or 0.0,
         num_steps=10**9,
     )
-
-
-class _NobodyWatches:
-    def log(self, row: dict[str, float]) -> None:
-        """Rows are not looked at."""
-
-    def wants(self, step: int) -> bool:
-        """No state is wanted."""
-        return False
-
-    def take(self, state: TrainState) -> None:
-        """Never called: nothing is wanted."""

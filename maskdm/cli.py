@@ -14,7 +14,7 @@ from maskdm import __version__
 from maskdm.base import interrupts
 from maskdm.base.errors import ParamsError, UserError
 from maskdm.config import Params, load_params, preflight
-from maskdm.config.jobs import ARM_STAGES, STAGE_VERSIONS, Jobs
+from maskdm.config.jobs import ARM_STAGES, STAGE_VERSIONS, Job, Jobs
 from maskdm.models import commands as interchange
 from maskdm.plan.gpus import DEFAULT_UTILISATION, GPUS
 from maskdm.stages.score.options import add_export_images, add_fid
@@ -118,7 +118,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     interrupts.install()
     try:
-        options.run(options)
+        if options.run is None:
+            job = _job(options)
+            from maskdm.stages.runner import run_stage
+
+            run_stage(job, options.force)
+        else:
+            options.run(options)
     except UserError as error:
         print(f"maskdm: error: {error}", file=sys.stderr)
         return error.exit_code
@@ -176,7 +182,7 @@ def _add(
     commands: argparse._SubParsersAction[argparse.ArgumentParser],
     name: str,
     what: str,
-    run: Callable[[argparse.Namespace], None],
+    run: Callable[[argparse.Namespace], None] | None,
 ) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
     command.set_defaults(run=run)
@@ -184,7 +190,7 @@ def _add(
 
 
 def _add_stage(commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, what: str) -> None:
-    command = _add(commands, name, what, _run_stage)
+    command = _add(commands, name, what, None)
     command.set_defaults(stage=name)
     if name in (*ARM_STAGES, "tune"):
         command.add_argument("--arm", required=True, help="a key of `arms` in params.yaml, e.g. patch-m50")
@@ -201,15 +207,14 @@ def _add_stage(commands: argparse._SubParsersAction[argparse.ArgumentParser], na
     )
 
 
-def _run_stage(options: argparse.Namespace) -> None:
+def _job(options: argparse.Namespace) -> Job:
+    """The stage that is to be run, of an arm and seed or trial if it has one; the libraries are set up for it."""
     stage = options.stage
     _check_version(stage, options.stage_version)
     params = load_params()
     which = _which(params, stage, options)
     _prepare_libraries(params.compute.threads)
-    from maskdm.stages.runner import run_stage
-
-    run_stage(Jobs(params).find(stage, **which), options.force)
+    return Jobs(params).find(stage, **which)
 
 
 def _prepare_libraries(threads: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from math import erf
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from maskdm.base import rng
 from maskdm.config import ModelConfig
@@ -26,7 +28,6 @@ from maskdm.method.backbones.uvit import (
     widens_softmax,
 )
 from maskdm.method.masks import Masking, all_visible
-from maskdm.training.memory import saved_bytes
 from tests.factories import CPU, tiny_model, tiny_params
 
 NUM_PATCHES, PATCH_DIM, NUM_CLASSES = 16, 4, 10
@@ -387,6 +388,23 @@ def test_activations_that_are_computed_again_give_the_same_gradients_and_fewer_a
         assert torch.equal(one, other)
     sizes = [saved_bytes(lambda m=model: m(**given).sum(), model.parameters()) for model in (kept, again)]  # type: ignore[misc]
     assert sizes[1] < sizes[0] / 2
+
+
+def saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
+    """Bytes that autograd keeps for the backward pass of `forward`: every storage once, parameters left out."""
+    excluded = {parameter.untyped_storage()._cdata for parameter in parameters}
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in excluded:
+            storages[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = forward()  # its graph keeps the storages alive, so that no two share an address
+    del kept
+    return sum(storages.values())
 
 
 def with_compute(depth: int = 3, **compute: Any) -> UViT:

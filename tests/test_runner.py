@@ -655,9 +655,9 @@ def test_the_log_of_a_failure_is_the_file_that_the_messages_go_to(one_arm: Exper
 
 def interrupted_at(experiment: Experiment, monkeypatch: pytest.MonkeyPatch, lr: float, step: int = 8) -> str:
     """Pretrain until a step at which the state was saved; what it said."""
-    from maskdm.stages import training
+    from maskdm.training import trainer
 
-    row_of = training.Progress.update_to
+    row_of = trainer.Progress.update_to
 
     def interrupt(self: Any, done: int, note: str = "") -> None:
         if done > step:
@@ -666,7 +666,7 @@ def interrupted_at(experiment: Experiment, monkeypatch: pytest.MonkeyPatch, lr: 
 
     experiment.change(saving={"every_seconds": 1e6, "every_steps": 4}, training={"log_every": 1}, pretrain={"lr": lr})
     with monkeypatch.context() as patched:
-        patched.setattr(training.Progress, "update_to", interrupt)
+        patched.setattr(trainer.Progress, "update_to", interrupt)
         outcome = experiment.run(*of("pretrain"))
     assert outcome.code == 130
     return outcome.out

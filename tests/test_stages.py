@@ -443,9 +443,9 @@ def test_killed_training_goes_on_and_ends_as_if_uninterrupted(
 @pytest.fixture
 def stopped(prepared: Experiment, monkeypatch: pytest.MonkeyPatch) -> Experiment:
     """An arm whose pretraining was interrupted at step 20, in this process."""
-    from maskdm.stages import training
+    from maskdm.training import trainer
 
-    row_of = training.Progress.update_to
+    row_of = trainer.Progress.update_to
 
     def interrupt_at_20(self: Any, done: int, note: str = "") -> None:
         if done > 20:
@@ -454,7 +454,7 @@ def stopped(prepared: Experiment, monkeypatch: pytest.MonkeyPatch) -> Experiment
 
     more_steps(prepared).change(saving={"every_seconds": 1e6, "every_steps": 10})
     with monkeypatch.context() as patched:
-        patched.setattr(training.Progress, "update_to", interrupt_at_20)
+        patched.setattr(trainer.Progress, "update_to", interrupt_at_20)
         assert prepared.stage("pretrain").code == 130
     return prepared
 
@@ -467,7 +467,7 @@ def test_interrupted_training_goes_on_from_its_last_row(stopped: Experiment, uni
 @pytest.fixture
 def no_steps(stopped: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stage takes no step: it only says what it would start from."""
-    monkeypatch.setattr("maskdm.stages.training.train", lambda *arguments: None)
+    monkeypatch.setattr("maskdm.training.trainer.train", lambda *arguments: None)
 
 
 @pytest.mark.usefixtures("no_steps")
@@ -555,7 +555,7 @@ def test_loss_that_is_not_finite_between_two_rows_makes_no_update(
         states.append(state)
         loop.train(state, *arguments)
 
-    monkeypatch.setattr("maskdm.stages.training.train", train)
+    monkeypatch.setattr("maskdm.training.trainer.train", train)
     prepared.change(pretrain={"lr": 1e12}, compute={"precision": "fp32"}, training={"log_every": 1000})
     assert_refused(prepared.stage("pretrain"), "the loss is not finite at step ")
     assert all(torch.isfinite(weight).all() for weight in states[0].model.parameters())

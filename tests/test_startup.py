@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from maskdm.config.jobs import ARM_STAGES
-from maskdm.training.eager import EagerAdam, EagerAdamW
+from maskdm.training.optimizer import EagerAdam, EagerAdamW
 from tests.imported import AFTER, after, modules_after, run_python
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def test_an_update_records_no_gradient_and_leaves_gradients_on() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "imports"), [("maskdm.training.eager.EagerAdamW", False), ("torch.optim.AdamW", True)]
+    ("name", "imports"), [("maskdm.training.optimizer.EagerAdamW", False), ("torch.optim.AdamW", True)]
 )
 def test_the_bare_optimizers_do_not_import_the_compiler(tiny: Experiment, name: str, imports: bool) -> None:
     """Where PyTorch's own no longer does, ours are no longer needed."""

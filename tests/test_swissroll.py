@@ -519,13 +519,13 @@ def published(tmp_path: Path) -> Path:
 def test_the_points_that_are_there_are_drawn(published: Path) -> None:
     params = roll_params()
     with chdir(published):
-        points = report.read_points(params, made_up(params))
+        drawn = report.read_points(params, made_up(params))
         (published / "results/samples/primer/seed-0/primer_alone.npy").unlink()
         fewer = report.read_points(params, made_up(params))
-    assert [len(one.values) for one in points] == [400, 100, 100, 100, 100]
+    assert [len(one.values) for one in drawn] == [400, 100, 100, 100, 100]
     assert len(fewer) == 4
-    assert points[0].title == "data"
-    assert points[0].values == pytest.approx(points.points_of(pixels(limit=400)))
+    assert drawn[0].title == "data"
+    assert drawn[0].values == pytest.approx(points.points_of(pixels(limit=400)))
 
 
 def test_the_figure_shows_every_distribution_and_every_distance(published: Path) -> None:

@@ -15,22 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from maskdm.base.errors import NonFiniteLossError
 from maskdm.config import ComputeConfig, Params, StageConfig, Training
 from maskdm.data.batches import Batches
-from maskdm.method.diffusion import Diffusion, draw_step
-from maskdm.method.masks import Masking
 from maskdm.training.devices import Compute, resolve
-from maskdm.training.loop import (
-    NonFiniteLossError,
-    TrainState,
-    accumulate_gradients,
-    restore_state,
-    state_info,
-    state_tensors,
-    train,
-)
+from maskdm.training.loop import Watcher, train
+from maskdm.training.objective import Objective, next_smaller
 from maskdm.training.optimizer import Ema, clip_gradients, lr_at, make_optimizer
-from maskdm.training.state import StateStore
+from maskdm.training.state import StateStore, TrainState
 from tests.factories import BF16, CPU, FP32, digits, tiny_model, tiny_params
 
 CUDA = Compute(torch.device("cuda"), autocast=False, threads=1)
@@ -77,23 +69,20 @@ class ChangedBatches(Batches):
         return self._change(step, x_0), labels
 
 
-class Watch:
+class Watch(Watcher):
     """Gets rows and states."""
 
     def __init__(
         self,
         log: Callable[[dict[str, float]], Any] = lambda row: None,
-        take: Callable[[TrainState], Any] = lambda good: None,
-        wants: Callable[[int], bool] = lambda step: False,
+        save: Callable[[TrainState], Any] = lambda good: None,
+        should_save: Callable[[int], bool] = lambda step: False,
     ) -> None:
-        self.log, self.take, self.wants = log, take, wants
+        self.log, self.save, self.should_save = log, save, should_save  # type: ignore[method-assign]
 
 
 def train_watched(state: TrainState, run: Training, batches: Batches, compute: Compute, watch: Watch) -> None:
-    """Train in the micro-batches that the run's params name."""
-    micro = run.config.micro_batch_size
-    assert micro != "auto"
-    train(state, run, batches, compute, watch, micro_batch_size=micro)
+    train(state, batches, Objective(state.model, run, compute), watch)
 
 
 def train_quietly(
@@ -110,7 +99,7 @@ def losses(state: TrainState) -> list[float]:
 
 def frozen(state: TrainState) -> dict[str, dict[str, Tensor]]:
     """All tensors of a state as they are now."""
-    return {kind: {n: t.detach().clone() for n, t in ts.items()} for kind, ts in state_tensors(state).items()}
+    return {kind: {n: t.detach().clone() for n, t in ts.items()} for kind, ts in state.tensors().items()}
 
 
 def assert_same_tensors(got: dict[str, dict[str, Tensor]], expected: dict[str, dict[str, Tensor]]) -> None:
@@ -128,18 +117,18 @@ def assert_same_tensors(got: dict[str, dict[str, Tensor]], expected: dict[str, d
 
 def gradients(params: Params, micro_batch_size: int | None) -> tuple[Tensor, list[Tensor]]:
     """Loss and gradients of one batch of 8, in micro-batches."""
-    run, model = run_of(params, num_steps=1), tiny_model(params)
-    masking, diffusion = Masking(run.strategy, run.grid, run.mask_rate), Diffusion(1000, "cosine", "epsilon")
-    x_0, labels = batches_of(run, labelled=params.model.class_conditional)(0)
-    draws = draw_step(8, params.patch_dim, masking, 1000, 0.5, torch.Generator().manual_seed(0))
-    loss = accumulate_gradients(model, diffusion, x_0, draws, labels, params.model.patch_size, micro_batch_size)
-    return loss, [p.grad for p in model.parameters() if p.grad is not None]
+    config = params.pretrain.model_copy(update={"micro_batch_size": micro_batch_size})
+    run, state = replace(run_of(params, num_steps=1), config=config), fresh_state(params)
+    objective = Objective(state.model, run, FP32)
+    objective.zero_grad = lambda optimizer: None  # type: ignore[method-assign]  # they stay, to be looked at
+    train(state, batches_of(run, labelled=params.model.class_conditional), objective, Watcher())
+    return torch.tensor(losses(state)), [p.grad for p in state.model.parameters() if p.grad is not None]
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4, 8])
 @pytest.mark.parametrize("conditional", [False, True])
 def test_accumulated_gradients_are_those_of_one_big_batch(micro_batch_size: int, conditional: bool) -> None:
-    params = tiny_params(model={"class_conditional": conditional})
+    params = tiny_params(model={"class_conditional": conditional}, training={"flip": 0.5})
     loss, whole = gradients(params, None)
     same_loss, parts = gradients(params, micro_batch_size)
     assert len(whole) == len(list(tiny_model(params).parameters()))
@@ -157,6 +146,35 @@ def test_training_in_micro_batches_follows_training_in_big_ones() -> None:
     np.testing.assert_allclose(*curves, rtol=1e-4)
 
 
+def test_micro_batches_found_automatically_shrink_to_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that runs out of memory above two images at a time; on several ranks, the smallest that fits on all."""
+    params = tiny_params(pretrain={"lr": 1e-3, "batch_size": 8, "micro_batch_size": "auto"})
+    run, state = run_of(params, num_steps=2), fresh_state(params)
+    objective, sizes = Objective(state.model, run, FP32), list[int]()
+    real = objective.masked_dsm_loss
+
+    def loss(x_0: Tensor, *rest: Any, **more: Any) -> Tensor:
+        sizes.append(len(x_0))
+        if len(x_0) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(x_0, *rest, **more)
+
+    objective.masked_dsm_loss = loss
+    monkeypatch.setattr(Objective, "finds_size", property(lambda _: True))
+    assert objective.micro_batch_size == 8
+    objective.rehearse(0, batches_of(run), state.optimizer)
+    assert objective.micro_batch_size == 2 and sizes[:3] == [8, 4, 2]
+    assert all(p.grad is None for p in state.model.parameters())
+    train(state, batches_of(run), objective, Watcher())
+    given = replace(run, config=params.pretrain.model_copy(update={"micro_batch_size": 2}))
+    assert losses(state) == losses(train_quietly(fresh_state(params), given))
+
+
+@pytest.mark.parametrize(("size", "smaller"), [(8, 4), (6, 3), (9, 3), (7, 1), (2, 1)])
+def test_the_next_smaller_micro_batch_divides_the_batch(size: int, smaller: int) -> None:
+    assert next_smaller(size) == smaller
+
+
 # --- resuming and determinism
 
 
@@ -168,19 +186,19 @@ def train_in_two_goes(params: Params, run: Training, at_step: int, folder: Path,
     """Train until the state of `at_step` is on disk, then go on from there in another network."""
     store = StateStore(folder, every_seconds=0.0)
 
-    def take(good: TrainState) -> None:
+    def save(good: TrainState) -> None:
         if good.step == at_step:
-            store.save(state_tensors(good), state_info(good))
+            store.save(good.tensors(), good.plain())
             raise Interrupted
 
     labelled = params.model.class_conditional
     state, batches = fresh_state(params, device=compute.device), batches_of(run, labelled, compute.device)
     with pytest.raises(Interrupted):
-        train_watched(state, run, batches, compute, Watch(take=take, wants=lambda step: step == at_step))
+        train_watched(state, run, batches, compute, Watch(save=save, should_save=lambda step: step == at_step))
     saved = StateStore(folder, every_seconds=0.0).load()
     assert saved is not None
     resumed = fresh_state(params, seed=99, device=compute.device)
-    restore_state(resumed, *saved)
+    resumed.restore(*saved)
     assert resumed.step == at_step
     return train_quietly(resumed, run, compute, labelled=labelled)
 
@@ -243,17 +261,17 @@ def test_rows_come_at_intervals_milestones_and_the_end_and_states_are_taken_when
     state, asked = fresh_state(params), []
     watch = Watch(
         log=lambda row: events.append(("log", row["step"])),
-        take=lambda good: events.append(("take", good.step)),
-        wants=lambda step: asked.append(step) or step in (3, 8),
+        save=lambda good: events.append(("save", good.step)),
+        should_save=lambda step: asked.append(step) or step in (3, 8),
     )
     train_watched(state, run, batches_of(run), FP32, watch)
     assert events == [
-        ("take", 3),
+        ("save", 3),
         ("log", 4),
         ("log", 5),
-        ("take", 5),
+        ("save", 5),
         ("log", 8),
-        ("take", 8),
+        ("save", 8),
         ("log", 10),
     ]
     assert asked == [1, 2, 3, 4, 6, 7, 8, 9, 10], "at every step, but at milestones it is taken anyhow"
@@ -316,10 +334,10 @@ def test_seconds_of_a_resumed_run_go_on(monkeypatch: pytest.MonkeyPatch) -> None
     clock, whole, first = FakeTime(monkeypatch), fresh_state(params), fresh_state(params)
     train_timed(clock, whole, run_of(params, num_steps=10))
     train_timed(clock, first, run_of(params, num_steps=8))
-    saved = frozen(first), state_info(first)
+    saved = frozen(first), first.plain()
     clock.now += 1e6  # nothing ran in between
     resumed = fresh_state(params, seed=99)
-    restore_state(resumed, *saved)
+    resumed.restore(*saved)
     assert (resumed.device_seconds, resumed.data_wait_seconds) == (10.0, 2.0)
     train_timed(clock, resumed, run_of(params, num_steps=10))
     without_memory = [[{**row, "peak_memory_gib": 0} for row in state.timings] for state in (resumed, whole)]
@@ -391,7 +409,11 @@ def test_a_bad_loss_names_the_first_bad_step_and_its_learning_rate_and_keeps_wha
     batches = ChangedBatches(run, change)
     with pytest.raises(NonFiniteLossError, match=r"at step 7 \(learning rate 0\.0004\)"):
         train_watched(
-            state, run, batches, FP32, Watch(take=lambda good: saved.append(good.step), wants=lambda step: step != 8)
+            state,
+            run,
+            batches,
+            FP32,
+            Watch(save=lambda good: saved.append(good.step), should_save=lambda step: step != 8),
         )
     assert saved == [1, 2, 3, 4, 5, 6, 7], "after the step with index 7 nothing is good"
     assert [row["step"] for row in state.curve] == [5]
@@ -404,7 +426,11 @@ def test_gradients_that_overflow_under_a_finite_loss_are_never_saved() -> None:
     weight.register_hook(lambda gradient: gradient * math.inf if next(steps) == 3 else gradient)
     with pytest.raises(NonFiniteLossError, match=r"pretrain patch-m50 seed 0: .* not finite after step 3") as caught:
         train_watched(
-            state, run, batches_of(run), FP32, Watch(take=lambda good: saved.append(good.step), wants=lambda _: True)
+            state,
+            run,
+            batches_of(run),
+            FP32,
+            Watch(save=lambda good: saved.append(good.step), should_save=lambda _: True),
         )
     assert caught.value.reason == "the weights are not finite after step 3 (learning rate 0.001)"
     assert saved == [1, 2, 3]
@@ -434,7 +460,7 @@ def test_training_averages_the_weights_after_every_update() -> None:
     params = tiny_params(training={"log_every": 1, "ema_decay": 0.999})
     run, state, weights = run_of(params, num_steps=4), fresh_state(params), []
     expected = state.model.get_parameter("norm.weight").detach().clone()
-    watch = Watch(take=lambda good: weights.append(frozen(good)["raw"]), wants=lambda step: True)
+    watch = Watch(save=lambda good: weights.append(frozen(good)["raw"]), should_save=lambda step: True)
     train_watched(state, run, batches_of(run), FP32, watch)
     for decay, raw in zip((1 / 10, 2 / 11, 3 / 12, 4 / 13), weights, strict=True):
         expected = decay * expected + (1 - decay) * raw["norm.weight"]

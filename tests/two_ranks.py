@@ -16,13 +16,11 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from maskdm.config import Params, parse_params, resolve
+from maskdm.base.errors import NonFiniteLossError
+from maskdm.config import ComputeConfig, Params, parse_params, resolve
 from maskdm.data.inputs import open_data
-from maskdm.stages.training import Trainer
-from maskdm.tracking import StageRun
-from maskdm.training.company import Company
-from maskdm.training.loop import NonFiniteLossError, state_tensors
-from maskdm.training.ranks import Ranks
+from maskdm.training.ranks import Ranks, sharing
+from maskdm.training.trainer import Trainer
 
 ARM, BAD_STEP = "patch-m50", 7
 Change = Callable[[int, Tensor], Tensor]
@@ -45,10 +43,10 @@ def trained(params: Params, ranks: Ranks, folder: Path, change: Change = lambda 
     trainer.batches = lambda step: (change(step, batches(step)[0]), None)  # type: ignore[assignment, misc]
     failed = False
     try:
-        trainer.run(StageRun(), {})
+        trainer.run()
     except NonFiniteLossError:
         failed = True
-    sets = state_tensors(trainer.state)
+    sets = trainer.state.tensors()
     micro_batches = params.pretrain.batch_size // ranks.num_ranks // 8
     first = seen[:micro_batches]
     return {
@@ -78,9 +76,8 @@ CASES: dict[str, Callable[[Ranks, Path], dict[str, Tensor]]] = {
 
 def main(folder: Path) -> None:
     """Compute every case and write what came out."""
-    company = Company(int(os.environ["WORLD_SIZE"]), torch.device("cpu"))
-    rank = int(os.environ["RANK"])
-    with company.lead((), is_work=True) if rank == 0 else company.follow() as ranks:
+    rank = os.environ["RANK"]
+    with sharing((), ComputeConfig(device="cpu", precision="fp32", devices=int(os.environ["WORLD_SIZE"]))) as ranks:
         for name, compute in CASES.items():
             outcome = compute(ranks, folder / f"{name}-work")
             save_file({key: tensor.contiguous() for key, tensor in outcome.items()}, folder / f"{name}-{rank}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import resource
 import subprocess
@@ -43,3 +44,16 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def launched() -> tuple[int, int] | None:
+    """This process's rank and the number of ranks, where a launcher such as torchrun has started it; else None."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if not all(name in os.environ for name in names):
+        return None
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def is_follower() -> bool:
+    """Whether another process is the first of those that share this stage's batches."""
+    return (launched() or (0, 1))[0] > 0

@@ -110,7 +110,7 @@ def _drawn(
     for start in range(0, len(missing), ranks.num_ranks):
         together = missing[start : start + ranks.num_ranks]
         own = draw(together[ranks.rank], sum(map(len, together))) if ranks.rank < len(together) else None
-        yield from zip(together, ranks.collected(own, [(len(ids), *image_shape) for ids in together]), strict=False)
+        yield from zip(together, ranks.collected(own), strict=False)
 
 
 def _progress(total: int, title: str, ranks: Ranks) -> tuple[Callable[[int], None], Callable[[], None]]:

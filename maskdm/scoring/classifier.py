@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from maskdm.base import rng
 from maskdm.base.progress import progress
 from maskdm.data.batches import to_model_range
-from maskdm.training.eager import EagerAdam
+from maskdm.training.optimizer import EagerAdam
 
 FEATURE_DIM = 64
 BATCH_SIZE = 64

@@ -41,7 +41,7 @@ def run(task: Task, _: Path) -> dict[str, Any]:
     return {**_about(arm), **scorer.origin, **_scale(), **_final(scored), "milestones": scored, **primers}
 
 
-def after(task: Task, _: dict[str, Any]) -> None:
+def after(task: Task) -> None:
     """Bring the arm's run in MLflow up to date."""
     publish_arm(task.run, through="evaluate")
 

@@ -7,16 +7,18 @@ from pathlib import Path
 from torch import Tensor
 
 from maskdm.base import rng
+from maskdm.base.machine import is_follower
 from maskdm.base.publishing import link_or_copy, publish_description
 from maskdm.base.tensors import load_weights
 from maskdm.config import Run, paths
 from maskdm.config.architecture import architecture_of
 from maskdm.data.inputs import open_training_data
 from maskdm.method.backbones.building import build_model
-from maskdm.stages.joint import sharing
-from maskdm.stages.runner import Task, is_follower
-from maskdm.stages.training import Trainer, write_curve
+from maskdm.stages.pretrain import account
+from maskdm.stages.runner import Task
 from maskdm.tracking import publish_arm
+from maskdm.training.ranks import sharing
+from maskdm.training.trainer import Trainer
 from maskdm.training.transfer import carried_over
 
 
@@ -29,17 +31,18 @@ def run(task: Task, folder: Path) -> None:
     arm = task.run
     images = open_training_data(arm.finetune, verify=not is_follower())
     init = pretrained_weights(arm, paths.pretrain(arm.arm, arm.seed) / paths.CHECKPOINT, images.num_classes)
-    with sharing(task.job) as ranks:
+    with sharing(task.job.words, task.params.compute) as ranks:
         trainer = Trainer(arm.finetune, images, task.work, ranks, init)
-        state = trainer.run(task.tracked, task.record)
+        trainer.run(task.log_row)
         if ranks.is_first:
             for fraction, step in arm.milestones:
                 link_or_copy(trainer.milestone(step), folder / paths.milestone_file(fraction))
             publish_description(folder / paths.MILESTONES, _describe(arm))
-            write_curve(folder / paths.CURVE, state)
+            trainer.save_curve(folder / paths.CURVE)
+            task.record.update(account(task, trainer))
 
 
-def after(task: Task, _: None) -> None:
+def after(task: Task) -> None:
     """Bring the arm's run in MLflow up to date."""
     publish_arm(task.run, through="finetune")
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from maskdm.base.machine import is_follower
 from maskdm.config import Training, paths
 from maskdm.data.inputs import open_training_data
-from maskdm.models.exported import weights_for
-from maskdm.stages.joint import sharing
-from maskdm.stages.runner import Task, is_follower
-from maskdm.stages.training import Trainer, write_curve
+from maskdm.stages.runner import Task
+from maskdm.training.ranks import sharing
+from maskdm.training.trainer import Trainer
 
 
 def run(task: Task, folder: Path) -> None:
@@ -23,12 +24,13 @@ def run(task: Task, folder: Path) -> None:
     training = task.run.pretrain
     images = open_training_data(training, verify=not is_follower())
     init = starting_weights(training, images.num_classes)
-    with sharing(task.job, is_shared=training.num_steps > 0) as ranks:
+    with sharing(task.job.words, task.params.compute, is_shared=training.num_steps > 0) as ranks:
         trainer = Trainer(training, images, task.work, ranks, init)
-        state = trainer.run(task.tracked, task.record)
+        trainer.run(task.log_row)
         if ranks.is_first:
             trainer.save_weights(folder / paths.CHECKPOINT)
-            write_curve(folder / paths.CURVE, state)
+            trainer.save_curve(folder / paths.CURVE)
+            task.record.update(account(task, trainer))
 
 
 def starting_weights(training: Training, num_classes: int) -> dict[str, Tensor] | None:
@@ -38,4 +40,26 @@ def starting_weights(training: Training, num_classes: int) -> dict[str, Tensor] 
         UserError: they are missing or do not fit.
     """
     checkpoint = training.params.pretrain_of(training.arm).checkpoint
-    return None if checkpoint is None else weights_for(Path(checkpoint), training.params, num_classes)[0]
+    if checkpoint is None:
+        return None
+    from maskdm.models.exported import weights_for
+
+    return weights_for(Path(checkpoint), training.params, num_classes)[0]
+
+
+def account(task: Task, trainer: Trainer, prefix: str = "") -> dict[str, Any]:
+    """What a training was and took, for the record; tracks what the rows of the curve do not say.
+
+    Args:
+        task: whose.
+        trainer: after its run.
+        prefix: of what is tracked.
+    """
+    training, facts, how = trainer.training, trainer.facts(), trainer.how_it_ran()
+    if "compile_seconds" in how:
+        print(f"{training.title}: compiled in {how['compile_seconds']:.1f} s, before the first step", flush=True)
+    in_curve = {*training.before.as_dict(), "device_seconds", "data_wait_seconds"}
+    once = {prefix + name: fact for name, fact in facts.items() if fact is not None and name not in in_curve}
+    task.tracked.tags(**trainer.compute.describe())
+    task.tracked.log(training.num_steps, **once)
+    return {**facts, "timings": trainer.state.timings, **how}

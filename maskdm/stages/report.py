@@ -23,10 +23,10 @@ def run(task: Task, folder: Path) -> Report:
     return report
 
 
-def after(task: Task, report: Report) -> None:
+def after(task: Task) -> None:
     """Bring MLflow up to date with results/, and print the table."""
     params = task.params
     publish_report(Jobs(params))
     if params.tracking.enabled and not flush():
         print(f"warning: tracking: {unsent_note()}", file=sys.stderr)
-    print_report(report)
+    print_report(task.result)

@@ -31,6 +31,7 @@ from typing import Any
 from maskdm.base.checksums import checked
 from maskdm.base.errors import UserError
 from maskdm.base.locks import holder_of, one_writer
+from maskdm.base.machine import is_follower, launched
 from maskdm.base.publishing import (
     BUILDING,
     explain_refusals,
@@ -48,7 +49,6 @@ from maskdm.stages.records import measured
 from maskdm.tracking import StageRun, flat, stage_run, trial_params
 
 BEGUN, FAILED, OUTPUT, RECORD, PREVIOUS = "begun.json", "failed.json", "output", "record.json", "previous"
-LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun and its like set
 SHARED = ("tune", "pretrain", "finetune", "sample")  # stages that several processes may share
 KEYS_KEPT = 2  # unfinished work of so many different values is kept for an output
 # `choose` reads the folder of all trials. Where nothing is tuned nobody else makes it, and DVC wants it there.
@@ -65,6 +65,7 @@ class Task:
         tracked: the MLflow run of the stage.
         record: plain values that the stage adds to its record.
         inputs: digests of what it reads, by name.
+        result: what the stage has returned: the content of an output that is one JSON file.
     """
 
     job: Job
@@ -72,6 +73,7 @@ class Task:
     tracked: StageRun = field(default_factory=StageRun)
     record: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, str | None] = field(default_factory=dict)
+    result: Any = None
 
     @property
     def params(self) -> Params:
@@ -82,6 +84,10 @@ class Task:
     def run(self) -> Run:
         """The arm and seed, or the trial."""
         return self.job.run
+
+    def log_row(self, row: dict[str, float], prefix: str = "") -> None:
+        """Track a row of a training curve."""
+        self.tracked.log(int(row["step"]), **{prefix + name: value for name, value in row.items() if name != "step"})
 
 
 def run_stage(job: Job, force: bool = False) -> None:
@@ -106,10 +112,11 @@ def run_stage(job: Job, force: bool = False) -> None:
         _restore_record(job)
         job.jobs.forget()  # another process may have worked meanwhile
         job = job.jobs.find(job.stage, job.arm, job.seed, job.trial)
-        if force or job.why_outdated():
-            _work(job, job.wanted(), force)
-        else:
+        if not (force or job.why_outdated()):
             _say_up_to_date(job)
+        elif force or not _took_back(job):
+            with _making_output(job) as (stage, task, building):
+                task.result = stage.run(task, building)
 
 
 def _restore_record(job: Job) -> None:
@@ -124,16 +131,6 @@ def _restore_record(job: Job) -> None:
         publish_text(job.record, text)
 
 
-def is_follower() -> bool:
-    """Whether another process is the first of those that share this stage's batches."""
-    return _is_launched() and int(os.environ["RANK"]) > 0
-
-
-def _is_launched() -> bool:
-    """Whether a launcher such as torchrun has started this process, perhaps with others."""
-    return all(name in os.environ for name in LAUNCHED)
-
-
 def _say_up_to_date(job: Job) -> None:
     _make_extras(job)
     if holder_of(job.lock) is None and (stamp := read_stamp(job.output)) is not None:
@@ -146,32 +143,61 @@ def _say_up_to_date(job: Job) -> None:
 
 def _dismiss_others(job: Job) -> None:
     """Tell the processes that a launcher has started with this one that there is no work."""
-    if _is_launched() and int(os.environ["WORLD_SIZE"]) > 1 and job.stage in SHARED:
-        from maskdm.stages.joint import dismiss
+    if (launched() or (0, 1))[1] > 1 and job.stage in SHARED:
+        from maskdm.training.ranks import sharing
 
-        dismiss(job.run)
+        with sharing((), job.run.params.compute, is_shared=False):
+            pass
 
 
-def _work(job: Job, stamp: Stamp, force: bool) -> None:
-    """Take the output from `previous`, or make it."""
-    folder = paths.work(job.output)
-    with explain_refusals(folder):
-        _remove_half_files(job)
-        if not force and _take_back(job, stamp.key):
-            _make_extras(job)
-            print(f"{job.title}: made before with the same values and inputs; it is back in {job.output}", flush=True)
-            _dismiss_others(job)
-            return
-        work = folder / stamp.key
-        begun = _begin(work)
+@contextmanager
+def _making_output(job: Job) -> Iterator[tuple[ModuleType, Task, Path]]:
+    """Around the work of a stage: claim its work folder, time and track it, then put the output in its place.
+
+    Yields:
+        the stage's module, its task, and the folder to fill, or the file's place for an output that is one file.
+    """
     if job.output.exists() and (reason := job.why_outdated()):
         print(f"{job.title}: {reason}", file=sys.stderr, flush=True)
+    stamp, work = job.wanted(), paths.work(job.output) / job.wanted().key
+    with explain_refusals(work.parent):
+        _remove_half_files(job)
+        begun = _begin(work)
+    building = work / OUTPUT
+    which = {"stage": job.stage, "arm": job.arm, "seed": job.seed, "trial": job.trial}
+    record = {**which, "id": begun["id"], "starts": begun["starts"], "key": stamp.key}
     try:
-        _run(job, stamp, work, begun)
+        stage = _load(job.stage)
+        remove(building)
+        with _tracked(job, begun["id"]) as tracked:
+            task = Task(job, work, tracked, inputs=stamp.inputs)
+            with measured(job.params, record), explain_refusals(job.output):
+                if not job.output.suffix:
+                    building.mkdir()
+                yield stage, task, building
+                _stamp(job, task, building, stamp)
+            record |= {"data_sha256": stamp.inputs.get(str(paths.DATA)), **task.record}
+            with explain_refusals(job.output):
+                publish_description(work / RECORD, record)
+                _put_in_place(job, building, work / RECORD)
+                _make_extras(job)
+            tracked.log(0, wall_seconds=record["wall_seconds"], peak_memory_gib=record["peak_memory_gib"])
+            tracked.tags(**_origin(record))
+        if hasattr(stage, "after"):
+            stage.after(task)
     except (Exception, SystemExit) as error:
         _note_failure(work, error)
         raise
     remove(work)
+
+
+def _stamp(job: Job, task: Task, building: Path, stamp: Stamp) -> None:
+    """Stamp an output, and have it on the disk."""
+    if job.output.suffix:
+        publish_description(building, stamped(task.result, stamp))
+    else:
+        stamp_folder(building, stamp)
+        sync_tree(building)
 
 
 def _remove_half_files(job: Job) -> None:
@@ -180,34 +206,6 @@ def _remove_half_files(job: Job) -> None:
     halves = [*paths.work(output).glob(f"**/.*{BUILDING}"), *record.parent.glob(f".{record.name}.*{BUILDING}")]
     for half in (*halves, output.with_name(f".{output.name}{BUILDING}")):
         remove(half)
-
-
-def _run(job: Job, stamp: Stamp, work: Path, begun: dict[str, Any]) -> None:
-    building, module = work / OUTPUT, _load(job.stage)
-    remove(building)
-    with _tracked(job, begun["id"]) as tracked:
-        task = Task(job, work, tracked, inputs=stamp.inputs)
-        which = {"stage": job.stage, "arm": job.arm, "seed": job.seed, "trial": job.trial}
-        record = {**which, "id": begun["id"], "starts": begun["starts"], "key": stamp.key}
-        with measured(job.params, record), explain_refusals(job.output):
-            if job.output.suffix:
-                made = module.run(task, building)
-                publish_description(building, stamped(made, stamp))
-            else:
-                building.mkdir()
-                made = module.run(task, building)
-                stamp_folder(building, stamp)
-                sync_tree(building)
-        record["data_sha256"] = stamp.inputs.get(str(paths.DATA))
-        record |= task.record
-        with explain_refusals(job.output):
-            publish_description(work / RECORD, record)
-            _put_in_place(job, building, work / RECORD)
-            _make_extras(job)
-        tracked.log(0, wall_seconds=record["wall_seconds"], peak_memory_gib=record["peak_memory_gib"])
-        tracked.tags(**_origin(record))
-    if hasattr(module, "after"):
-        module.after(task, made)
 
 
 def _load(stage: str) -> ModuleType:
@@ -255,17 +253,23 @@ def _log() -> str | None:
     return None
 
 
-def _take_back(job: Job, key: str) -> bool:
-    """Bring the output of a key back from `previous`; what is there takes its place. False where there is none."""
+def _took_back(job: Job) -> bool:
+    """Bring the output of the wanted key back from `previous`, if it is there; what is in place goes to `previous`."""
+    key = job.wanted().key
     kept = paths.work(job.output) / PREVIOUS / key
     stamp = read_stamp(kept / OUTPUT)
     if stamp is None or stamp.key != key or missing_files(kept / OUTPUT, stamp):
         return False
     if job.stage != "report" and not (kept / RECORD).is_file():
         return False
-    if (stamp_there := read_stamp(job.output)) is not None and stamp_there.key == key:
-        remove(job.output)  # the same one, incomplete
-    _put_in_place(job, kept / OUTPUT, kept / RECORD)
+    with explain_refusals(job.output):
+        _remove_half_files(job)
+        if (stamp_there := read_stamp(job.output)) is not None and stamp_there.key == key:
+            remove(job.output)  # the same one, incomplete
+        _put_in_place(job, kept / OUTPUT, kept / RECORD)
+        _make_extras(job)
+    print(f"{job.title}: made before with the same values and inputs; it is back in {job.output}", flush=True)
+    _dismiss_others(job)
     return True
 
 

@@ -13,11 +13,10 @@ from maskdm.config import Run, paths
 from maskdm.data.grids import save_grid
 from maskdm.data.inputs import open_training_data
 from maskdm.models.drawing import draw_images, load_model
-from maskdm.stages.joint import sharing
 from maskdm.stages.runner import Task
 from maskdm.tracking import publish_arm
 from maskdm.training import devices
-from maskdm.training.ranks import Ranks
+from maskdm.training.ranks import Ranks, sharing
 from maskdm.training.state import Pieces
 
 INFO = "samples.json"
@@ -36,7 +35,8 @@ def run(task: Task, folder: Path) -> None:
     arm, sampling = task.run, task.params.sampling
     compute = devices.resolve(task.params.compute, task.params.compute.devices)
     files = weights_of(arm)
-    with sharing(task.job, is_shared=sampling.num_samples > sampling.batch_size) as ranks:
+    is_shared = sampling.num_samples > sampling.batch_size
+    with sharing(task.job.words, task.params.compute, is_shared) as ranks:
         samples = {}
         for key, file in files.items():
             kept = Pieces(task.work / name_of(key)) if ranks.is_first else None
@@ -53,7 +53,7 @@ def run(task: Task, folder: Path) -> None:
                 task.tracked.figure(folder / f"{name_of(key)}.png")
 
 
-def after(task: Task, _: None) -> None:
+def after(task: Task) -> None:
     """Bring the arm's run in MLflow up to date."""
     publish_arm(task.run, through="sample")
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from maskdm.base.errors import NonFiniteLossError
+from maskdm.base.machine import is_follower
 from maskdm.base.publishing import replace_file
 from maskdm.config import Training
 from maskdm.config.formats import ORIGIN_KEYS
@@ -15,15 +18,13 @@ from maskdm.data.inputs import open_training_data
 from maskdm.method.backbones.building import build_model
 from maskdm.models.drawing import draw_images, load_model
 from maskdm.stages.finetune import pretrained_weights
-from maskdm.stages.joint import sharing
-from maskdm.stages.pretrain import starting_weights
-from maskdm.stages.runner import Task, is_follower
+from maskdm.stages.pretrain import account, starting_weights
+from maskdm.stages.runner import Task
 from maskdm.stages.scoring import Scorer
-from maskdm.stages.training import Trainer
 from maskdm.training import devices
-from maskdm.training.loop import NonFiniteLossError
-from maskdm.training.ranks import Ranks
+from maskdm.training.ranks import Ranks, sharing
 from maskdm.training.state import Pieces
+from maskdm.training.trainer import Trainer
 
 SCORES = ("fid", "kid", "kid_std", "precision", "recall", "num_samples")
 
@@ -52,7 +53,7 @@ def run(task: Task, _: Path) -> dict[str, Any]:
         **scorer.origin,
     }
     title = f"{trial.arm} trial {trial.trial}"
-    with sharing(task.job) as ranks:
+    with sharing(task.job.words, trial.params.compute) as ranks:
         try:
             weights = _train(task, ranks)
         except NonFiniteLossError as error:
@@ -81,14 +82,14 @@ def _train(task: Task, ranks: Ranks) -> Path | None:
 def _train_stage(task: Task, training: Training, images: Any, ranks: Ranks, init: Any) -> Path | None:
     """Run one training stage of the trial; the file of its weights, on the first rank."""
     trainer = Trainer(training, images, task.work / training.stage, ranks, init)
-    own: dict[str, Any] = {}
-    trainer.run(task.tracked, own, prefix=f"{training.stage}/")
+    prefix = f"{training.stage}/"
+    trainer.run(partial(task.log_row, prefix=prefix))
     if not ranks.is_first:
         return None
     weights = trainer.folder / "weights.safetensors"
     with replace_file(weights) as building:
         trainer.save_weights(building)
-    task.record[training.stage] = own
+    task.record[training.stage] = account(task, trainer, prefix)
     return weights
 
 

@@ -63,6 +63,11 @@ class Compute:
         return torch.compile(function, mode=self.compile_mode, dynamic=False)  # type: ignore[return-value]
 
     @property
+    def uses_cuda_graphs(self) -> bool:
+        """Whether compiled functions are replayed as CUDA graphs."""
+        return self.compile_mode == "reduce-overhead"
+
+    @property
     def memory_bytes(self) -> int:
         """What the device has: a GPU's own, or half of the machine's."""
         if self.device.type == "cuda":

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Adam, AdamW, Optimizer
 
 from maskdm.config import StageConfig, TrainingConfig
-from maskdm.training.eager import EagerAdamW
+
+
+class _Eager(Optimizer):
+    """PyTorch's own optimizers without the wrappers that import its compiler at their first call.
+
+    They do so only to tell it to keep out: more than a second of CPU time in every process.
+    """
+
+    add_param_group = inspect.unwrap(Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(Optimizer.zero_grad)
+
+
+class EagerAdam(_Eager, Adam):
+    """`torch.optim.Adam` without the compiler."""
+
+    step = torch.no_grad()(inspect.unwrap(Adam.step))
+
+
+class EagerAdamW(_Eager, AdamW):
+    """`torch.optim.AdamW` without the compiler."""
+
+    step = torch.no_grad()(inspect.unwrap(AdamW.step))
 
 
 def make_optimizer(model: nn.Module, training: TrainingConfig, lr: float) -> torch.optim.AdamW:
@@ -34,6 +57,12 @@ def lr_at(step: int, num_steps: int, config: StageConfig) -> float:
         return config.lr * warmup
     done = max(0, step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
     return config.lr * warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    """Set the learning rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
 
 
 class Ema:

@@ -1,4 +1,4 @@
-"""What a killed stage goes on from: training states and finished pieces, each with a checksum, in its work folder."""
+"""What training changes, and its exact resume: states on disk, each with a checksum, in the stage's work folder."""
 
 from __future__ import annotations
 
@@ -8,26 +8,94 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from copy import copy
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from maskdm.base.publishing import replace_file
 from maskdm.base.tensors import DamagedError, Sets, load_tensors, save_tensors
+from maskdm.training.optimizer import Ema
 
+PLAIN_VALUES = ("num_losses", "step", "curve", "timings", "device_seconds", "data_wait_seconds")
 STATES_KEPT = 2
 PROGRESS = "progress.json"
 NOTE_EVERY_SECONDS = 1.0
 INFO = "info"  # the set of a state's plain values
 
 
+@dataclass
+class TrainState:
+    """Everything that training changes.
+
+    Attributes:
+        model: the network.
+        ema: its averaged weights; None on ranks that keep none.
+        optimizer: AdamW over the network's parameters.
+        loss_sum: of the losses since the last row of the curve, a scalar on the device; None before the first step.
+        num_losses: how many they are.
+        step: optimizer updates done.
+        curve: one row per logging interval: step, mean loss, lr, compute spent; a function of the seed alone.
+        timings: for each of its rows, what the machine took for it.
+        device_seconds: in training steps so far.
+        data_wait_seconds: those of them that were spent waiting for data.
+    """
+
+    model: nn.Module
+    ema: Ema | None
+    optimizer: torch.optim.Optimizer
+    loss_sum: Tensor | None = None
+    num_losses: int = 0
+    step: int = 0
+    curve: list[dict[str, float]] = field(default_factory=list)
+    timings: list[dict[str, float]] = field(default_factory=list)
+    device_seconds: float = 0.0
+    data_wait_seconds: float = 0.0
+
+    def tensors(self) -> Sets:
+        """All tensors by kind and name: raw, ema, exp_avg, exp_avg_sq, step; and the sum of losses."""
+        named = dict(self.model.named_parameters())
+        sets: Sets = {"raw": named}  # type: ignore[dict-item]
+        if self.ema is not None:
+            sets["ema"] = self.ema.state_dict()
+        moments = self.optimizer.state
+        for key in ("exp_avg", "exp_avg_sq", "step"):
+            sets[key] = {name: moments[p][key] for name, p in named.items() if key in moments[p]}
+        if self.loss_sum is not None:
+            sets["loss"] = {"sum": self.loss_sum}
+        return sets
+
+    def plain(self) -> dict[str, Any]:
+        """All plain values."""
+        return {name: getattr(self, name) for name in PLAIN_VALUES}
+
+    def restore(self, sets: Sets, plain: dict[str, Any]) -> None:
+        """Become what the state was when `tensors` and `plain` were taken."""
+        named = dict(self.model.named_parameters())
+
+        def stored(kind: str) -> dict[str, Tensor]:
+            return {name: tensor.to(named[name].device) for name, tensor in sets.get(kind, {}).items()}
+
+        self.model.load_state_dict(stored("raw"))
+        if self.ema is not None:
+            self.ema.load_state_dict(stored("ema"))
+        moments = {kind: stored(kind) for kind in ("step", "exp_avg", "exp_avg_sq")}
+        for name in moments["exp_avg"]:
+            self.optimizer.state[named[name]] = {kind: tensors[name].clone() for kind, tensors in moments.items()}
+        if "loss" in sets:
+            self.loss_sum = sets["loss"]["sum"].to(next(iter(named.values())).device).clone()
+        for name in PLAIN_VALUES:
+            setattr(self, name, copy(plain[name]))
+
+
 class StateStore:
     """The last two states of a training stage, so that one is whole whatever happens.
 
     Args:
-        folder: the work folder, e.g. `.work/results/pretrain/patch-m50/seed-0`; whose it is, `Work` knows.
+        folder: the work folder, e.g. `.work/results/pretrain/patch-m50/seed-0`; of one key of its stamp.
         every_seconds: after how long `is_due`.
         every_steps: after how many steps `is_due`, if that comes first; None: never.
 
