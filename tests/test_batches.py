@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskdm.data.batches import Batches, Prefetch, fits_on_device, is_resident, to_model_range, to_uint8
+from maskdm.data.batches import Batches, Prefetch, is_resident, to_model_range, to_uint8
 from tests.factories import CPU, ArrayImages
 
 ALL_VALUES = np.arange(256, dtype=np.uint8)
@@ -171,8 +171,6 @@ def test_an_error_of_the_other_thread_reaches_the_caller() -> None:
 
 def test_images_stay_on_a_gpu_if_they_take_at_most_a_quarter_of_it() -> None:
     images, gpu = numbered(40), torch.device("cuda")  # 120 bytes
-    assert fits_on_device(images, 480)
-    assert not fits_on_device(images, 476)
     assert is_resident("auto", images, gpu, 480)
     assert not is_resident("auto", images, gpu, 476)
     assert not is_resident("auto", images, CPU, 480), "a CPU has them in memory anyway"

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from maskdm.base.checksums import checked, with_checksum
 from maskdm.base.errors import UserError
 from maskdm.config import Params
 from maskdm.data.arrays import ImageArrays, ShardWriter
@@ -111,8 +112,9 @@ def test_no_dataset_names_the_command(tmp_path: Path, folder: str) -> None:
 
 
 def _edit(folder: Path, **changes: Any) -> None:
+    """Change a manifest, as whoever makes its checksum right can."""
     path = folder / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    path.write_text(json.dumps(with_checksum({**checked(json.loads(path.read_text())), **changes})))
 
 
 def _cut(path: Path) -> None:
@@ -124,10 +126,9 @@ def _cut(path: Path) -> None:
     [
         (lambda f: _cut(f / "manifest.json"), "manifest.json is no complete .* manifest .*Expecting"),
         (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json is no complete"),
-        (lambda f: _edit(f, format="maskdm-arrays/9"), "manifest.json is no complete .*format"),
-        (lambda f: _edit(f, count=9), "its shards hold 10 images, but count is 9"),
-        (lambda f: _edit(f, shape=[2, 3]), "manifest.json is no complete .*shape"),
-        (lambda f: _edit(f, extra=1), "manifest.json is no complete .*extra"),
+        (lambda f: _edit(f, format="maskdm-arrays/9"), "manifest.json is no complete .*its format is maskdm-arrays/9"),
+        (lambda f: _edit(f, shards=[{}]), "manifest.json is no complete .*'file'"),
+        (lambda f: _edit(f, shape=[2, 3]), r"images-00000.npy holds uint8 of shape \(4, 2, 3, 3\)"),
         (lambda f: (f / "images-00001.npy").unlink(), "images-00001.npy is missing"),
         (lambda f: _cut(f / "images-00001.npy"), "images-00001.npy cannot be read or is cut off"),
         (
@@ -166,8 +167,9 @@ def test_verify_finds_one_flipped_bit(tmp_path: Path, name: str) -> None:
 
 
 def test_a_changed_manifest_is_refused(tmp_path: Path) -> None:
-    manifest = write(tmp_path, random_images(3))
-    _edit(tmp_path, labels={**manifest["labels"], "class_names": ["odd", "even"]})
+    write(tmp_path, random_images(3))
+    path = tmp_path / "manifest.json"
+    path.write_text(path.read_text().replace('"even",', '"evil",'))
     with pytest.raises(UserError, match=r"manifest\.json .* the checksum differs"):
         ImageArrays.open(tmp_path)
 

@@ -10,9 +10,9 @@ import pytest
 
 from maskdm.config import Params, load_params
 from maskdm.config.new_experiment import new_experiment
-from maskdm.plan.command import PlanOptions, run
+from maskdm.plan import run
 from tests.conftest import Experiment
-from tests.test_datasets import encode, make_celeba, make_hub_cifar, make_lsun, make_mnist, pixels, put
+from tests.test_datasets import encode, make_hub_celeba, make_hub_cifar, make_lsun, make_mnist, pixels, put
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted(file.parent.name for file in (ROOT / "experiments").glob("*/params.yaml"))
@@ -67,7 +67,7 @@ def test_it_is_valid_and_named_as_its_folder(name: str) -> None:
 def test_it_can_be_planned(name: str, tmp_path: Path) -> None:
     params = load_params(experiment(name) / "params.yaml")
     with contextlib.chdir(tmp_path):
-        plan = run(params, PlanOptions(("A100",), 0.4, calibrate=False))
+        plan = run(params, ["A100"], calibrate=False)
     assert all(arm in plan for arm in params.arms)
 
 
@@ -78,7 +78,7 @@ def make_folder(folder: str) -> None:
 
 MAKERS: dict[str, Callable[[str], object]] = {
     "image_folder": make_folder,
-    "celeba": lambda root: make_celeba("folder", root),
+    "huggingface:nielsr/CelebA-faces": make_hub_celeba,
     "huggingface:uoft-cs/cifar10": make_hub_cifar,
     "lsun": lambda root: make_lsun(20, f"{root}/church_outdoor_train_lmdb"),
     "fashion_mnist": make_mnist,
@@ -113,7 +113,7 @@ def make_images(params: Params) -> None:
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_it_runs_from_end_to_end(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if name == "cifar10":
+    if name in ("cifar10", "celeba64"):
         monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
         monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     shrunk = shrink(name, tmp_path)

@@ -15,7 +15,7 @@ from maskdm.base.errors import ParamsError
 from maskdm.config import Params, parse_params
 from maskdm.config.image_counts import NUM_IMAGES, most_real
 from maskdm.config.preflight import check
-from maskdm.data.digits import load_digits
+from maskdm.data.digits import open_digits
 from maskdm.models.exported import publish_exported
 from tests.conftest import ARM, Experiment
 from tests.factories import tiny_model, tiny_params
@@ -41,7 +41,7 @@ TOO_FEW = "real images are fewer than the metrics need: 50 (evaluation.kid_subse
         (FOLDER | {"fraction": 0.1}, "train", None),
         (FOLDER | {"limit": 200, "held_out": 0.25}, "held_out", 50),
         (FOLDER | {"source": "mnist", "root": None, "split": "test"}, "train", 10_000),
-        (FOLDER | {"source": "celeba", "root": None}, "train", 162_770),
+        (FOLDER | {"source": "svhn", "root": None}, "train", 73_257),
     ],
 )
 def test_how_many_images_there_are_to_compare_with_at_most(
@@ -51,7 +51,8 @@ def test_how_many_images_there_are_to_compare_with_at_most(
 
 
 def test_the_number_of_digits_is_the_real_one() -> None:
-    assert NUM_IMAGES["digits"]["train"] == len(list(load_digits().images))
+    with open_digits(tiny_params().dataset) as digits:
+        assert NUM_IMAGES["digits"]["train"] == len(digits)
 
 
 @pytest.mark.parametrize("command", [["validate"], ["plan", "--no-calibration"], ["prepare"]], ids=" ".join)
@@ -163,8 +164,8 @@ def _file(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_no_config, r"model is no folder of maskdm export or maskdm import-checkpoint: it has no config\.json"),
-        (_file, r"model is no folder of maskdm export or maskdm import-checkpoint: it has no config\.json"),
+        (_no_config, r"model is not a folder of maskdm export or maskdm import-checkpoint: it has no config\.json"),
+        (_file, r"model is not a folder of maskdm export or maskdm import-checkpoint: it has no config\.json"),
         (_no_weights, r"model/model\.safetensors can't be used \(No such file or directory\)"),
         (_cut, r"model/model\.safetensors can't be used \(it is cut off or damaged\): export, import or copy"),
         (_no_header, "it is cut off or damaged"),

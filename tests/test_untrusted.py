@@ -32,12 +32,10 @@ import yaml
 from PIL import Image
 
 from maskdm.base.checksums import CHECKSUM, with_checksum
-from maskdm.base.errors import ParamsError, UserError
-from maskdm.base.printable import printable
+from maskdm.base.errors import ParamsError, UserError, printable
 from maskdm.base.tensors import FORMAT, load_tensors, save_tensors
 from maskdm.config import EvaluationConfig, load_params, paths
-from maskdm.data import bulk_decoding, sources
-from maskdm.data.arrays import ImageArrays, _dataset_digest
+from maskdm.data.arrays import ImageArrays, dataset_sha256
 from maskdm.data.inputs import read_json
 from maskdm.scoring.classifier import Classifier
 from maskdm.scoring.extractors import open_classifier, open_pretrained
@@ -145,12 +143,6 @@ def png(width: int, height: int, pixels: bytes, extra: bytes = b"", after: bytes
 
 
 PIXELS = zlib.compress(bytes(9 * 8))
-THIRDS = struct.pack("<LL", 1, 3)  # a rational number: as an object, 200 bytes
-
-
-def exif(tag: int, count: int) -> bytes:
-    """EXIF whose tag has so many rational values, all there."""
-    return b"II*\0\x08\0\0\0" + struct.pack("<HHHLLL", 1, tag, 5, count, 26, 0) + THIRDS * count
 
 
 def exif_of_one_place() -> bytes:
@@ -205,7 +197,6 @@ def frames(kind: str, number: int, **options: Any) -> bytes:
     return encode(images[0], kind, save_all=True, append_images=images[1:], **options)
 
 
-MANY = 4_000_000
 TOO_LARGE = "pixels are more than dataset.max_pixels"
 BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
     "declared.png": (lambda: png(50_000, 50_000, PIXELS), TOO_LARGE),
@@ -228,10 +219,6 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: tiff(t259=(3, 1, 5), t322=(4, 1, 50_000), t323=(4, 1, 50_000), t324=(4, 1, 900), t325=(4, 1, 64)),
         "decoder error",
     ),
-    "exif.jpg": (lambda: jpeg_exif(exif(282, MANY)), "segments of EXIF metadata"),
-    "exif.png": (lambda: png(8, 8, PIXELS, chunk(b"eXIf", exif(274, MANY))), "bytes of EXIF metadata"),
-    "exif-after.png": (lambda: png(8, 8, PIXELS, b"", chunk(b"eXIf", exif(274, MANY))), "bytes of EXIF metadata"),
-    "exif.webp": (lambda: encode(Image.new("RGB", (8, 8)), "WEBP", exif=exif(274, MANY)), "bytes of EXIF metadata"),
 }
 HARMLESS: dict[str, Callable[[], bytes]] = {
     "more.png": lambda: png(8, 8, zeros(2**28)),
@@ -275,16 +262,6 @@ def test_an_image_that_memory_does_not_suffice_for_is_named(folder: Path) -> Non
     assert "too little memory to decode photos/large.png: lower compute.threads, or lower dataset.max_pixels" in said
 
 
-def test_decoders_are_given_few_bytes_ahead() -> None:
-    read: list[int] = []
-    items = (read.append(i) or i for i in range(100))  # type: ignore[func-returns-value]
-    large = bulk_decoding.WAITING_BYTES // 4
-    results = bulk_decoding.map_in_order(lambda i: -i, items, 8, lambda _: large)
-    assert [next(results) for _ in range(3)] == [0, -1, -2]
-    assert len(read) == 3 + 4
-    assert list(results) == [-i for i in range(3, 100)]
-
-
 # --- folders
 
 
@@ -314,16 +291,6 @@ def test_a_root_that_is_no_file_is_refused(folder: Path, root: str) -> None:
     assert f"dataset.root: {root} is neither a folder nor a file, but a pipe, socket or device" in refusal(
         folder, root, alone=True
     )
-
-
-def test_links_to_links_do_not_multiply(folder: Path) -> None:
-    for level in range(40):
-        place = folder / "photos" / str(level)
-        place.mkdir(parents=True)
-        for name in ("one", "two"):
-            (place / name).symlink_to(f"../{level + 1}")
-    put(folder / "photos" / "40" / "good.png")
-    assert "by more than 100 paths" in refusal(folder, alone=True)
 
 
 def test_deep_folders_are_read(folder: Path) -> None:
@@ -416,16 +383,6 @@ def test_printable_text_is_left_as_it_is() -> None:
     assert printable("a" * 500, 9) == "aaaa…aaaa"
 
 
-def header_of(content: bytes, size: bytes, kind: bytes | None = None) -> bytes:
-    """A tar whose first header declares another size, and perhaps a kind."""
-    header = bytearray(content[:512])
-    header[124:136] = size
-    header[156:157] = kind or header[156:157]
-    header[148:156] = b" " * 8
-    header[148:156] = b"%06o\0 " % sum(header)
-    return bytes(header) + content[512:]
-
-
 def plain_tar(**attributes: Any) -> bytes:
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
@@ -438,44 +395,6 @@ def plain_tar(**attributes: Any) -> bytes:
     return file.getvalue()
 
 
-NEGATIVE = b"\xff" * 10 + struct.pack(">h", -1024)
-NONSENSE = "a header can't be read"
-TARS: dict[str, tuple[Callable[[], bytes], str]] = {
-    "its names are GBs": (lambda: header_of(plain_tar(), b"17700000000\0", b"x"), "a header declares 2"),
-    "its links are GBs": (lambda: header_of(plain_tar(), b"17700000000\0", b"K"), "a header declares 2"),
-    "its names are all": (lambda: header_of(plain_tar(), NEGATIVE, b"L"), "a header declares -1024"),
-    "a negative size": (lambda: header_of(plain_tar(), NEGATIVE), "a header declares -1024"),
-    "a negative pax size": (lambda: plain_tar(pax_headers={"size": "-2048"}), "a header points back"),
-    "no number": (lambda: plain_tar(pax_headers={"GNU.sparse.map": "x,y"}), NONSENSE),
-    "names of names": (lambda: header_of(plain_tar(), b"00000000000\0", b"L")[:512] * 3000 + plain_tar(), NONSENSE),
-}
-
-
-@pytest.mark.parametrize("case", TARS)
-@pytest.mark.parametrize("is_first", [True, False])
-def test_tars_that_would_fill_memory_or_never_end_are_refused(folder: Path, case: str, is_first: bool) -> None:
-    make, reason = TARS[case]
-    before = b"" if is_first else plain_tar()[: 512 + -(-len(GOOD) // 512) * 512]
-    put(folder / "photos.tar.gz", gzip.compress(before + make()) + gzip.compress(bytes(2**20), 1) * 2**11)
-    said = refusal(folder, "photos.tar.gz", alone=True)
-    if not is_first or "points back" in reason:
-        assert f"the archive photos.tar.gz is damaged or incomplete ({reason}" in said
-    else:
-        assert (
-            "photos.tar.gz is neither a folder nor a .zip, .tar, .tar.gz, .tar.xz or .tar.bz2, or it is damaged" in said
-        )
-
-
-def test_an_archive_of_too_many_members_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MOST_FILES", 9)
-    tar_of(folder / "photos.tar", {f"{i}.txt": b"" for i in range(10)})
-    with (
-        pytest.raises(UserError, match="more than 9 files: unpack the archive"),
-        sources.open_source(str(folder / "photos.tar")),
-    ):
-        pass
-
-
 def test_a_hole_of_a_sparse_member_is_not_read(folder: Path) -> None:
     sparse = {"GNU.sparse.map": "0,1", "GNU.sparse.size": str(2**40), "GNU.sparse.name": "hole.png"}
     tar_of(folder / "photos.tar", {"hole.png": b"1"}, pax_headers=sparse)
@@ -483,9 +402,7 @@ def test_a_hole_of_a_sparse_member_is_not_read(folder: Path) -> None:
     content = (folder / "photos.tar").read_bytes().rstrip(b"\0")
     content += bytes(-len(content) % 512) + (folder / "good.tar").read_bytes()
     put(folder / "photos.tar", content)
-    assert prepare(folder, "photos.tar", alone=True) == {
-        "hole.png": f"{2**40} bytes are more than the {64_000_000 * 8 + 2**26} that dataset.max_pixels can need"
-    }
+    assert "too little memory to read hole.png in photos.tar: remove it" in refusal(folder, "photos.tar", alone=True)
 
 
 @pytest.mark.parametrize("root", ["photos.zip", "photos.tar.gz"])
@@ -503,15 +420,6 @@ def test_a_hundred_thousand_members_take_seconds(folder: Path, root: str) -> Non
     assert time.process_time() - started < 10
 
 
-@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_compressions_without_a_bound_are_not_unpacked(folder: Path, method: int) -> None:
-    zip_of(folder / "photos.zip", {"bomb.png": bytes(100)}, method)
-    zip_of(folder / "good.zip", {"good.png": GOOD})
-    with zipfile.ZipFile(folder / "photos.zip", "a") as archive:
-        archive.writestr("good.png", GOOD, zipfile.ZIP_STORED)
-    assert "neither deflated nor stored" in prepare(folder, "photos.zip")["bomb.png"]
-
-
 def test_members_of_a_zip_that_are_no_images_of_their_own(folder: Path) -> None:
     zip_of(folder / "inner.zip", {"good.png": GOOD})
     with zipfile.ZipFile(folder / "photos.zip", "w") as archive:
@@ -523,9 +431,7 @@ def test_members_of_a_zip_that_are_no_images_of_their_own(folder: Path) -> None:
     content = (folder / "photos.zip").read_bytes()
     place = content.rindex(b"huge.png") - 46  # its entry in the directory at the end
     put(folder / "photos.zip", content[: place + 24] + struct.pack("<L", 2**32 - 2) + content[place + 28 :])
-    skipped = prepare(folder, "photos.zip")
-    assert set(skipped) == {"nested.png", "huge.png"}
-    assert skipped["huge.png"].startswith("4294967294 bytes are more than the ")
+    assert set(prepare(folder, "photos.zip", alone=True)) == {"nested.png"}
 
 
 # --- params.yaml
@@ -602,7 +508,7 @@ def test_params_of_gigabytes_are_not_read(tmp_path: Path) -> None:
 def test_params_that_are_no_file_are_refused(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "params.yaml")
     outcome = victim(tmp_path, "validate")
-    assert (outcome.code, "params.yaml is no file" in outcome.err) == (2, True)
+    assert (outcome.code, "params.yaml is not a file" in outcome.err) == (2, True)
 
 
 def test_ordinary_aliases_and_merges_are_read(tmp_path: Path) -> None:
@@ -838,10 +744,10 @@ def test_a_dataset_does_not_name_files_elsewhere(prepared: Experiment, what: str
     file = prepared.path("results", "data", "manifest.json")
     manifest = json.loads(file.read_text(encoding="utf-8"))
     (manifest["shards"][0] if what == "shard" else manifest["labels"])["file"] = place
-    manifest["sha256"] = _dataset_digest(manifest)
+    manifest["sha256"] = dataset_sha256(manifest)
     del manifest[CHECKSUM]
     file.write_text(json.dumps(with_checksum(manifest)), encoding="utf-8")
-    with pytest.raises(UserError, match=r"manifest\.json is no complete .* manifest \((shards\.0|labels)\.file"):
+    with pytest.raises(UserError, match=r"manifest\.json is no complete .* manifest \(.* is not the name of a file"):
         ImageArrays.open(file.parent)
 
 

@@ -9,7 +9,7 @@ NUM_IMAGES = {
     "digits": {"train": 1_797},
     "mnist": {"train": 60_000, "test": 10_000, "all": 70_000},
     "fashion_mnist": {"train": 60_000, "test": 10_000, "all": 70_000},
-    "celeba": {"train": 162_770, "valid": 19_867, "test": 19_962, "all": 202_599},
+    "svhn": {"train": 73_257, "test": 26_032, "extra": 531_131},
 }
 
 

@@ -6,17 +6,18 @@ Equal images give equal bytes: nothing here depends on the time, the machine or 
 from __future__ import annotations
 
 import json
+import re
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from maskdm.base.checksums import CHECKSUM, checked, file_sha256, values_sha256
+from maskdm.base.checksums import checked, file_sha256, values_sha256
 from maskdm.base.errors import UserError
 from maskdm.base.publishing import publish_description, replace_file
 from maskdm.config import paths
@@ -24,125 +25,10 @@ from maskdm.config import paths
 FORMAT = "maskdm-arrays/2"
 MANIFEST = "manifest.json"
 LABELS = "labels.npy"
+FILE_NAME = re.compile(r"\w[\w.-]*")  # beside the manifest, never a path
 
 Images = NDArray[np.uint8]  # one image (H, W, C) or a batch (B, H, W, C), values 0..255
 Labels = NDArray[np.int64]
-FileName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]  # beside the manifest, never a path
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(ge=1)]
-
-
-class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class _Shard(_Entry):
-    file: FileName
-    count: Count
-    sha256: Digest
-
-
-class _LabelsFile(_Entry):
-    file: FileName
-    sha256: Digest
-    class_names: Annotated[list[str], Field(min_length=1)]
-
-
-class _Skipped(_Entry):
-    file: str
-    reason: str
-
-
-class _Manifest(_Entry):
-    """What manifest.json holds."""
-
-    format: Literal["maskdm-arrays/2"]
-    count: Count
-    shape: tuple[Count, Count, Count]
-    dtype: Literal["uint8"]
-    shards: Annotated[list[_Shard], Field(min_length=1)]
-    labels: _LabelsFile | None
-    sha256: Digest
-    source: dict[str, Any]
-    protocol: dict[str, Any]
-    skipped: list[_Skipped]
-
-    @model_validator(mode="after")
-    def _shards_hold_count(self) -> Self:
-        held = sum(shard.count for shard in self.shards)
-        if held != self.count:
-            raise ValueError(f"its shards hold {held} images, but count is {self.count}")
-        return self
-
-
-@dataclass
-class LabelledImages:
-    """What an embedded source gives.
-
-    Attributes:
-        images: pairs of an image (H, W, C) and the index of its class (None without classes), read once.
-        class_names: the names of the classes, or None.
-    """
-
-    images: Iterator[tuple[Images, int | None]]
-    class_names: tuple[str, ...] | None
-
-
-class ShardFile:
-    """One shard while it is written, image by image.
-
-    Args:
-        path: the .npy file.
-        shape: (H, W, C) of every image.
-
-    Raises:
-        OSError: it can't be written.
-    """
-
-    def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
-        self.count, self._shape = 0, shape
-        self._file: BinaryIO = path.open("wb")
-        self._write_header()
-
-    def add(self, image: Images) -> None:
-        """Append an image.
-
-        Raises:
-            ValueError: the image's shape or dtype is not the dataset's.
-        """
-        check_image(image, self._shape)
-        self._file.write(image.tobytes())
-        self.count += 1
-
-    def finish(self) -> None:
-        """Write down how many images there are."""
-        self._file.seek(0)
-        self._write_header()
-        self._file.close()
-
-    def close(self) -> None:
-        """Let go of the file, finished or not."""
-        self._file.close()
-
-    def _write_header(self) -> None:
-        """A shard's .npy header; numpy pads it to the same length for every count: it can be written again."""
-        header = {"descr": "|u1", "fortran_order": False, "shape": (self.count, *self._shape)}
-        np.lib.format.write_array_header_1_0(self._file, header)
-
-
-def check_image(image: Images, shape: tuple[int, int, int]) -> None:
-    """Refuse an image of another shape or dtype.
-
-    Raises:
-        ValueError: it is one.
-    """
-    if image.shape != shape or image.dtype != np.uint8:
-        raise ValueError(f"expected uint8 of shape {shape}, got {image.dtype} of {image.shape}")
-
-
-def shard_name(number: int) -> str:
-    """The file of a dataset's shard."""
-    return f"images-{number:05d}.npy"
 
 
 class ShardWriter:
@@ -151,14 +37,21 @@ class ShardWriter:
     Args:
         folder: an existing, empty folder.
         shape: (H, W, C) of every image.
-        shard_images: images per shard; the last holds the rest.
+        shard_images: images per shard, those left out included: an image that is left out moves no other to another
+            shard. The last holds the rest.
+
+    Attributes:
+        num_images: written so far.
     """
 
     def __init__(self, folder: Path, shape: tuple[int, int, int], shard_images: int) -> None:
         self._folder, self._shape, self._shard_images = folder, shape, shard_images
         self._labels = array("q")
         self._shards: list[dict[str, Any]] = []
-        self._open: ShardFile | None = None
+        self._position = 0  # of the next image, those left out counted
+        self._file: BinaryIO | None = None  # the open shard …
+        self._count = 0  # … and how many images it has
+        self.num_images = 0
 
     def add(self, image: Images, label: int | None = None) -> None:
         """Append an image, and its label where the dataset has classes.
@@ -166,95 +59,85 @@ class ShardWriter:
         Raises:
             ValueError: the image's shape or dtype is not the dataset's.
         """
-        check_image(image, self._shape)
-        if self._open is None:
-            self._open = ShardFile(self._path(), self._shape)
-        self._open.add(image)
+        if image.shape != self._shape or image.dtype != np.uint8:
+            raise ValueError(f"expected uint8 of shape {self._shape}, got {image.dtype} of {image.shape}")
+        if self._file is None:
+            self._file = (self._folder / f"images-{self._position // self._shard_images:05d}.npy").open("wb")
+            self._write_header()
+        self._file.write(image.tobytes())
+        self._count += 1
+        self.num_images += 1
         if label is not None:
             self._labels.append(label)
-        if self._open.count == self._shard_images:
-            self._close_shard()
+        self._advance()
+
+    def leave_out(self) -> None:
+        """Go past an image that is bad."""
+        self._advance()
 
     def finish(
         self,
-        class_names: tuple[str, ...] | None,
+        class_names: Sequence[str] | None,
         source: Mapping[str, Any],
         protocol: Mapping[str, Any],
         skipped: list[dict[str, str]],
     ) -> dict[str, Any]:
-        """Write the last shard, the labels and the manifest; return the manifest."""
+        """Write the last shard, the labels and the manifest, which is returned.
+
+        Args:
+            class_names: of the labels, or None.
+            source: where the images come from, as plain values.
+            protocol: what was made of them.
+            skipped: the images left out, as {"file", "reason"}.
+        """
         self._close_shard()
-        labels = None if class_names is None else np.array(self._labels, dtype=np.int64)
-        entries = Entries(self._shards, labels, class_names, skipped)
-        return write_manifest(self._folder, self._shape, entries, source, protocol)
+        assert self.num_images > 0, "a source without images is an error of the source"
+        manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "count": self.num_images,
+            "shape": list(self._shape),
+            "dtype": "uint8",
+            "shards": self._shards,
+            "labels": None,
+            "source": dict(source),
+            "protocol": dict(protocol),
+            "skipped": skipped,
+        }
+        if class_names is not None:
+            assert len(self._labels) == self.num_images, "every image of a dataset with classes has one"
+            np.save(self._folder / LABELS, np.array(self._labels, dtype=np.int64))
+            sha256 = file_sha256(self._folder / LABELS)
+            manifest["labels"] = {"file": LABELS, "sha256": sha256, "class_names": list(class_names)}
+        manifest["sha256"] = dataset_sha256(manifest)
+        publish_description(self._folder / MANIFEST, manifest)
+        return manifest
 
     def close(self) -> None:
         """Let go of a half-written shard."""
-        if self._open is not None:
-            self._open.close()
+        if self._file is not None:
+            self._file.close()
 
-    def _path(self) -> Path:
-        return self._folder / shard_name(len(self._shards))
+    def _advance(self) -> None:
+        self._position += 1
+        if self._position % self._shard_images == 0:
+            self._close_shard()
 
     def _close_shard(self) -> None:
-        if self._open is None:
+        """Write down how many images the open shard has."""
+        if self._file is None:
             return
-        self._open.finish()
-        path = self._path()
-        self._shards.append({"file": path.name, "count": self._open.count, "sha256": file_sha256(path)})
-        self._open = None
+        self._file.seek(0)
+        self._write_header()
+        self._file.close()
+        path = Path(self._file.name)
+        self._shards.append({"file": path.name, "count": self._count, "sha256": file_sha256(path)})
+        self._file, self._count = None, 0
 
-
-@dataclass(frozen=True)
-class Entries:
-    """What a dataset holds, for its manifest.
-
-    Attributes:
-        shards: {"file", "count", "sha256"} of every shard, in order.
-        labels: (N,) of all their images, or None.
-        class_names: of the labels, or None.
-        skipped: the bad images left out, as {"file", "reason"}.
-    """
-
-    shards: list[dict[str, Any]]
-    labels: Labels | None
-    class_names: tuple[str, ...] | None
-    skipped: list[dict[str, str]]
-
-
-def write_manifest(
-    folder: Path,
-    shape: tuple[int, int, int],
-    entries: Entries,
-    source: Mapping[str, Any],
-    protocol: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Write labels and manifest beside shards that are there; return the manifest."""
-    count = sum(shard["count"] for shard in entries.shards)
-    assert count > 0, "a source without images is an error of the source"
-    content: dict[str, Any] = {
-        "format": FORMAT,
-        "count": count,
-        "shape": list(shape),
-        "dtype": "uint8",
-        "shards": entries.shards,
-        "labels": _write_labels(folder, count, entries),
-        "source": dict(source),
-        "protocol": dict(protocol),
-        "skipped": entries.skipped,
-    }
-    content["sha256"] = _dataset_digest(content)
-    publish_description(folder / MANIFEST, content)
-    return content
-
-
-def _write_labels(folder: Path, count: int, entries: Entries) -> dict[str, Any] | None:
-    if entries.class_names is None:
-        return None
-    assert entries.labels is not None and len(entries.labels) == count, "every image of a dataset with classes has one"
-    path = folder / LABELS
-    np.save(path, entries.labels)
-    return {"file": path.name, "sha256": file_sha256(path), "class_names": list(entries.class_names)}
+    def _write_header(self) -> None:
+        """A shard's .npy header; numpy pads it to the same length for every count: it can be written again."""
+        assert self._file is not None
+        header = {"descr": "|u1", "fortran_order": False, "shape": (self._count, *self._shape)}
+        np.lib.format.write_array_header_1_0(self._file, header)
 
 
 class ImageArrays:
@@ -279,8 +162,17 @@ class ImageArrays:
             UserError: there is none, or a file is missing, damaged or not of the manifest's shape.
         """
         manifest = _read_manifest(folder)
-        shards = [_map_shard(folder, shard, manifest) for shard in manifest.shards]
-        return cls(folder, manifest.model_dump(mode="json"), shards, _read_labels(folder, manifest))
+        shape = tuple(manifest["shape"])
+        shards: list[Images] = [
+            _map(folder / shard["file"], np.uint8, (shard["count"], *shape)) for shard in manifest["shards"]
+        ]
+        if manifest["labels"] is None:
+            return cls(folder, manifest, shards, None)
+        path, num_classes = folder / manifest["labels"]["file"], len(manifest["labels"]["class_names"])
+        labels: Labels = np.array(_map(path, np.int64, (sum(map(len, shards)),)))
+        if labels.min() < 0 or labels.max() >= num_classes:
+            raise _damaged(path, f"holds labels outside [0, {num_classes})")
+        return cls(folder, manifest, shards, labels)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -337,11 +229,15 @@ class ImageArrays:
         Raises:
             UserError: a file is not the one that was written, or `memory` can't be written.
         """
-        manifest = self.manifest
-        entries = [entry for entry in (*manifest["shards"], manifest["labels"]) if entry]
-        seen = [[e["file"], e["sha256"], *_stamp(self.folder / e["file"])] for e in entries]
-        if memory is not None and _read_memory(memory) == seen:
-            return
+        entries = _files(self.manifest)
+        stats = [(self.folder / entry["file"]).stat() for entry in entries]
+        seen = [
+            [entry["file"], entry["sha256"], stat.st_size, stat.st_mtime_ns, stat.st_ino]
+            for entry, stat in zip(entries, stats, strict=True)
+        ]
+        with suppress(OSError, ValueError):  # none yet, or damaged
+            if memory is not None and json.loads(memory.read_text(encoding="utf-8")) == seen:
+                return
         for entry in entries:
             path = self.folder / entry["file"]
             if file_sha256(path) != entry["sha256"]:
@@ -351,20 +247,50 @@ class ImageArrays:
                 file.write_text(json.dumps(seen), encoding="utf-8")
 
 
-def _stamp(path: Path) -> tuple[int, int, int]:
-    """What changes when a file is written."""
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+@dataclass(frozen=True)
+class StoredImages:
+    """One prepared dataset or more of the same shape and classes, one behind the other: uint8 (N, H, W, C)."""
+
+    parts: Sequence[ImageArrays]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(N, H, W, C)."""
+        return len(self), *self.parts[0].shape
+
+    @property
+    def sha256(self) -> str:
+        """Of the images and labels: of one part its own."""
+        hashes = [part.sha256 for part in self.parts]
+        return hashes[0] if len(hashes) == 1 else values_sha256(hashes)
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are; 0 without labels."""
+        return self.parts[0].num_classes
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """(N,) int64, or None."""
+        labels = [part.labels for part in self.parts if part.labels is not None]
+        return np.concatenate(labels) if len(labels) == len(self.parts) else None
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        """The images of a slice, or of indices (B,), in their order: (B, H, W, C)."""
+        indices = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else rows
+        out = np.empty((len(indices), *self.shape[1:]), dtype=np.uint8)
+        start = 0
+        for part in self.parts:
+            here = (indices >= start) & (indices < start + len(part))
+            out[here] = part.gather(indices[here] - start)
+            start += len(part)
+        return out
 
 
-def _read_memory(memory: Path) -> Any:
-    try:
-        return json.loads(memory.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def _dataset_digest(manifest: Mapping[str, Any]) -> str:
+def dataset_sha256(manifest: Mapping[str, Any]) -> str:
     """What makes two datasets the same to every later stage; where they came from does not matter."""
     labels = manifest["labels"]
     content = {
@@ -375,59 +301,41 @@ def _dataset_digest(manifest: Mapping[str, Any]) -> str:
     return values_sha256(content)
 
 
-def _read_manifest(folder: Path) -> _Manifest:
+def _files(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The entries of a dataset's files."""
+    return [*manifest["shards"], *([manifest["labels"]] if manifest["labels"] else [])]
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
-        content = json.loads(path.read_bytes())
-        fields = {k: v for k, v in content.items() if k != CHECKSUM} if isinstance(content, dict) else content
-        manifest = _Manifest.model_validate_json(json.dumps(fields))
-        checked(content)
+        manifest: dict[str, Any] = checked(json.loads(path.read_bytes()))
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"its format is {manifest['format']}")
+        for file in _files(manifest):
+            if not FILE_NAME.fullmatch(file["file"]):
+                raise ValueError(f"{file['file']!r} is not the name of a file beside it")
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"there is no dataset in {folder} (no {path}): `maskdm prepare` makes it") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        what = [".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")]
-        raise _damaged(path, f"is no complete {FORMAT} manifest ({': '.join(filter(None, what))})") from None
-    except (ValueError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(path, f"is no complete {FORMAT} manifest ({error})") from None
     return manifest
 
 
-def _map_shard(folder: Path, shard: _Shard, manifest: _Manifest) -> Images:
-    path = folder / shard.file
+def _map(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> np.ndarray:
+    """An array file, memory-mapped."""
     try:
-        mapped = np.lib.format.open_memmap(path, mode="r")
+        mapped: np.ndarray = np.lib.format.open_memmap(path, mode="r")
+    except FileNotFoundError:
+        raise _damaged(path, "is missing") from None
     except Exception as error:  # a damaged header makes numpy raise almost anything
-        raise _damaged(path, _reason(error)) from None
-    expected = (shard.count, *manifest.shape)
-    if mapped.shape != expected or mapped.dtype != np.uint8:
-        raise _damaged(path, f"holds {mapped.dtype} of shape {mapped.shape}, expected uint8 of {expected}")
+        reason = getattr(error, "strerror", None) or error
+        raise _damaged(path, f"cannot be read or is cut off ({reason})") from None
+    if mapped.shape != shape or mapped.dtype != dtype:
+        raise _damaged(path, f"holds {mapped.dtype} of shape {mapped.shape}, expected {np.dtype(dtype)} of {shape}")
     return mapped.view(np.ndarray)
-
-
-def _read_labels(folder: Path, manifest: _Manifest) -> Labels | None:
-    if manifest.labels is None:
-        return None
-    path, num_classes = folder / manifest.labels.file, len(manifest.labels.class_names)
-    try:
-        labels: Labels = np.lib.format.open_memmap(path, mode="r")  # as np.load, but for .npy alone, and lazily
-    except Exception as error:  # as above
-        raise _damaged(path, _reason(error)) from None
-    expected = (manifest.count,)
-    if labels.shape != expected or labels.dtype != np.int64:
-        raise _damaged(path, f"holds {labels.dtype} of shape {labels.shape}, expected int64 of {expected}")
-    labels = np.array(labels)
-    if labels.min() < 0 or labels.max() >= num_classes:
-        raise _damaged(path, f"holds labels outside [0, {num_classes})")
-    return labels
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "is missing"
-    return f"cannot be read or is cut off ({getattr(error, 'strerror', None) or error})"
 
 
 def _damaged(path: Path, what: str) -> UserError:

@@ -163,20 +163,11 @@ class Prefetch:
         self._thread.shutdown()
 
 
-def fits_on_device(images: Images, memory_bytes: int) -> bool:
-    """Whether the images take at most a quarter of a device's memory."""
-    return num_bytes(images) <= memory_bytes // RESIDENT_SHARE
-
-
-def num_bytes(images: Images) -> int:
-    """Of all images."""
-    return len(images) * int(np.prod(images.shape))
-
-
 def is_resident(choice: Literal["auto"] | bool, images: Images, device: torch.device, memory_bytes: int) -> bool:
     """Whether the images are to be kept on the device: by `auto`, on a GPU where they fit."""
     if choice == "auto":
-        return device.type == "cuda" and fits_on_device(images, memory_bytes)
+        num_bytes = len(images) * math.prod(images.shape)
+        return device.type == "cuda" and num_bytes <= memory_bytes // RESIDENT_SHARE
     return choice
 
 

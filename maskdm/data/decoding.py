@@ -1,26 +1,61 @@
-"""One image file, of whatever format, as an array of the dataset's size and channels."""
+"""Images of whatever format and size as arrays of the dataset's size and channels: one, or many by threads."""
 
 from __future__ import annotations
 
-import re
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from io import BytesIO
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from maskdm.base.printable import printable
+from maskdm.base.errors import UserError, printable
+from maskdm.base.progress import progress
 from maskdm.config import DatasetConfig
 from maskdm.data.arrays import Images
+from maskdm.data.collection import Collection, Numbers
 
 FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM")  # Pillow's names for the suffixes we read
-EXIF_BYTES = 2**22  # an image's metadata: 64 kB in most formats, and a decoder makes thirty times as much of it
-JPEG_EXIF = re.compile(rb"\xff\xe1..Exif\0\0", re.DOTALL)
-JPEG_EXIF_SEGMENTS = EXIF_BYTES // 2**16
 FILTERS = {"lanczos": Image.Resampling.LANCZOS, "bicubic": Image.Resampling.BICUBIC}
+AHEAD_PER_THREAD = 4  # images read ahead of the decoders
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class BadImageError(Exception):
-    """A file that should be an image but is none, or a damaged one; the message is the reason."""
+    """A file that should be an image and is not, or a damaged one; the message is the reason."""
+
+
+Loaded = tuple[int, bytes | Images | BadImageError]  # its number, and what was read
+Decoded = tuple[int, Images | BadImageError]
+
+
+def decode_all(collection: Collection, numbers: Numbers, dataset: DatasetConfig, threads: int) -> Generator[Decoded]:
+    """The images of these numbers, in their order, each decoded or bad.
+
+    Args:
+        collection: which knows them.
+        numbers: of the images.
+        dataset: what to make of them.
+        threads: decoders.
+
+    Raises:
+        UserError: one can't be read; or one is bad, and `on_bad_image` is `error`.
+    """
+    loaded = (_loaded(collection, int(number)) for number in numbers)
+    with any_number_of_pixels():
+        decoded = map_in_order(lambda image: _decoded(image, collection, dataset), loaded, threads)
+        for number, image in progress(decoded, len(numbers), "Preparing images", "images"):
+            if isinstance(image, BadImageError) and dataset.on_bad_image == "error":
+                raise UserError(
+                    f"bad image {collection.where(number)}: {image}. Repair or remove it, "
+                    "or leave such images out with dataset.on_bad_image: skip"
+                )
+            yield number, image
 
 
 def decode(content: bytes, dataset: DatasetConfig) -> Images:
@@ -34,21 +69,17 @@ def decode(content: bytes, dataset: DatasetConfig) -> Images:
         BadImageError: it can't be decoded, has no 8- or 16-bit values, or more than `max_pixels` pixels.
         MemoryError: there is too little memory for its pixels: up to 16 bytes of each.
     """
-    _check_content(content, dataset.max_pixels)
-    try:
-        with Image.open(BytesIO(content), formats=FORMATS) as file:
-            image: Image.Image = file
-            _check_pixels(*image.size, dataset.max_pixels)  # from the header: nothing is decoded yet
-            image.load()
-            _check_exif(len(image.info.get("exif", b"")))
-            ImageOps.exif_transpose(image, in_place=True)
-            return fit(_over_white(_to_8_bits(image)), dataset)
-    except (BadImageError, MemoryError):
-        raise
-    except UnidentifiedImageError:
-        raise BadImageError("not an image of a known format, or its header is damaged") from None
-    except Exception as error:  # damaged files make Pillow's decoders raise almost anything
-        raise BadImageError(printable(str(error)) or type(error).__name__) from error
+    with _opened(content, dataset.max_pixels) as file:
+        image: Image.Image = file
+        _check_pixels(*image.size, dataset.max_pixels)  # from the header: nothing is decoded yet
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        image = _to_8_bits(image)
+        if image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            white.alpha_composite(image.convert("RGBA"))
+            image = white
+        return fit(image, dataset)
 
 
 def is_grey(content: bytes, max_pixels: int) -> bool:
@@ -57,14 +88,8 @@ def is_grey(content: bytes, max_pixels: int) -> bool:
     Raises:
         BadImageError: its header is damaged, or is one of WebP and says more than `max_pixels` pixels.
     """
-    _check_content(content, max_pixels)
-    try:
-        with Image.open(BytesIO(content), formats=FORMATS) as file:
-            return file.mode in ("1", "L", "LA") or file.mode.startswith("I")
-    except MemoryError:
-        raise
-    except Exception as error:  # as in `decode`
-        raise BadImageError(printable(str(error)) or type(error).__name__) from error
+    with _opened(content, max_pixels) as file:
+        return file.mode in ("1", "L", "LA") or file.mode.startswith("I")
 
 
 def fit(image: Image.Image, dataset: DatasetConfig) -> Images:
@@ -82,6 +107,83 @@ def fit(image: Image.Image, dataset: DatasetConfig) -> Images:
     return np.array(image, dtype=np.uint8).reshape(dataset.shape)
 
 
+@contextmanager
+def any_number_of_pixels() -> Iterator[None]:
+    """`dataset.max_pixels` decides instead of Pillow's own limit, which would warn below it."""
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def map_in_order(function: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
+    """`map` on threads (Pillow decodes without the GIL), reading only a few items ahead."""
+    if threads == 1:
+        yield from map(function, items)
+        return
+    waiting: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) == threads * AHEAD_PER_THREAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _loaded(collection: Collection, number: int) -> Loaded:
+    try:
+        return number, collection.load(number)
+    except BadImageError as error:
+        return number, error
+    except MemoryError:
+        raise UserError(f"too little memory to read {collection.where(number)}: remove it") from None
+
+
+def _decoded(loaded: Loaded, collection: Collection, dataset: DatasetConfig) -> Decoded:
+    number, content = loaded
+    try:
+        if isinstance(content, np.ndarray):
+            return number, fit(Image.fromarray(content), dataset)
+        return number, decode(content, dataset) if isinstance(content, bytes) else content
+    except BadImageError as error:
+        return number, error
+    except MemoryError:
+        raise UserError(
+            f"too little memory to decode {collection.where(number)}: lower compute.threads, or lower "
+            "dataset.max_pixels and leave such images out with dataset.on_bad_image: skip"
+        ) from None
+
+
+@contextmanager
+def _opened(content: bytes, max_pixels: int) -> Iterator[Image.Image]:
+    """An image file, open; whatever its decoder raises in the block is told as a bad image."""
+    if not content:
+        raise BadImageError("the file is empty")
+    if content[:4] == b"RIFF" and content[8:16] == b"WEBPVP8X":  # its decoder begins with two canvases
+        width, height = (1 + int.from_bytes(content[start : start + 3], "little") for start in (24, 27))
+        _check_pixels(width, height, max_pixels)
+    try:
+        with Image.open(BytesIO(content), formats=FORMATS) as file:
+            yield file
+    except (BadImageError, MemoryError):
+        raise
+    except UnidentifiedImageError:
+        raise BadImageError("not an image of a known format, or its header is damaged") from None
+    except Exception as error:  # damaged files make Pillow's decoders raise almost anything
+        raise BadImageError(printable(str(error)) or type(error).__name__) from error
+
+
+def _check_pixels(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise BadImageError(f"{width}×{height} pixels are more than dataset.max_pixels {max_pixels}")
+
+
 def _kept_box(image: Image.Image, dataset: DatasetConfig) -> tuple[int, int, int, int]:
     """Left, top, width and height of what is kept: the box, or the largest centred one of the dataset's aspect."""
     if dataset.crop_box is None:
@@ -96,27 +198,6 @@ def _kept_box(image: Image.Image, dataset: DatasetConfig) -> tuple[int, int, int
     return left, top, side, side
 
 
-def _check_content(content: bytes, max_pixels: int) -> None:
-    """Refuse what a decoder makes much of before it tells the image's size."""
-    if not content:
-        raise BadImageError("the file is empty")
-    if content[:2] == b"\xff\xd8" and (segments := len(JPEG_EXIF.findall(content))) > JPEG_EXIF_SEGMENTS:
-        raise BadImageError(f"{segments} segments of EXIF metadata; expected at most {JPEG_EXIF_SEGMENTS}")
-    if content[:4] == b"RIFF" and content[8:16] == b"WEBPVP8X":  # its decoder begins with two canvases
-        width, height = (1 + int.from_bytes(content[start : start + 3], "little") for start in (24, 27))
-        _check_pixels(width, height, max_pixels)
-
-
-def _check_exif(size: int) -> None:
-    if size > EXIF_BYTES:
-        raise BadImageError(f"{size} bytes of EXIF metadata; expected at most {EXIF_BYTES}")
-
-
-def _check_pixels(width: int, height: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
-        raise BadImageError(f"{width}×{height} pixels are more than dataset.max_pixels {max_pixels}")
-
-
 def _to_8_bits(image: Image.Image) -> Image.Image:
     """Grey of 16 bits as 8; Pillow's own conversion would clip it to white."""
     if image.mode == "F":
@@ -129,11 +210,3 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     values += 128
     values //= 257  # rounded: 65535 = 255·257
     return Image.fromarray(values.astype(np.uint8))
-
-
-def _over_white(image: Image.Image) -> Image.Image:
-    if not image.has_transparency_data:
-        return image
-    white = Image.new("RGBA", image.size, "white")
-    white.alpha_composite(image.convert("RGBA"))
-    return white

@@ -28,23 +28,13 @@ def save_grid(images: Images, path: Path, columns: int = 8) -> None:
     if images.ndim != 4 or not len(images) or images.shape[3] not in (1, 3) or images.dtype != np.uint8:
         raise ValueError(f"expected uint8 (N, H, W, 1 or 3), got {images.dtype} {images.shape}")
     columns = min(columns, len(images))
-    pixels = _tile(_enlarge(images, columns), columns)
-    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(path, format="PNG")
-
-
-def _enlarge(images: Images, columns: int) -> Images:
-    """Repeat pixels by the least whole factor that makes the grid wide enough."""
     factor = max(1, math.ceil(MIN_WIDTH / (columns * images.shape[2])))
-    return images.repeat(factor, axis=1).repeat(factor, axis=2)
-
-
-def _tile(images: Images, columns: int) -> Images:
-    """(N, H, W, C) to one white sheet with a gap around every image."""
+    images = images.repeat(factor, axis=1).repeat(factor, axis=2)
     number, height, width, channels = images.shape
-    rows = math.ceil(number / columns)
     down, across = height + GAP, width + GAP
-    sheet = np.full((GAP + rows * down, GAP + columns * across, channels), 255, dtype=np.uint8)
+    shape = (GAP + math.ceil(number / columns) * down, GAP + columns * across, channels)
+    sheet = np.full(shape, 255, dtype=np.uint8)
     for index, image in enumerate(images):
         top, left = GAP + index // columns * down, GAP + index % columns * across
         sheet[top : top + height, left : left + width] = image
-    return sheet
+    Image.fromarray(sheet[..., 0] if channels == 1 else sheet).save(path, format="PNG")

@@ -1,24 +1,39 @@
 """Your own images: a folder tree, a .zip or a .tar of any sizes and formats.
 
-The same images give the same arrays whether they lie in a folder or in an archive. Archives are read in
-place: nothing is extracted, so links and paths that point elsewhere have no effect.
+The same images give the same arrays whether they lie in a folder or in an archive. Nothing is extracted from an
+archive by its name, so links and paths that point elsewhere have no effect.
 """
 
 from __future__ import annotations
 
+import lzma
+import os
+import shutil
+import stat
+import tarfile
+import tempfile
+import zipfile
+import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import PurePosixPath
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from io import BufferedReader
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, cast
 
-from maskdm.base.errors import UserError
-from maskdm.base.printable import printable
+import numpy as np
+
+from maskdm.base.errors import UserError, printable
 from maskdm.config import DatasetConfig
 from maskdm.data.arrays import Labels
-from maskdm.data.collection import Collection, ImageFiles, as_array
-from maskdm.data.sources import Source, open_source, reading
+from maskdm.data.collection import Collection, reading
+from maskdm.data.decoding import BadImageError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+ARCHIVES = ".zip, .tar, .tar.gz, .tar.xz or .tar.bz2"
+DAMAGED_ARCHIVE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError)
+
+Read = Callable[[str], bytes]  # a file of that name: its POSIX path from the root
 
 
 @contextmanager
@@ -26,32 +41,30 @@ def open_image_folder(dataset: DatasetConfig) -> Iterator[Collection]:
     """The images under `dataset.root`, in the sorted order of their paths, with labels from class folders.
 
     Raises:
-        UserError: root is missing, unreadable or holds no images.
+        UserError: root is missing, unreadable, damaged, or holds no images.
     """
-    assert dataset.root is not None, "the schema requires root for image_folder"
-    with open_source(dataset.root) as source:
-        names = image_names(source)
-        class_names, labels = labels_from_folders(names)
-        shown = class_names and tuple(map(printable, class_names))
-        yield ImageFiles(dataset.root, source, names, shown, labels)
+    root = dataset.root
+    assert root is not None, "the schema requires root for image_folder"
+    try:
+        with ExitStack() as stack:
+            with reading(root):
+                names, read = _open_files(root, stack)
+            names = _sorted_images(root, names)
 
+            def load(number: int) -> bytes:
+                with reading(collection.where(number)):
+                    return read(names[number])
 
-def image_names(source: Source) -> list[str]:
-    """The sorted images of a source, by the suffixes of their names.
-
-    Raises:
-        UserError: there are none.
-    """
-    files = reading(source.root, source.files)
-    names = sorted(name for name in files if name.lower().endswith(SUFFIXES))
-    if not names:
-        kinds = Counter(printable(PurePosixPath(name).suffix, 20) or "no suffix" for name in files)
-        most = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
+            class_names, labels = labels_from_folders(names)
+            shown = class_names and tuple(map(printable, class_names))
+            is_folder = Path(root).is_dir()
+            collection = Collection(root, len(names), load, names.__getitem__, root, shown, labels, is_folder)
+            yield collection
+    except DAMAGED_ARCHIVE as error:
+        reason = printable(str(error))
         raise UserError(
-            f"dataset.root: no images in {source.root}: looked for {' '.join(SUFFIXES)} in all its folders, "
-            f"found {f'{len(files)} other files ({most})' if files else 'no files'}"
-        )
-    return names
+            f"dataset.root: the archive {root} is damaged or incomplete ({reason}): copy or download it again"
+        ) from error
 
 
 def labels_from_folders(names: Sequence[str]) -> tuple[tuple[str, ...] | None, Labels | None]:
@@ -71,8 +84,130 @@ def labels_from_folders(names: Sequence[str]) -> tuple[tuple[str, ...] | None, L
         return None, None
     class_names = tuple(sorted({_folders(name)[depth] for name in names}))
     index = {name: number for number, name in enumerate(class_names)}
-    return class_names, as_array(index[_folders(name)[depth]] for name in names)
+    return class_names, np.array([index[_folders(name)[depth]] for name in names], dtype=np.int64)
 
 
 def _folders(name: str) -> list[str]:
     return name.split("/")[:-1]
+
+
+def _sorted_images(root: str, names: Sequence[str]) -> list[str]:
+    """The sorted images among files, by the suffixes of their names."""
+    images = sorted(name for name in names if name.lower().endswith(SUFFIXES))
+    if not images:
+        kinds = Counter(printable(PurePosixPath(name).suffix, 20) or "no suffix" for name in names)
+        most = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
+        raise UserError(
+            f"dataset.root: no images in {root}: looked for {' '.join(SUFFIXES)} in all its folders, "
+            f"found {f'{len(names)} other files ({most})' if names else 'no files'}"
+        )
+    return images
+
+
+def _open_files(root: str, stack: ExitStack) -> tuple[list[str], Read]:
+    """The names of all files of a folder or archive, and how to read one; its content decides what it is."""
+    path = Path(root)
+    if path.is_dir():
+        return _below(path), lambda name: (path / name).read_bytes()
+    if not path.exists():
+        raise UserError(f"dataset.root: there is no {root} (looked for {path.absolute()})")
+    if not path.is_file():  # a pipe would be waited for
+        raise UserError(f"dataset.root: {root} is neither a folder nor a file, but a pipe, socket or device")
+    if tar := stack.enter_context(_open_tar(path)):  # first: a plain tar may end with a stored .zip, never begin as one
+        return _members_of_tar(tar)
+    if zipfile.is_zipfile(path):
+        return _members_of_zip(stack.enter_context(zipfile.ZipFile(path)))
+    raise UserError(f"dataset.root: {root} is neither a folder nor a {ARCHIVES}, or it is damaged")
+
+
+def _below(root: Path) -> list[str]:
+    """The files of a folder tree; links to files and folders are followed, as the user has put them there."""
+    found, waiting = [], [""]
+    while waiting:
+        prefix = waiting.pop()
+        with os.scandir(root / prefix) as entries:
+            for entry in entries:
+                if _is_hidden(entry.name):
+                    continue
+                if entry.is_dir():
+                    if not _is_loop(Path(entry)):
+                        waiting.append(f"{prefix}{entry.name}/")
+                elif entry.is_file() or not Path(entry).exists():  # a broken link: reading it will tell
+                    found.append(prefix + entry.name)
+    return found
+
+
+def _is_loop(folder: Path) -> bool:
+    """Whether it is a link to a folder that it lies in."""
+    return folder.is_symlink() and any(folder.samefile(parent) for parent in folder.parents)
+
+
+def _members_of_zip(archive: zipfile.ZipFile) -> tuple[list[str], Read]:
+    """The regular members of a .zip; of equal names the last, as unpacking would have it."""
+    members = {}
+    for info in archive.infolist():
+        is_special = stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG)  # a link or device
+        # Windows tools have written backslashes, against the format's specification
+        name = _member_name(info.filename.replace("\\", "/"))
+        if name and not info.is_dir() and not is_special:
+            members[name] = info
+
+    def read(name: str) -> bytes:
+        try:
+            with archive.open(members[name]) as file:
+                return file.read(members[name].file_size)  # read() alone would unpack more than the header says
+        except (*DAMAGED_ARCHIVE, RuntimeError) as error:  # RuntimeError: encrypted, or of an unknown method
+            raise BadImageError(printable(str(error)) or type(error).__name__) from error
+
+    return list(members), read
+
+
+def _members_of_tar(archive: tarfile.TarFile) -> tuple[list[str], Read]:
+    """The regular members of a .tar; of equal names the last, as unpacking would have it."""
+    named = {_member_name(member.name): member for member in archive.getmembers() if member.isreg()}
+    members = {name: member for name, member in named.items() if name}
+
+    def read(name: str) -> bytes:
+        file = archive.extractfile(members[name])
+        assert file is not None, "regular members have content"
+        return file.read()
+
+    return list(members), read
+
+
+@contextmanager
+def _open_tar(path: Path) -> Iterator[tarfile.TarFile | None]:
+    """A tar whose members are read where they lie; None if it is not one.
+
+    A compressed one is unpacked into an unnamed temporary file first: to go back in it, one would have to decompress it
+    from the start.
+    """
+    with ExitStack() as stack:
+        try:
+            archive = stack.enter_context(tarfile.open(path))
+        except tarfile.ReadError:
+            yield None
+            return
+        file = cast(BinaryIO, archive.fileobj)
+        if not isinstance(file, BufferedReader):  # but one that decompresses
+            plain = stack.enter_context(tempfile.TemporaryFile())
+            file.seek(0)
+            with reading(f"{path} into a temporary file in {tempfile.gettempdir()} (set TMPDIR for another folder)"):
+                shutil.copyfileobj(file, plain)
+            plain.seek(0)
+            archive, file = stack.enter_context(tarfile.open(fileobj=plain, mode="r:")), plain
+        archive.getmembers()  # to tarfile a damaged or missing header is the end: what follows would be left out
+        file.seek(archive.offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("no end mark after the last file that can be read")
+        yield archive
+
+
+def _member_name(path: str) -> str:
+    """A member's path from the archive's root; empty for one that is hidden or points out of it."""
+    parts = [part for part in path.split("/") if part not in ("", ".")]
+    return "" if any(part == ".." or _is_hidden(part) for part in parts) else "/".join(parts)
+
+
+def _is_hidden(part: str) -> bool:
+    return part.startswith(".") or part == "__MACOSX"

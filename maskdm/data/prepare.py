@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,15 @@ import numpy as np
 import PIL
 from tqdm import tqdm
 
-from maskdm.base.errors import UserError
+from maskdm.base.errors import UserError, printable
 from maskdm.config import DatasetConfig, Params
-from maskdm.data.arrays import Entries, ImageArrays, write_manifest
-from maskdm.data.collection import Collection, as_array
+from maskdm.data.arrays import ImageArrays, ShardWriter
+from maskdm.data.collection import Collection
+from maskdm.data.decoding import BadImageError, Decoded, decode_all
 from maskdm.data.grids import save_grid
-from maskdm.data.named.huggingface import PREFIX
+from maskdm.data.huggingface import PREFIX
 from maskdm.data.opening import open_collection
 from maskdm.data.selection import Selection, facts, select
-from maskdm.data.shards import Made, Maker, Shard, split_into_shards
 
 PREVIEW = "preview.png"
 PREVIEW_IMAGES = 64
@@ -29,22 +29,6 @@ MAIN = Path()  # the place of `dataset`
 HELD_OUT = Path("held_out")
 PRETRAIN = Path("pretrain")
 PROTOCOL = {"crop", "crop_box", "resize_filter", "channels", "image_size"}
-
-
-@dataclass(frozen=True)
-class _Source:
-    """An open source, and what is to be made of it: the shards of each of its datasets, by what part of it they are."""
-
-    place: Path
-    collection: Collection
-    dataset: DatasetConfig
-    selection: Selection
-    maker: Maker
-    datasets: dict[str, list[Shard]]
-
-    @property
-    def shards(self) -> list[Shard]:
-        return [shard for shards in self.datasets.values() for shard in shards]
 
 
 def prepare(params: Params, folder: Path, check: Callable[[Selection], None] = lambda _: None) -> dict[str, Any]:
@@ -66,10 +50,19 @@ def prepare(params: Params, folder: Path, check: Callable[[Selection], None] = l
     """
     manifests = []
     for place, dataset in _datasets(params).items():
-        with _named(place), _open(place, dataset, params.compute.threads) as source:
+        with _named(place), open_collection(dataset) as collection:
+            selection = select(collection, dataset)
+            _warn_of_limit(place, dataset, selection)
+            parts = {folder / place: ("train", selection.train)}
             if place == MAIN:
-                check(source.selection)
-            manifests.append(_write(source, folder))
+                check(selection)
+                if dataset.held_out:
+                    parts[folder / HELD_OUT] = ("held_out", selection.held_out)
+            numbers = np.concatenate([images for _, images in parts.values()])
+            with closing(decode_all(collection, numbers, dataset, params.compute.threads)) as decoded:
+                for part_folder, (part, images) in parts.items():
+                    some = islice(decoded, len(images))
+                    manifests.append(_write(collection, dataset, selection, part, some, part_folder))
     return manifests[0]
 
 
@@ -102,59 +95,41 @@ def _named(place: Path) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def _open(place: Path, dataset: DatasetConfig, threads: int) -> Iterator[_Source]:
-    with open_collection(dataset) as collection:
-        selection = select(collection, dataset)
-        _tell_of_limit(place, dataset, selection)
-        datasets = {"train": split_into_shards(place, selection.train, dataset.shard_images)}
-        if dataset.held_out and place == MAIN:
-            datasets["held_out"] = split_into_shards(HELD_OUT, selection.held_out, dataset.shard_images)
-        maker = Maker(collection, selection.labels, dataset, threads)
-        yield _Source(place, collection, dataset, selection, maker, datasets)
-
-
-def _tell_of_limit(place: Path, dataset: DatasetConfig, selection: Selection) -> None:
+def _warn_of_limit(place: Path, dataset: DatasetConfig, selection: Selection) -> None:
     there = selection.counts["of_classes"]
     if dataset.limit is not None and dataset.limit > there:
         name = "dataset" if place == MAIN else f"datasets.{place.name}"
         tqdm.write(f"warning: {name}.limit {dataset.limit}: there are {there} images; all are used", file=sys.stderr)
 
 
-def _write(source: _Source, folder: Path) -> dict[str, Any]:
-    """Write the datasets of a source; the manifest of its training part."""
-    made = {shard.file: one for shard, one in source.maker.make(source.shards, folder)}
-    manifests = {}
-    for part, shards in source.datasets.items():
-        manifests[part] = _describe(source, part, shards, folder, made)
-        arrays = ImageArrays.open(folder / shards[0].place)
-        spread = np.linspace(0, len(arrays) - 1, min(PREVIEW_IMAGES, len(arrays)))  # files may be sorted by class
-        save_grid(arrays.gather(spread.round().astype(np.int64)), folder / shards[0].place / PREVIEW)
-    return manifests["train"]
-
-
-def _describe(source: _Source, part: str, shards: list[Shard], folder: Path, made: dict[Path, Made]) -> dict[str, Any]:
-    """Write the manifest of a dataset whose shards are there, without those of which no image is left."""
-    entries, labels, skipped = [], [], []
-    for shard in shards:
-        one = made[shard.file]
-        labels += one.labels
-        skipped += one.skipped
-        if one.count:
-            entries.append({"file": shard.file.name, "count": one.count, "sha256": one.sha256})
-        else:
-            (folder / shard.file).unlink()
-    if not entries:
-        raise UserError(
-            f"dataset.root: all {len(skipped)} images of {source.collection.origin} are bad; "
-            f"the first is {skipped[0]['file']}: {skipped[0]['reason']}"
-        )
-    dataset = source.dataset
-    class_names = source.selection.class_names
-    return write_manifest(
-        folder / shards[0].place,
-        dataset.shape,
-        Entries(entries, None if class_names is None else as_array(labels), class_names, skipped),
-        {"kind": dataset.source, "root": source.collection.root, "part": part, **facts(source.selection, dataset)},
-        {**dataset.model_dump(mode="json", include=PROTOCOL), "pillow": PIL.__version__},
-    )
+def _write(
+    collection: Collection,
+    dataset: DatasetConfig,
+    selection: Selection,
+    part: str,
+    decoded: Iterable[Decoded],
+    folder: Path,
+) -> dict[str, Any]:
+    """Write one part of a dataset, and its preview; its manifest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    skipped: list[dict[str, str]] = []
+    with closing(ShardWriter(folder, dataset.shape, dataset.shard_images)) as writer:
+        for number, image in decoded:
+            if isinstance(image, BadImageError):
+                writer.leave_out()
+                skipped.append({"file": printable(collection.name(number)), "reason": str(image)})
+                tqdm.write(f"warning: skipped bad image {collection.where(number)}: {image}", file=sys.stderr)
+            else:
+                writer.add(image, None if selection.labels is None else int(selection.labels[number]))
+        if not writer.num_images:
+            raise UserError(
+                f"dataset.root: all {len(skipped)} images of {collection.origin} are bad; "
+                f"the first is {skipped[0]['file']}: {skipped[0]['reason']}"
+            )
+        source = {"kind": dataset.source, "root": collection.root, "part": part, **facts(selection, dataset)}
+        protocol = {**dataset.model_dump(mode="json", include=PROTOCOL), "pillow": PIL.__version__}
+        manifest = writer.finish(selection.class_names, source, protocol, skipped)
+    arrays = ImageArrays.open(folder)
+    spread = np.linspace(0, len(arrays) - 1, min(PREVIEW_IMAGES, len(arrays)))  # files may be sorted by class
+    save_grid(arrays.gather(spread.round().astype(np.int64)), folder / PREVIEW)
+    return manifest

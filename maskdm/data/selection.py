@@ -15,6 +15,7 @@ from maskdm.data.arrays import Labels
 from maskdm.data.collection import Collection, Numbers
 
 USED, HELD_OUT = 0, 1  # streams of a dataset's seed
+MAX_NAMES = 20  # of classes, in a message
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,18 @@ def select(collection: Collection, dataset: DatasetConfig) -> Selection:
     if not len(collection):
         raise UserError(f"dataset: {collection.origin} holds no images")
     class_names, labels = _of_classes(collection, dataset.classes)
-    everything = (
-        np.arange(len(collection)) if dataset.classes is None or labels is None else np.flatnonzero(labels >= 0)
-    )
+    everything = np.arange(len(collection)) if labels is None else np.flatnonzero(labels >= 0)
     if not len(everything):
         raise UserError(f"dataset.classes: there is no image of {', '.join(dataset.classes or ())}")
     used = everything[_drawn(len(everything), num_used(dataset, len(everything)), dataset.seed, USED)]
-    held_out = _drawn(len(used), _number_held_out(dataset, len(used)), dataset.seed, HELD_OUT)
+    number = num_held_out(dataset, len(used))
+    if dataset.held_out and not 0 < number < len(used):
+        raise UserError(
+            f"dataset.held_out {dataset.held_out:g} of {len(used)} images is {number}: expected at least one to hold "
+            "out and one to train on; change it, or use more images"
+        )
     is_held_out = np.zeros(len(used), dtype=bool)
-    is_held_out[held_out] = True
+    is_held_out[_drawn(len(used), number, dataset.seed, HELD_OUT)] = True
     counts = {"available": len(collection), "of_classes": len(everything), "used": len(used)}
     return Selection(used[~is_held_out], used[is_held_out], class_names, labels, counts)
 
@@ -77,22 +81,13 @@ def _of_classes(collection: Collection, wanted: list[str] | None) -> tuple[tuple
     for name in wanted:
         if name not in names:
             close = get_close_matches(name, names, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"there are {_listed(names)}"
+            more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(names[:MAX_NAMES])}{more}"
             raise UserError(f"dataset.classes: {collection.origin} has no class {name!r}; {hint}")
     kept = [number for number, name in enumerate(names) if name in wanted]
     new = np.full(len(names), -1, dtype=np.int64)
     new[kept] = np.arange(len(kept))
     return tuple(names[number] for number in kept), new[labels]
-
-
-def _number_held_out(dataset: DatasetConfig, used: int) -> int:
-    number = num_held_out(dataset, used)
-    if dataset.held_out and not 0 < number < used:
-        raise UserError(
-            f"dataset.held_out {dataset.held_out:g} of {used} images is {number}: expected at least one to hold out "
-            "and one to train on; change it, or use more images"
-        )
-    return number
 
 
 def _drawn(available: int, number: int, seed: int, stream: int) -> Numbers:
@@ -102,7 +97,3 @@ def _drawn(available: int, number: int, seed: int, stream: int) -> Numbers:
     """
     keys = np.random.PCG64([seed, stream]).random_raw(available)
     return np.sort(np.argsort(keys, kind="stable")[:number])
-
-
-def _listed(names: tuple[str, ...], most: int = 20) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
 from maskdm.config import DatasetConfig
-from maskdm.data.arrays import Images, LabelledImages
+from maskdm.data.collection import Collection
 
 NUM_POINTS = 20_000  # where the dataset has no limit
 TURNS = (0.75, 2.25)  # of the angle: the field's usual roll
@@ -15,7 +16,8 @@ RADIUS = 0.88  # of its outer end, in [−1, 1]: six standard deviations of the 
 NOISE = 0.02  # standard deviation of each coordinate in [−1, 1], 2.5 steps of 8 bits
 
 
-def load_swissroll(dataset: DatasetConfig) -> LabelledImages:
+@contextmanager
+def open_swissroll(dataset: DatasetConfig) -> Iterator[Collection]:
     """Points on the roll with Gaussian noise, without labels; `dataset.limit` of them, or `NUM_POINTS`.
 
     Coordinates are rounded to 8 bits, as pixels are: a step is 1/127.5 = 0.0078 in [−1, 1]. Rounding adds an error of
@@ -29,7 +31,8 @@ def load_swissroll(dataset: DatasetConfig) -> LabelledImages:
     `TURNS`. Differs: two dimensions, and no scikit-learn, whose import takes longer than the three lines.
     """
     points = swissroll(dataset.limit or NUM_POINTS, dataset.seed)
-    return LabelledImages(_images(points), None)
+    pixels = np.rint((points + 1.0) * 127.5).astype(np.uint8).reshape(-1, 1, 2)
+    yield Collection("swissroll", len(pixels), pixels.__getitem__)
 
 
 def swissroll(num_points: int, seed: int) -> np.ndarray:
@@ -45,9 +48,3 @@ def on_roll(turns: np.ndarray) -> np.ndarray:
     angle = 2 * np.pi * turns
     radius = RADIUS * turns / TURNS[1]
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
-
-
-def _images(points: np.ndarray) -> Iterator[tuple[Images, None]]:
-    pixels = np.rint((points + 1.0) * 127.5).astype(np.uint8)
-    for point in pixels:
-        yield point.reshape(1, 2, 1), None

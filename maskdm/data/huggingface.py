@@ -10,42 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from maskdm.base.errors import UserError
-from maskdm.base.printable import printable
+from maskdm.base.errors import UserError, printable
 from maskdm.config import DatasetConfig
 from maskdm.data.arrays import Labels
-from maskdm.data.collection import Collection, check_size
+from maskdm.data.collection import Collection, reading
 from maskdm.data.decoding import BadImageError
-from maskdm.data.sources import reading
 
 PREFIX = "huggingface:"
 SAVED = ("state.json", "dataset_dict.json")  # of what `save_to_disk` has written
-
-
-class _Rows(Collection):
-    """The images of a column."""
-
-    def __init__(self, table: Any, column: str, origin: str, root: str | None, classes: Any, labels: Labels | None):
-        super().__init__(origin, root, classes, labels)
-        self._table, self._column = table, column
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def name(self, number: int) -> str:
-        return f"row {number}"
-
-    def load(self, number: int, most_bytes: int) -> bytes:
-        cell = self._table[number][self._column] or {}
-        content, path = cell.get("bytes"), cell.get("path")
-        if content is not None:
-            check_size(len(content), most_bytes)
-            return bytes(content)
-        if path is None:
-            raise BadImageError("the row has no image")
-        file = Path(path)
-        check_size(reading(str(path), file.stat).st_size, most_bytes)
-        return reading(str(path), file.read_bytes)
 
 
 @contextmanager
@@ -55,7 +27,13 @@ def open_huggingface(dataset: DatasetConfig) -> Iterator[Collection]:
     Raises:
         UserError: the package, the dataset or the split is missing, or it has no images.
     """
-    package = _package()
+    try:
+        import datasets as package
+    except ImportError:
+        raise UserError(
+            "dataset.source huggingface:NAME needs the package datasets: pip install 'maskdm[datasets]'"
+        ) from None
+    package.disable_progress_bars()
     table = _load(package, dataset)
     columns = [name for name, feature in table.features.items() if isinstance(feature, package.Image)]
     if not columns:
@@ -63,54 +41,50 @@ def open_huggingface(dataset: DatasetConfig) -> Iterator[Collection]:
             f"dataset.source: {dataset.source} has no column of images; it has {', '.join(map(str, table.features))}"
         )
     table = table.cast_column(columns[0], package.Image(decode=False))
-    classes, labels = _labels(package, table)
-    yield _Rows(table, columns[0], dataset.source, dataset.root, classes, labels)
 
+    def load(number: int) -> bytes:
+        cell = table[number][columns[0]] or {}
+        content, path = cell.get("bytes"), cell.get("path")
+        if content is not None:
+            return bytes(content)
+        if path is None:
+            raise BadImageError("the row has no image")
+        with reading(str(path)):
+            return Path(path).read_bytes()
 
-def _package() -> ModuleType:
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(
-            "dataset.source huggingface:NAME needs the package datasets: pip install 'maskdm[datasets]'"
-        ) from None
-    datasets.disable_progress_bars()
-    return datasets
+    class_names, labels = _labels(package, table)
+    yield Collection(dataset.source, len(table), load, "row {}".format, dataset.root, class_names, labels)
 
 
 def _load(package: ModuleType, dataset: DatasetConfig) -> Any:
     """The rows of the split."""
-    (name, config), split = _name_and_config(dataset), dataset.split or "train"
-    if dataset.root is not None and not Path(dataset.root).exists():
-        raise UserError(f"dataset.root: there is no {dataset.root} (looked for {Path(dataset.root).absolute()})")
+    name, _, config = dataset.source.removeprefix(PREFIX).partition(":")
+    root, split = dataset.root, dataset.split or "train"
+    if root is not None and not Path(root).exists():
+        raise UserError(f"dataset.root: there is no {root} (looked for {Path(root).absolute()})")
     try:
-        if dataset.root is not None and any((Path(dataset.root) / file).is_file() for file in SAVED):
-            saved = package.load_from_disk(dataset.root)
-        else:
-            return package.load_dataset(dataset.root or name, config, split=split)
+        if root is None or not any((Path(root) / file).is_file() for file in SAVED):
+            return package.load_dataset(root or name, config or None, split=split)
+        saved = package.load_from_disk(root)
     except Exception as error:  # of the network, of the hub, of the files
         reason = printable(" ".join(str(error).split())) or type(error).__name__
+        advice = "Without a network, copy the dataset's files into a folder, and name it in dataset.root"
+        if root is not None:
+            advice = f"{root} should hold what save_to_disk has written, or the dataset's parquet or image files"
         raise UserError(
-            f"dataset.source: {dataset.source}, split {split}, can't be loaded: {reason}. {_advice(dataset)}"
+            f"dataset.source: {dataset.source}, split {split}, can't be loaded: {reason}. {advice}"
         ) from error
-    return _part_of_saved(package, saved, dataset)
+    return _part_of_saved(package, saved, dataset, config)
 
 
-def _name_and_config(dataset: DatasetConfig) -> tuple[str, str | None]:
-    """Of NAME or NAME:CONFIG."""
-    name, _, config = dataset.source.removeprefix(PREFIX).partition(":")
-    return name, config or None
-
-
-def _part_of_saved(package: ModuleType, saved: Any, dataset: DatasetConfig) -> Any:
+def _part_of_saved(package: ModuleType, saved: Any, dataset: DatasetConfig, config: str) -> Any:
     """The rows of the split in what `save_to_disk` has written: a dataset of one split, or several by name.
 
     Raises:
         UserError: it is of another split or configuration.
     """
-    table = saved
+    table, split = saved, dataset.split or "train"
     if isinstance(saved, package.DatasetDict):
-        split = dataset.split or "train"
         if split not in saved:
             there = printable(", ".join(map(str, saved)))
             raise UserError(f"dataset.split: {dataset.root} has no split {printable(split)!r}; it has {there}")
@@ -118,21 +92,14 @@ def _part_of_saved(package: ModuleType, saved: Any, dataset: DatasetConfig) -> A
     elif dataset.split not in (None, str(saved.split)):
         raise UserError(
             f"dataset.split: {dataset.root} was saved as one split, which is {printable(str(saved.split))}: expected "
-            f"{printable(dataset.split)!r}; remove dataset.split to use it as it is, or save that split"
+            f"{printable(split)!r}; remove dataset.split to use it as it is, or save that split"
         )
-    config = _name_and_config(dataset)[1]
-    if config not in (None, table.config_name):
+    if config not in ("", table.config_name):
         raise UserError(
             f"dataset.source: {dataset.root} was saved from the configuration {printable(str(table.config_name))}: "
             f"expected {config!r}; remove :{config} to use it as it is, or save that configuration"
         )
     return table
-
-
-def _advice(dataset: DatasetConfig) -> str:
-    if dataset.root is not None:
-        return f"{dataset.root} should hold what save_to_disk has written, or the dataset's parquet or image files"
-    return "Without a network, copy the dataset's files into a folder, and name it in dataset.root"
 
 
 def _labels(package: ModuleType, table: Any) -> tuple[tuple[str, ...] | None, Labels | None]:

@@ -1,0 +1,103 @@
+"""MNIST, Fashion-MNIST and SVHN by torchvision's classes, which read the original files, or download and check them."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maskdm.base.errors import UserError, printable
+from maskdm.config import DatasetConfig, paths
+from maskdm.data.collection import Collection
+
+CONNECTION_SECONDS = 30.0  # without an answer
+DIGITS = tuple("0123456789")
+CLOTHES = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
+MNIST_KINDS = {"mnist": ("MNIST", DIGITS), "fashion_mnist": ("FashionMNIST", CLOTHES)}
+MNIST_PARTS = {"train": ("train",), "test": ("t10k",), "all": ("train", "t10k")}  # by split
+
+
+@contextmanager
+def open_mnist(dataset: DatasetConfig) -> Iterator[Collection]:
+    """MNIST or Fashion-MNIST: train, test, or all, which is one after the other.
+
+    Compressed files are checked and unpacked where they lie; files that are not there are downloaded.
+
+    Raises:
+        UserError: files are missing and can't be downloaded, are damaged, or do not belong together.
+    """
+    (name, class_names), parts = MNIST_KINDS[dataset.source], MNIST_PARTS[dataset.split or "train"]
+    files = [f"{part}-{kind}-ubyte" for part in parts for kind in ("images-idx3", "labels-idx1")]
+    root = paths.root_of(dataset)
+    places = (root, root / name / "raw", root / "raw")
+    folder = next((place for place in places if any(place.glob(f"{files[0]}*"))), root / name / "raw")
+    with _torchvision(dataset, folder, files) as datasets:
+        original, tables = getattr(datasets, name), []
+        for part in parts:  # by the class itself, but of that folder, and of this part's files alone
+            resources = [resource for resource in original.resources if resource[0].startswith(part)]
+            kind = type(name, (original,), {"raw_folder": str(folder), "resources": resources})
+            tables.append(kind(root, train=part == "train", download=True))
+        images = np.concatenate([table.data.numpy() for table in tables])
+        labels = np.concatenate([table.targets.numpy() for table in tables])
+        if images.shape != (len(labels), 28, 28) or labels.max() > 9:
+            held = f"images {images.shape} and {len(labels)} labels up to {labels.max()}"
+            raise ValueError(f"they hold {held}; expected images (N, 28, 28) and N labels up to 9")
+    yield Collection(
+        f"{dataset.source} in {folder}",
+        len(images),
+        images.__getitem__,
+        root=str(folder),
+        class_names=class_names,
+        labels=labels,
+    )
+
+
+@contextmanager
+def open_svhn(dataset: DatasetConfig) -> Iterator[Collection]:
+    """Street View House Numbers, the cropped digits: train, test or extra. torchvision makes the label 10 of a zero 0.
+
+    Raises:
+        UserError: the file is missing or damaged, and can't be downloaded.
+    """
+    root, split = paths.root_of(dataset), dataset.split or "train"
+    with _torchvision(dataset, root, [f"{split}_32x32.mat"]) as datasets:
+        table = datasets.SVHN(root, split, download=True)
+    images = table.data.transpose(0, 2, 3, 1)
+    yield Collection(
+        f"svhn in {root}", len(images), images.__getitem__, root=str(root), class_names=DIGITS, labels=table.labels
+    )
+
+
+@contextmanager
+def _torchvision(dataset: DatasetConfig, folder: Path, files: Sequence[str]) -> Iterator[Any]:
+    """Its datasets; what they raise in the block is told as an error of these files in that folder."""
+    from maskdm.base.torchvision_compat import declare_missing_operators  # imports torch, as torchvision does
+
+    declare_missing_operators()
+    from torchvision import datasets
+
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(CONNECTION_SECONDS)
+    try:
+        yield datasets
+    except Exception as error:  # of the network, of the files
+        reason = printable(" ".join(str(error).split())) or type(error).__name__
+        names, root = " and ".join(files), paths.root_of(dataset)
+        if all((folder / file).is_file() for file in files):
+            raise UserError(
+                f"dataset.root: the files of {dataset.source} in {folder} are damaged, or can't be read ({reason}): "
+                f"get {names} anew"
+            ) from error
+        raise UserError(
+            f"dataset.root: the files of {dataset.source} are not in {root}, or not whole (looked in "
+            f"{root.absolute()}), and could not be downloaded ({reason}): put {names} into {root}"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(before)
