@@ -17,28 +17,30 @@ from torch import Tensor, nn
 
 from maskdm.base.checksums import file_sha256
 from maskdm.config import DatasetConfig, Params, load_params, parse_params, resolve
-from maskdm.data.swissroll import NOISE, NUM_POINTS, RADIUS, TURNS, load_swissroll, on_roll, swissroll
+from maskdm.data.swissroll import NOISE, NUM_POINTS, RADIUS, TURNS, on_roll, open_swissroll, swissroll
+from maskdm.report import cautions, prose
 from maskdm.report import points as report
 from maskdm.report.figures.against_scratch import AGAINST_SCRATCH
-from maskdm.report.figures.fid_vs_compute import FID_VS_COMPUTE
+from maskdm.report.figures.curves import FID_VS_COMPUTE
 from maskdm.report.figures.heat_map import HEAT_MAP
-from maskdm.report.figures.kind import Shown
+from maskdm.report.figures.looks import STYLE
 from maskdm.report.figures.points import POINTS
-from maskdm.report.looks import STYLE
 from maskdm.report.results import Results
 from maskdm.report.tables import (
+    SCALES,
     SUMMARY_COLUMNS,
     TERMINAL_WIDTH,
-    VERDICT_COLUMNS,
     display_table,
     format_table,
-    table_markdown,
+    plain_table,
+    verdict_columns,
     verdict_frame,
 )
 from maskdm.report.verdicts import answer, judge_arms
 from maskdm.scoring import points
+from maskdm.scoring.headline import FID
 from maskdm.stages.sample import PatchesAlone
-from tests.made_up_results import compared, make_params, make_results
+from tests.made_up_results import findings, make_params, make_results
 from tests.test_figures import assert_is_printed_whole
 
 if TYPE_CHECKING:
@@ -51,9 +53,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def pixels(**more: Any) -> np.ndarray:
-    loaded = load_swissroll(DatasetConfig.model_validate({**ROLL, **more}))
-    assert loaded.class_names is None
-    return np.stack([image for image, label in loaded.images if label is None])
+    with open_swissroll(DatasetConfig.model_validate({**ROLL, **more})) as points:
+        assert (points.class_names, points.labels) == (None, None)
+        return np.stack([points.load(number) for number in range(len(points))])[..., None]
 
 
 def roll_params(**sections: Any) -> Params:
@@ -349,11 +351,6 @@ def made_up(params: Params, gain: float = 0.5) -> Results:
     return replace(results, runs=runs, scale=scale, manifest=manifest)
 
 
-def shown(params: Params, results: Results) -> Shown:
-    summary, arms = compared(params, results)
-    return Shown(params, results, summary, {one.arm: one for one in arms})
-
-
 def test_the_table_has_the_primers_the_arms_and_both_ends_of_the_scale() -> None:
     params = roll_params()
     table = report.distance_table(params, made_up(params))
@@ -363,17 +360,17 @@ def test_the_table_has_the_primers_the_arms_and_both_ends_of_the_scale() -> None
         f"primer: {alone}",
         f"primer: {together}",
         "primer",
-        report.REAL,
-        report.UNTRAINED,
+        SCALES["floor"],
+        SCALES["untrained"],
     ]
     assert table.loc[4, "W₁ of x ×1000"] == "10.0"
     assert table.loc[2, "sliced W₁ ×1000"] == "220 [220, 220]"
-    assert "sliced W₁" in table_markdown(table)
+    assert "sliced W₁" in plain_table(table)
 
 
 def test_the_answer_goes_by_the_joint_distance() -> None:
     params = roll_params()
-    said = answer(params, compared(params, fid_against(made_up(params)))[1])
+    said = answer(findings(params, fid_against(made_up(params))))
     assert "clearly lower sliced W₁ than scratch" in said and "primer" in said
 
 
@@ -389,13 +386,14 @@ def fid_against(results: Results) -> Results:
 
 def test_the_tables_in_files_have_the_distances_with_their_scale() -> None:
     params = roll_params()
-    summary, arms = compared(params, made_up(params))
+    found = findings(params, made_up(params))
+    summary = found.summary
     first = summary[(summary["arm"] == "primer") & (summary["seed"] == 1)].iloc[-1]
     assert first["distance_sliced_wasserstein"] == pytest.approx(0.02 + 0.5 * 0.11 / 10)
     assert first["distance_marginal_1"] == 0.02
     assert (first["distance_energy_floor"], first["distance_energy_untrained"]) == (0.001, 1.001)
     assert tuple(summary)[: len(SUMMARY_COLUMNS)] == SUMMARY_COLUMNS
-    row = verdict_frame(params, arms, judge_arms(params, arms, [])).set_index("arm").loc["primer"]
+    row = verdict_frame(found, judge_arms(found)).set_index("arm").loc["primer"]
     assert row["delta_distance_sliced_wasserstein"] == pytest.approx(-0.0055)
     assert row["distance_sliced_wasserstein_std"] == pytest.approx(0.0005)
     assert row["compute_ratio"] == pytest.approx(0.8**0.55, rel=0.01)
@@ -405,14 +403,14 @@ def test_the_tables_in_files_have_the_distances_with_their_scale() -> None:
 
 def test_the_verdicts_go_by_the_joint_distance_whatever_fid_says() -> None:
     params = roll_params()
-    _, arms = compared(params, fid_against(made_up(params)))
-    scratch, primer = judge_arms(params, arms, [])
+    found = findings(params, fid_against(made_up(params)))
+    scratch, primer = judge_arms(found)
     assert scratch.text.startswith("what the others are compared with: sliced W₁×1000 31.00 (95 %: ")
     assert primer.kind == "better"
     assert primer.text.startswith("same sliced W₁ with 0.8")
     assert "; sliced W₁×1000 −5.50 at equal compute (95 %: −6.74 to −4.26)" in primer.text
     assert "FID" not in primer.text
-    assert answer(params, arms).startswith("1 of 1 masked arms had a clearly lower sliced W₁ than scratch")
+    assert answer(found).startswith("1 of 1 masked arms had a clearly lower sliced W₁ than scratch")
 
 
 def test_the_energy_distance_is_the_second_opinion() -> None:
@@ -421,27 +419,27 @@ def test_the_energy_distance_is_the_second_opinion() -> None:
     for run in results.runs:
         for scores in run.metrics["milestones"].values():
             scores["distances"]["energy"] *= 100 if run.arm == "primer" else 1
-    _, arms = compared(params, results)
-    assert "energy orders it and scratch the other way round (energy×1000 +" in judge_arms(params, arms, [])[1].text
+    found = findings(params, results)
+    assert "energy orders it and scratch the other way round (energy×1000 +" in judge_arms(found)[1].text
 
 
 def test_the_table_goes_by_the_joint_distance_and_fits_a_terminal() -> None:
     params = roll_params()
-    summary, arms = compared(params, made_up(params))
-    verdicts = verdict_frame(params, arms, judge_arms(params, arms, []))
-    whole = display_table(verdicts, summary)
+    found = findings(params, made_up(params))
+    verdicts = verdict_frame(found, judge_arms(found))
+    whole = display_table(verdicts, found.summary)
     wanted = ["sliced W₁×1000 (n=3)", "Δsliced W₁×1000 (n=3)", "energy×1000 (n=3)", "FID (n=3)"]
     assert [name for name in whole if name in wanted] == wanted
     assert whole.set_index("arm").loc["primer", "Δsliced W₁×1000 (n=3)"] == "−5.50 [−6.74, −4.26]"
     assert list(whole["sliced W₁×1000 (n=3)"])[-2:] == ["20.00", "1020.00"]
-    printed = format_table(verdicts, summary)
+    printed = format_table(verdicts, found.summary)
     assert all(name in printed for name in (*wanted[:3], "same sliced W₁ at (n=3)"))
     assert max(map(len, printed.splitlines())) <= TERMINAL_WIDTH
 
 
 def test_the_figures_against_scratch_go_by_the_joint_distance() -> None:
     params = roll_params()
-    one = shown(params, fid_against(made_up(params)))
+    one = findings(params, fid_against(made_up(params)))
     with matplotlib.style.context(STYLE, after_reset=True):
         left, right = AGAINST_SCRATCH.draw(one).axes
         (against,) = FID_VS_COMPUTE.draw(one).axes
@@ -481,22 +479,22 @@ def test_the_report_of_a_run_goes_by_the_joint_distance(roll: Experiment, tmp_pa
 
 def test_images_have_no_columns_of_distances() -> None:
     digits = make_params()
-    summary, arms = compared(digits, make_results(digits))
-    assert tuple(summary) == SUMMARY_COLUMNS
-    assert tuple(verdict_frame(digits, arms, judge_arms(digits, arms, []))) == VERDICT_COLUMNS
+    found = findings(digits, make_results(digits))
+    assert tuple(found.summary) == SUMMARY_COLUMNS
+    assert tuple(verdict_frame(found, judge_arms(found))) == verdict_columns(FID, ("precision", "recall"))
 
 
 def test_without_distances_nothing_is_said_of_them() -> None:
     digits, roll = make_params(), roll_params()
     assert report.distance_table(digits, make_results(digits)).empty
     assert report.distance_table(roll, make_results(make_params(ARMS))).empty
-    assert not POINTS.applies(shown(digits, make_results(digits)))
-    assert report.distance_note(digits, make_results(digits)) == ""
+    assert not POINTS.applies(findings(digits, make_results(digits)))
+    assert prose.distance_note(digits, make_results(digits)) == ""
 
 
 def test_the_report_says_that_fid_is_blind_to_the_shape_of_points_alone() -> None:
-    assert "blind to the shape" in report.points_caution(roll_params())
-    assert report.points_caution(make_params()) == ""
+    assert "blind to the shape" in cautions.shape_of_points(findings(roll_params(), made_up(roll_params())))
+    assert cautions.shape_of_points(findings(make_params(), make_results(make_params()))) == ""
 
 
 @pytest.fixture
@@ -522,15 +520,15 @@ def test_the_points_that_are_there_are_drawn(published: Path) -> None:
         drawn = report.read_points(params, made_up(params))
         (published / "results/samples/primer/seed-0/primer_alone.npy").unlink()
         fewer = report.read_points(params, made_up(params))
-    assert [len(one.values) for one in drawn] == [400, 100, 100, 100, 100]
+    assert [len(values) for _, values in drawn] == [400, 100, 100, 100, 100]
     assert len(fewer) == 4
-    assert drawn[0].title == "data"
-    assert drawn[0].values == pytest.approx(points.points_of(pixels(limit=400)))
+    assert drawn[0][0] == "data"
+    assert drawn[0][1] == pytest.approx(points.points_of(pixels(limit=400)))
 
 
 def test_the_figure_shows_every_distribution_and_every_distance(published: Path) -> None:
     params = roll_params()
-    one = shown(params, made_up(params))
+    one = findings(params, made_up(params))
     assert POINTS.applies(one)
     with chdir(published), matplotlib.style.context(STYLE, after_reset=True):
         figure = POINTS.draw(one)

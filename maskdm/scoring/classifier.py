@@ -6,8 +6,7 @@ Its numbers compare arms on one dataset with one such classifier, and nothing el
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,13 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskdm.base import rng
+from maskdm.base.errors import UserError
 from maskdm.base.progress import progress
+from maskdm.base.tensors import load_into, load_tensors, save_tensors
 from maskdm.data.batches import to_model_range
 from maskdm.training.optimizer import EagerAdam
 
 FEATURE_DIM = 64
 BATCH_SIZE = 64
 HELD_OUT = 0.2
+BLOCK = 1024  # images at a time where nothing is trained
 
 
 class Pixels(Protocol):
@@ -47,6 +49,7 @@ class Classifier(nn.Module):
 
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__()
+        self.sizes = {"channels": channels, "num_classes": num_classes}
         self.convolutions = nn.Sequential(
             nn.Conv2d(channels, 32, 3, padding=1),
             nn.ReLU(),
@@ -77,20 +80,7 @@ class Classifier(nn.Module):
         return F.relu(self.features(self.convolutions(images)))
 
 
-@dataclass(frozen=True)
-class TrainedClassifier:
-    """A classifier and how well it does.
-
-    Attributes:
-        model: the network, in evaluation mode.
-        accuracy: on the held-out fifth of the images, in [0, 1].
-    """
-
-    model: Classifier
-    accuracy: float
-
-
-def train_classifier(images: Pixels, labels: np.ndarray, num_classes: int, num_epochs: int) -> TrainedClassifier:
+def train_classifier(images: Pixels, labels: np.ndarray, num_classes: int, num_epochs: int) -> tuple[Classifier, float]:
     """Train on four fifths of the images, measure on the rest; the same bytes every time.
 
     Args:
@@ -98,52 +88,27 @@ def train_classifier(images: Pixels, labels: np.ndarray, num_classes: int, num_e
         labels: int64 (N,).
         num_classes: of the labels.
         num_epochs: passes over the training part.
+
+    Returns:
+        the network in evaluation mode, and its accuracy on the held-out fifth, in [0, 1].
     """
-    model = Classifier(images.shape[-1], num_classes)
+    model, targets = Classifier(images.shape[-1], num_classes), torch.tensor(labels)
     _initialise(model)
-    order = torch.randperm(len(images), generator=rng.generator(0, "classifier/split")).numpy()
-    num_held_out = max(1, round(HELD_OUT * len(images)))
-    held_out, train = order[:num_held_out], order[num_held_out:]
+    order = torch.randperm(len(images), generator=rng.generator(0, "classifier/split"))
+    held_out, train = order.tensor_split([max(1, round(HELD_OUT * len(images)))])
     optimizer = EagerAdam(model.parameters(), lr=1e-3, fused=True)
     for epoch in progress(range(num_epochs), num_epochs, "classifier", "epoch"):
-        _train_epoch(model, optimizer, images, labels, train, epoch)
-    _normalise(model, images, train)
-    return TrainedClassifier(model.eval(), _accuracy(model, images, labels, held_out))
-
-
-def _train_epoch(
-    model: Classifier,
-    optimizer: torch.optim.Optimizer,
-    images: Pixels,
-    labels: np.ndarray,
-    train: np.ndarray,
-    epoch: int,
-) -> None:
-    order = train[torch.randperm(len(train), generator=rng.generator(0, "classifier/order", epoch)).numpy()]
-    for start in range(0, len(order), BATCH_SIZE):
-        chosen = order[start : start + BATCH_SIZE]
-        logits = model(to_model_range(torch.from_numpy(images[chosen])))
-        loss = F.cross_entropy(logits, torch.from_numpy(labels[chosen]))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-
-@torch.inference_mode()
-def _normalise(model: Classifier, images: Pixels, train: np.ndarray) -> None:
-    squares = [model.embed(batch).square().mean(1) for batch in _batches(images, train)]
-    model.rms.copy_(torch.cat(squares).mean().sqrt())
-
-
-@torch.inference_mode()
-def _accuracy(model: Classifier, images: Pixels, labels: np.ndarray, held_out: np.ndarray) -> float:
-    predicted = torch.cat([model(batch).argmax(1) for batch in _batches(images, held_out)])
-    return float((predicted == torch.from_numpy(labels[held_out])).float().mean())
-
-
-def _batches(images: Pixels, indices: np.ndarray, batch_size: int = 1024) -> Iterator[Tensor]:
-    for start in range(0, len(indices), batch_size):
-        yield to_model_range(torch.from_numpy(images[indices[start : start + batch_size]]))
+        order = torch.randperm(len(train), generator=rng.generator(0, "classifier/order", epoch))
+        for rows in train[order].split(BATCH_SIZE):
+            loss = F.cross_entropy(model(_batch(images, rows)), targets[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    with torch.inference_mode():
+        squares = [model.embed(_batch(images, rows)).square().mean(1) for rows in train.split(BLOCK)]
+        model.rms.copy_(torch.cat(squares).mean().sqrt())
+        predicted = torch.cat([model(_batch(images, rows)).argmax(1) for rows in held_out.split(BLOCK)])
+    return model.eval(), float((predicted == targets[held_out]).float().mean())
 
 
 def _initialise(model: Classifier) -> None:
@@ -153,3 +118,34 @@ def _initialise(model: Classifier) -> None:
             nn.init.zeros_(parameter)
         else:
             nn.init.kaiming_uniform_(parameter, nonlinearity="relu", generator=generator)
+
+
+def _batch(images: Pixels, rows: Tensor) -> Tensor:
+    """The images of some indices (B,), in [−1, 1]: (B, C, H, W)."""
+    return to_model_range(torch.from_numpy(images[rows.numpy()]))
+
+
+def write_classifier(path: Path, images: Pixels, labels: np.ndarray, num_classes: int, num_epochs: int) -> float:
+    """`train_classifier`, and write the network to a file; its held-out accuracy."""
+    model, accuracy = train_classifier(images, labels, num_classes, num_epochs)
+    save_tensors(path, {"classifier": model.state_dict()}, {"architecture": model.sizes, "accuracy": accuracy})
+    return accuracy
+
+
+def load_classifier(path: Path) -> Classifier:
+    """The network of a file of `write_classifier`, in evaluation mode.
+
+    Raises:
+        UserError: the file is damaged, or not ours.
+    """
+    states, info = load_tensors(path)
+    state = states.get("classifier", {})
+    try:
+        sizes = {"channels": state["convolutions.0.weight"].shape[1], "num_classes": state["head.weight"].shape[0]}
+    except (KeyError, IndexError):
+        sizes = None
+    if sizes is None or info.get("architecture") != sizes:
+        raise UserError(f"{path} holds no classifier; run first: maskdm features --force")
+    model = Classifier(**sizes)
+    load_into(model, state, path)
+    return model.eval()

@@ -1,13 +1,15 @@
-"""Feature extractors for scoring: the dataset's own classifier, pixel values, or one of torch-fidelity's by name."""
+"""Feature extractors for scoring: the dataset's own classifier, pixel values, or one of torch-fidelity's by name.
+
+torch-fidelity and torchvision are imported where one of theirs is opened and nowhere else: that takes 1.5 s.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -20,14 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from maskdm.base.checksums import file_sha256
-from maskdm.base.errors import UserError
-from maskdm.base.printable import printable
+from maskdm.base.errors import UserError, printable
 from maskdm.base.progress import Progress
-from maskdm.base.tensors import load_into, load_tensors, save_tensors
 from maskdm.base.torchvision_compat import declare_missing_operators
 from maskdm.config import EvaluationConfig
 from maskdm.data.batches import to_model_range
-from maskdm.scoring.classifier import Classifier, Pixels, TrainedClassifier, train_classifier
+from maskdm.scoring.classifier import Pixels, load_classifier
 from maskdm.training.devices import explain_out_of_memory
 
 # What torch-fidelity downloads for the extractors whose weights may also be a local file of plain tensors.
@@ -69,50 +69,62 @@ class FeatureExtractor:
     device: torch.device
     weights_sha256: str | None = None
 
-    def features(self, images: Pixels, batch_size: int, description: str = "features") -> np.ndarray:
-        """Features of images, uint8 (N, H, W, C) → float32 (N, D)."""
-        return np.concatenate(list(self._batches(images, batch_size, description)))
+    def features(
+        self, images: Pixels, batch_size: int, description: str = "features", path: Path | None = None
+    ) -> np.ndarray:
+        """Features of images, batch by batch.
 
-    def write_features(self, path: Path, images: Pixels, batch_size: int, description: str = "features") -> np.ndarray:
-        """Write features to a .npy file, batch by batch: they need not fit into memory.
+        Args:
+            images: uint8 (N, H, W, C), N ≥ 1.
+            batch_size: of what is computed at once.
+            description: for the progress display.
+            path: a .npy file to write them to as they come: they need not fit into memory.
 
         Returns:
-            them, memory-mapped, float32 (N, D).
-        """
-        batches = self._batches(images, batch_size, description)
-        first = next(batches)
-        shape = (len(images), first.shape[1])
-        written: np.ndarray = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-        start = 0
-        for batch in itertools.chain([first], batches):
-            written[start : start + len(batch)] = batch
-            start += len(batch)
-        return written
+            float32 (N, D), memory-mapped where they are written.
 
-    def _batches(self, images: Pixels, batch_size: int, description: str) -> Iterator[np.ndarray]:
+        Raises:
+            UserError: a batch does not fit into memory.
+        """
+        found: np.ndarray | None = None
         bar = Progress(len(images), description, "images")
         advice = f"{description}: batches of {batch_size} images did not fit; lower evaluation.batch_size"
         for start in range(0, len(images), batch_size):
             with explain_out_of_memory(advice), torch.inference_mode():
                 # a copy: memory maps are read-only
                 batch = torch.tensor(images[start : start + batch_size], device=self.device)
-                features: np.ndarray = self.embed(batch).float().cpu().numpy()
-            yield features
+                features = self.embed(batch).float().cpu().numpy()
+            if found is None:
+                shape = (len(images), features.shape[1])
+                if path is None:
+                    found = np.empty(shape, np.float32)
+                else:
+                    found = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+            found[start : start + len(batch)] = features
             bar.update(len(batch))
         bar.close()
+        assert found is not None, "there are images"
+        if isinstance(found, np.memmap):
+            found.flush()
+        return found
 
 
-def open_fixed(config: EvaluationConfig, device: torch.device, knobs: Knobs = IN_PARAMS) -> FeatureExtractor:
-    """The extractor that the config names, if it is none that is trained on the dataset.
+def open_extractor(
+    config: EvaluationConfig, device: torch.device, classifier: Path, knobs: Knobs = IN_PARAMS
+) -> FeatureExtractor:
+    """The extractor that the config names.
 
     Args:
         config: names it.
         device: where it computes.
+        classifier: the file of the dataset's own, should that be it.
         knobs: what the user calls what the config says.
 
     Raises:
-        UserError: its weights can't be had, or hold more than plain tensors.
+        UserError: its weights can't be had, are damaged, or hold more than plain tensors.
     """
+    if config.features == "classifier":
+        return open_classifier(classifier, device)
     return open_pixels(device) if config.features == "pixels" else open_pretrained(config, device, knobs)
 
 
@@ -122,49 +134,14 @@ def open_pixels(device: torch.device) -> FeatureExtractor:
     return FeatureExtractor("pixels", digest, lambda x: to_model_range(x).permute(0, 2, 3, 1).flatten(1), device)
 
 
-def save_classifier(path: Path, trained: TrainedClassifier) -> None:
-    """Write a classifier with its held-out accuracy."""
-    model = trained.model
-    shape = {"channels": model.convolutions[0].in_channels, "num_classes": model.head.out_features}
-    save_tensors(path, {"classifier": model.state_dict()}, {"architecture": shape, "accuracy": trained.accuracy})
-
-
-def write_classifier(path: Path, images: Pixels, labels: np.ndarray, num_classes: int, epochs: int) -> float:
-    """Train a classifier on labelled images and write it; its held-out accuracy.
-
-    Args:
-        path: of the file.
-        images: uint8 (N, H, W, C).
-        labels: (N,) int64.
-        num_classes: at least 2.
-        epochs: of training.
-    """
-    trained = train_classifier(images, labels, num_classes, epochs)
-    save_classifier(path, trained)
-    return trained.accuracy
-
-
 def open_classifier(path: Path, device: torch.device) -> FeatureExtractor:
-    """The extractor of a file of `save_classifier`.
+    """The extractor of a file of `write_classifier`.
 
     Raises:
         UserError: the file is damaged or not ours.
     """
-    states, info = load_tensors(path)
-    if "classifier" not in states or info.get("architecture") != _sizes_of(states["classifier"]):
-        raise UserError(f"{path} holds no classifier; run first: maskdm features --force")
-    model = Classifier(**info["architecture"])
-    load_into(model, states["classifier"], path)
-    model.eval().to(device)
+    model = load_classifier(path).to(device)
     return FeatureExtractor("classifier", file_sha256(path), lambda x: model.embed(to_model_range(x)), device)
-
-
-def _sizes_of(state: dict[str, Tensor]) -> dict[str, int] | None:
-    """What a classifier of these weights is built from; None of others."""
-    first, head = state.get("convolutions.0.weight"), state.get("head.weight")
-    if first is None or head is None or first.ndim != 4 or head.ndim != 2:
-        return None
-    return {"channels": first.shape[1], "num_classes": head.shape[0]}
 
 
 def open_pretrained(config: EvaluationConfig, device: torch.device, knobs: Knobs = IN_PARAMS) -> FeatureExtractor:
@@ -178,38 +155,67 @@ def open_pretrained(config: EvaluationConfig, device: torch.device, knobs: Knobs
     Raises:
         UserError: the weights can't be had, or hold more than plain tensors.
     """
-    weights = None if config.weights is None else Path(config.weights)
-    if weights is not None:
-        _check_weights(config.features, weights, knobs)
-    model, layer = _create(config.features, weights, knobs)
-    model.to(device)
-
-    def embed(images: Tensor) -> Tensor:
-        rgb = images.permute(0, 3, 1, 2).expand(-1, 3, -1, -1)  # grey becomes RGB
-        return model(rgb)[0].flatten(1)
-
-    file = None if weights is None else file_sha256(weights)
-    return FeatureExtractor(f"{config.features}/{layer}", _state_sha256(model), embed, device, file)
-
-
-def _create(name: str, weights: Path | None, knobs: Knobs) -> tuple[nn.Module, str]:
+    name, path = config.features, config.weights
+    if path is not None:
+        _check_weights(name, Path(path), knobs)
     declare_missing_operators()
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
     extractor = FEATURE_EXTRACTORS_REGISTRY[name]
     layer = extractor.get_default_feature_layer_for_metric("fid")
-    path = None if weights is None else str(weights)
     try:
-        return extractor(name, [layer], feature_extractor_weights_path=path), layer
+        model = extractor(name, [layer], feature_extractor_weights_path=path)
     except (OSError, HTTPException) as error:
+        offline = f"give a local file in {knobs.weights}"
+        if name.startswith("dinov2"):  # torch-fidelity reads it from torch.hub's folder alone
+            offline = f"load it once where there is a network and copy its folder {torch.hub.get_dir()} here"
         raise UserError(
-            f"the weights of {name} can't be downloaded ({_reason(error)}); {_offline(name, knobs)}, "
+            f"the weights of {name} can't be downloaded ({_reason(error)}); {offline}, "
             f"or use {knobs.features}classifier"
         ) from None
     except (RuntimeError, KeyError, AttributeError, TypeError, EOFError, UnpicklingError) as error:
         file = f"the downloaded file in torch's hub folder {torch.hub.get_dir()}" if path is None else path
         again = "; delete it and try again" if path is None else _expected(name, knobs)
         raise UserError(f"{file} does not hold the weights of {name}: {_reason(error)}{again}") from None
+    model.to(device)
+
+    def embed(images: Tensor) -> Tensor:
+        rgb = images.permute(0, 3, 1, 2).expand(-1, 3, -1, -1)  # grey becomes RGB
+        return model(rgb)[0].flatten(1)
+
+    file_hash = None if path is None else file_sha256(Path(path))
+    return FeatureExtractor(f"{name}/{layer}", _state_sha256(model), embed, device, file_hash)
+
+
+def _check_weights(name: str, path: Path, knobs: Knobs) -> None:
+    """Refuse a file that is not what the extractor reads: torch-fidelity would execute what is pickled in it."""
+    if not path.is_file():
+        raise UserError(f"{knobs.weights}: there is no file {path}{_expected(name, knobs)}")
+    if name.startswith("clip"):  # a program (TorchScript): only the very file that was published is opened
+        declare_missing_operators()
+        from torch_fidelity.feature_extractor_clip import MODEL_METADATA, MODEL_URLS
+
+        expected, found = MODEL_METADATA[name]["hash"], file_sha256(path)
+        if found != expected:
+            raise UserError(
+                f"{knobs.weights}: {path} is not the published file of {name}, {Path(MODEL_URLS[name]).name}: its "
+                f"sha256 is {found}, expected {expected}"
+            )
+        return
+    try:
+        load_plain(path)
+    except ValueError as error:
+        raise UserError(
+            f"{knobs.weights}: {path} is not a plain PyTorch weights file: {error}{_expected(name, knobs)}"
+        ) from None
+
+
+def _expected(name: str, knobs: Knobs) -> str:
+    """What a local file should have been."""
+    if name not in PUBLISHED:
+        return ""
+    file = PUBLISHED[name]
+    return f"; expected the file that torch-fidelity downloads, {file}: give that, or no {knobs.weights} to download it"
 
 
 def _reason(error: Exception) -> str:
@@ -217,49 +223,13 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _offline(name: str, knobs: Knobs) -> str:
-    """How to have an extractor where there is no network."""
-    if name.startswith("dinov2"):
-        return f"load it once where there is a network and copy its folder {torch.hub.get_dir()} here"
-    return f"give a local file in {knobs.weights}"
-
-
-def _check_weights(name: str, path: Path, knobs: Knobs) -> None:
-    """Refuse a file that is not what the extractor reads, before it is unpickled."""
-    if not path.is_file():
-        raise UserError(f"{knobs.weights}: there is no file {path}{_expected(name, knobs)}")
-    if name.startswith("dinov2"):
-        raise UserError(
-            f"{knobs.weights}: torch-fidelity reads {name} from torch.hub's folder alone, not from {path}: remove "
-            f"{knobs.weights}, and {_offline(name, knobs)}"
-        )
-    if name.startswith("clip"):
-        _check_is_published(name, path, knobs)
-    else:
-        _check_is_plain(name, path, knobs)
-
-
-def _check_is_published(name: str, path: Path, knobs: Knobs) -> None:
-    """CLIP comes as a program (TorchScript): only the very file that was published is opened."""
-    declare_missing_operators()
-    from torch_fidelity.feature_extractor_clip import MODEL_METADATA, MODEL_URLS
-
-    expected, found = MODEL_METADATA[name]["hash"], file_sha256(path)
-    if found != expected:
-        raise UserError(
-            f"{knobs.weights}: {path} is not the published file of {name}, {Path(MODEL_URLS[name]).name}: its "
-            f"sha256 is {found}, expected {expected}"
-        )
-
-
-def _check_is_plain(name: str, path: Path, knobs: Knobs) -> None:
-    """Refuse a file that would execute code when torch-fidelity, which allows it, unpickles it."""
-    try:
-        load_plain(path)
-    except ValueError as error:
-        raise UserError(
-            f"{knobs.weights}: {path} is not a plain PyTorch weights file: {error}{_expected(name, knobs)}"
-        ) from None
+def _state_sha256(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    state: dict[str, Any] = model.state_dict()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_plain(path: Path) -> Any:
@@ -282,20 +252,3 @@ def load_plain(path: Path) -> Any:
         text = str(error) or "it is empty or cut off"
         reason = shorten(found.group() if (found := REASON.search(text)) else text, 200, placeholder=" …")
         raise ValueError(f"{printable(reason)} (only plain tensors are accepted)") from None
-
-
-def _expected(name: str, knobs: Knobs) -> str:
-    """What a local file should have been."""
-    if name not in PUBLISHED:
-        return ""
-    file = PUBLISHED[name]
-    return f"; expected the file that torch-fidelity downloads, {file}: give that, or no {knobs.weights} to download it"
-
-
-def _state_sha256(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    state: dict[str, Any] = model.state_dict()
-    for name in sorted(state):
-        digest.update(name.encode())
-        digest.update(state[name].detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

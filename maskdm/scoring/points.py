@@ -1,7 +1,7 @@
 """Distances between two sets of points of few dimensions, which see what a Fréchet distance of two Gaussians does not.
 
 All are 0 between equal sets and grow with every difference of their distributions. Between two finite sets of the same
-distribution they are above 0: `sampling_floor` says by how much.
+distribution they are above 0: `sampling_floor` says by how much. How to add one: see `maskdm.scoring.headline`.
 
 Source: Rubner et al. 2000 (Wasserstein-1 in one dimension: the area between the distribution functions), Bonneel et al.
 2015 (sliced Wasserstein), Székely and Rizzo 2013 (energy distance).
@@ -10,25 +10,22 @@ Source: Rubner et al. 2000 (Wasserstein-1 in one dimension: the area between the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from maskdm.config import Params
 
-MOST_DIMENSIONS = 16
+MAX_DIMENSIONS = 16
 NUM_PROJECTIONS = 64
 FLOOR_DRAWS = 10
-MOST_POINTS = 4000  # of each set in the energy distance, which looks at all pairs
+MAX_POINTS = 4000  # of each set in the energy distance, which looks at all pairs
 PAIRS_AT_ONCE = 2**22  # 32 MiB of distances
-
-Distances = dict[str, float]
 
 
 def apply_to(params: Params) -> bool:
     """Whether an experiment is scored by these distances: on pixel values, of images with few enough of them."""
-    return params.evaluation.features == "pixels" and math.prod(params.dataset.shape) <= MOST_DIMENSIONS
+    return params.evaluation.features == "pixels" and math.prod(params.dataset.shape) <= MAX_DIMENSIONS
 
 
 def points_of(images: np.ndarray) -> np.ndarray:
@@ -36,12 +33,7 @@ def points_of(images: np.ndarray) -> np.ndarray:
     return images.reshape(len(images), -1).astype(np.float64) / 127.5 - 1.0
 
 
-def names_of(num_dimensions: int) -> list[str]:
-    """The names of the distances, in the order in which they are shown: those of the marginals first."""
-    return [*(f"marginal_{i}" for i in range(num_dimensions)), "sliced_wasserstein", "energy"]
-
-
-def distances(points: np.ndarray, real: np.ndarray) -> Distances:
+def distances(points: np.ndarray, real: np.ndarray) -> dict[str, float]:
     """Every distance between two sets of points, in the units of their coordinates.
 
     Args:
@@ -49,17 +41,21 @@ def distances(points: np.ndarray, real: np.ndarray) -> Distances:
         real: (M, D).
 
     Returns:
-        by name: Wasserstein-1 of every coordinate alone, sliced Wasserstein-1, and the energy distance.
+        by name, in the order in which they are shown: Wasserstein-1 of every coordinate alone, sliced Wasserstein-1,
+        and the energy distance.
 
     Raises:
-        ValueError: the dimensions differ, a set is empty, or D is more than `MOST_DIMENSIONS`.
+        ValueError: the dimensions differ, a set is empty, or D is more than `MAX_DIMENSIONS`.
     """
     if points.ndim != 2 or real.ndim != 2 or points.shape[1] != real.shape[1] or not len(points) or not len(real):
         raise ValueError(f"expected (N, D) and (M, D), got {points.shape} and {real.shape}")
-    if points.shape[1] > MOST_DIMENSIONS:
-        raise ValueError(f"expected at most {MOST_DIMENSIONS} dimensions, got {points.shape[1]}")
-    values = [*marginal_wasserstein(points, real), sliced_wasserstein(points, real), energy_distance(points, real)]
-    return dict(zip(names_of(points.shape[1]), values, strict=True))
+    if points.shape[1] > MAX_DIMENSIONS:
+        raise ValueError(f"expected at most {MAX_DIMENSIONS} dimensions, got {points.shape[1]}")
+    return {
+        **{f"marginal_{i}": value for i, value in enumerate(marginal_wasserstein(points, real))},
+        "sliced_wasserstein": sliced_wasserstein(points, real),
+        "energy": energy_distance(points, real),
+    }
 
 
 def marginal_wasserstein(points: np.ndarray, real: np.ndarray) -> list[float]:
@@ -80,11 +76,11 @@ def sliced_wasserstein(points: np.ndarray, real: np.ndarray) -> float:
 
 
 def energy_distance(points: np.ndarray, real: np.ndarray) -> float:
-    """2 E‖X − Y‖ − E‖X − X'‖ − E‖Y − Y'‖ of at most `MOST_POINTS` of both, drawn at random; never negative.
+    """2 E‖X − Y‖ − E‖X − X'‖ − E‖Y − Y'‖ of at most `MAX_POINTS` of both, drawn at random; never negative.
 
     Source: Székely and Rizzo 2013, equation 5, pairs of a point with itself included.
     """
-    points, real = _at_most(MOST_POINTS, points), _at_most(MOST_POINTS, real)
+    points, real = _at_most(MAX_POINTS, points), _at_most(MAX_POINTS, real)
     within = _mean_distance(points, points) + _mean_distance(real, real)
     return max(2 * _mean_distance(points, real) - within, 0.0)  # rounding
 
@@ -114,7 +110,8 @@ def sampling_floor(real: np.ndarray, num_points: int) -> dict[str, Any]:
         samples.
     """
     count = min(num_points, len(real) // 2)
-    found = [distances(real[order[:count]], real[order[count:]]) for order in _orders(len(real))]
+    orders = [np.random.default_rng(draw).permutation(len(real)) for draw in range(FLOOR_DRAWS)]
+    found = [distances(real[order[:count]], real[order[count:]]) for order in orders]
     by_name = {name: np.array([one[name] for one in found]) for name in found[0]}
     return {
         "mean": {name: float(values.mean()) for name, values in by_name.items()},
@@ -122,12 +119,6 @@ def sampling_floor(real: np.ndarray, num_points: int) -> dict[str, Any]:
         "draws": FLOOR_DRAWS,
         "num_samples": count,
     }
-
-
-def _orders(count: int) -> Iterator[np.ndarray]:
-    """Random orders of so many points."""
-    for draw in range(FLOOR_DRAWS):
-        yield np.random.default_rng(draw).permutation(count)
 
 
 def scale_of(params: Params, untrained: np.ndarray, real: np.ndarray) -> dict[str, Any]:

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-from maskdm.base.differences import differing
-from maskdm.config import EvaluationConfig, SamplingConfig
+from maskdm.base.checksums import differing
+from maskdm.config import EvaluationConfig, Params, SamplingConfig
 
 # Where the files lay makes no other images.
 NOT_OF_THE_PIXELS = ("root",)
 CROPS = {"none": "not cropped", "center": "centre crop"}
-MOST_NAMED = 10  # classes
+MAX_NAMED = 10  # classes
 PARTS = {"train": "those trained on", "held_out": "held out", "all": "those trained on and held out"}
 
 
@@ -68,12 +68,37 @@ class Protocol:
     @property
     def text(self) -> str:
         """Two lines for people."""
+        file = "" if self.weights_sha256 is None else f" (file {self.weights_sha256[:12]})"
+        subsets = f"{self.metrics['kid_subsets']} subsets of {self.metrics['kid_subset_size']}"
         return (
             f"Scores are of {self.num_samples:,} generated images{_drawn_text(self.drawn)} "
             f"and {self.num_real:,} real ones{_real_text(self)}.\n"
-            f"Features: {self.extractor}, sha256 {self.extractor_sha256[:12]}{_file_text(self.weights_sha256)}; "
-            f"{_metrics_text(self.metrics)}."
+            f"Features: {self.extractor}, sha256 {self.extractor_sha256[:12]}{file}; KID over {subsets}, precision and "
+            f"recall with {self.metrics['prc_neighborhood']} neighbours."
         )
+
+
+def protocol_of(params: Params, info: Mapping[str, Any]) -> Protocol:
+    """What the scores of an experiment are of.
+
+    Args:
+        params: the experiment.
+        info: the content of features.json.
+    """
+    config, sampling = params.evaluation, params.sampling
+    return Protocol(
+        images=info["images"],
+        shape=params.dataset.shape,
+        reference=config.reference,
+        num_real=info["num_real"],
+        real_sha256=info["real_sha256"],
+        extractor=info["extractor"],
+        extractor_sha256=info["extractor_sha256"],
+        weights_sha256=info["weights_sha256"],
+        num_samples=sampling.num_samples,
+        drawn=drawn_as(sampling),
+        metrics=metrics_as(config),
+    )
 
 
 def images_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,29 +186,19 @@ def _real_text(protocol: Protocol) -> str:
 
 def _made_texts(images: Mapping[str, Any]) -> list[str]:
     """How files became images of one size, as far as it is known."""
-    crop = [_crop_text(images)] if "crop" in images else []
-    resize = [f"resized by {images['resize_filter']}, antialiased"] if "resize_filter" in images else []
-    return [*crop, *resize]
-
-
-def _crop_text(images: Mapping[str, Any]) -> str:
+    said = []
     if images.get("crop_box"):
         top, left, side = images["crop_box"]
-        return f"cropped to {side}×{side} from row {top}, column {left}"
-    return CROPS.get(str(images["crop"]), str(images["crop"]))
+        said.append(f"cropped to {side}×{side} from row {top}, column {left}")
+    elif "crop" in images:
+        said.append(CROPS.get(str(images["crop"]), str(images["crop"])))
+    if "resize_filter" in images:
+        said.append(f"resized by {images['resize_filter']}, antialiased")
+    return said
 
 
 def _plain(value: Any) -> str:
     if isinstance(value, list):
-        more = f" and {len(value) - MOST_NAMED} more" if len(value) > MOST_NAMED else ""
-        return "/".join(map(str, value[:MOST_NAMED])) + more
+        more = f" and {len(value) - MAX_NAMED} more" if len(value) > MAX_NAMED else ""
+        return "/".join(map(str, value[:MAX_NAMED])) + more
     return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _file_text(weights_sha256: str | None) -> str:
-    return "" if weights_sha256 is None else f" (file {weights_sha256[:12]})"
-
-
-def _metrics_text(metrics: Mapping[str, int]) -> str:
-    subsets = f"KID over {metrics['kid_subsets']} subsets of {metrics['kid_subset_size']}"
-    return f"{subsets}, precision and recall with {metrics['prc_neighborhood']} neighbours"

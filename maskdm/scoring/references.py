@@ -1,4 +1,4 @@
-"""Reference statistics on disk: in results/features, and kept for other experiments on the same images.
+"""Features of the real images with their statistics, on disk: in results/features, and kept for other experiments.
 
 What a pretrained extractor makes of a dataset takes hours for large ones, and is the same for every experiment that
 compares with these images: it is kept in `.work/references` of the project, whose entries may be deleted at any time.
@@ -6,82 +6,90 @@ compares with these images: it is kept in `.work/references` of the project, who
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from maskdm.base.checksums import checked, file_sha256, values_sha256, with_checksum
+from maskdm.base.checksums import file_sha256, values_sha256
 from maskdm.base.errors import UserError
 from maskdm.base.locks import one_writer
-from maskdm.base.publishing import link_or_copy, publish_folder
-from maskdm.base.tensors import load_tensors, save_tensors
-from maskdm.config import paths
+from maskdm.base.publishing import link_or_copy, publish_folder, remove
+from maskdm.base.tensors import DamagedError, load_tensors, save_tensors
+from maskdm.config import EvaluationConfig, paths
+from maskdm.scoring.classifier import Pixels
 from maskdm.scoring.extractors import FeatureExtractor
 from maskdm.scoring.scores import Reference
 
 STATISTICS = "statistics.safetensors"
-ENTRY = "entry.json"
+FILES = (paths.REAL_FEATURES, STATISTICS)
 FORMAT = 1  # of what is kept
 
 
-def save_statistics(folder: Path, reference: Reference, features_sha256: str) -> None:
-    """Write what was computed of the features beside them.
+def make_reference(
+    folder: Path,
+    images: Pixels,
+    images_sha256: str,
+    extractor: FeatureExtractor,
+    config: EvaluationConfig,
+    title: str = "real features",
+    should_keep: bool = True,
+) -> Reference:
+    """Write the features of real images and their statistics: computed, or taken from what is kept.
 
     Args:
-        folder: that holds the features.
-        reference: computed of them.
-        features_sha256: of their file.
+        folder: an existing one, without them.
+        images: uint8 (N, H, W, C).
+        images_sha256: of them.
+        extractor: makes the features.
+        config: the size of batches, the manifold's neighbourhood.
+        title: for the progress display.
+        should_keep: whether to keep them for other experiments, if the extractor is a pretrained one.
+
+    Raises:
+        UserError: a batch does not fit into memory.
     """
-    tensors = {name: torch.from_numpy(np.array(getattr(reference, name))) for name in ("mean", "covariance", "radii")}
+    neighborhood = config.prc_neighborhood
+    key = key_of(images_sha256, extractor, config.batch_size, neighborhood)
+    if (kept := bring_back(key, folder, neighborhood)) is not None:
+        return kept
+    features = extractor.features(images, config.batch_size, title, folder / paths.REAL_FEATURES)
+    reference = Reference.of(features, neighborhood)
+    save_statistics(folder, reference)
+    if should_keep and config.features not in ("classifier", "pixels"):
+        keep(key, folder)
+    return reference
+
+
+def save_statistics(folder: Path, reference: Reference) -> None:
+    """Write what was computed of the features in a folder beside them."""
+    tensors = {name: torch.from_numpy(getattr(reference, name)) for name in ("mean", "covariance", "radii")}
+    features_sha256 = file_sha256(folder / paths.REAL_FEATURES)
     info = {"features_sha256": features_sha256, "neighborhood": reference.neighborhood}
     save_tensors(folder / STATISTICS, {"reference": tensors}, info)
 
 
-def load_statistics(folder: Path, features: np.ndarray, features_sha256: str, neighborhood: int) -> Reference:
-    """What `save_statistics` wrote.
-
-    Args:
-        folder: that holds it.
-        features: (M, D) real images' features.
-        features_sha256: of their file.
-        neighborhood: that the radii must be of.
-
-    Raises:
-        UserError: it is missing, damaged, or was computed of other features.
-    """
-    path = folder / STATISTICS
-    sets, info = load_tensors(path)
-    found = {name: tensor.numpy() for name, tensor in sets.get("reference", {}).items()}
-    count, dim = features.shape
-    expected = {"mean": (dim,), "covariance": (dim, dim), "radii": (count,)}
-    if (
-        info.get("features_sha256") != features_sha256
-        or info.get("neighborhood") != neighborhood
-        or {name: array.shape for name, array in found.items()} != expected
-        or any(array.dtype != np.float64 for array in found.values())
-    ):
-        raise UserError(
-            f"{path} was computed of other features than those beside it; run first: maskdm features --force"
-        )
-    return Reference(features, **found, neighborhood=neighborhood)
-
-
 def open_reference(folder: Path, neighborhood: int) -> Reference:
-    """Features and statistics of a folder, as they lie there; for folders that nobody else has touched.
+    """The features in a folder, memory-mapped, and their statistics.
 
     Args:
-        folder: that `bring_back` has filled.
+        folder: that `make_reference` has filled.
         neighborhood: that the radii must be of.
 
     Raises:
-        UserError: they do not belong together.
+        UserError: they are damaged or do not belong together.
     """
-    features: np.ndarray = np.lib.format.open_memmap(folder / paths.REAL_FEATURES, mode="r")
-    return load_statistics(folder, features, file_sha256(folder / paths.REAL_FEATURES), neighborhood)
+    features, statistics = folder / paths.REAL_FEATURES, folder / STATISTICS
+    sets, info = load_tensors(statistics)
+    if info.get("features_sha256") != file_sha256(features) or info.get("neighborhood") != neighborhood:
+        raise DamagedError(
+            f"{statistics} was computed of other features than those beside it; run first: maskdm features --force",
+            f"the sha256 of {features.name} is another",
+        )
+    mapped: np.ndarray = np.lib.format.open_memmap(features, mode="r")
+    computed = {name: tensor.numpy() for name, tensor in sets["reference"].items()}
+    return Reference(mapped, **computed, neighborhood=neighborhood)
 
 
 def key_of(images_sha256: str, extractor: FeatureExtractor, batch_size: int, neighborhood: int) -> str:
@@ -108,51 +116,37 @@ def kept_at(key: str) -> Path:
     return paths.project_root() / paths.WORK / "references" / key
 
 
-def bring_back(key: str, folder: Path) -> bool:
-    """Put a kept entry's files into a folder, if it is there and whole; a damaged one is told of and left out.
+def bring_back(key: str, folder: Path, neighborhood: int) -> Reference | None:
+    """Put a kept entry's files into a folder and open them; None where there are none, or damaged ones, which is told.
 
     Args:
         key: of `key_of`.
         folder: an existing one, without them.
+        neighborhood: of the key.
     """
     entry = kept_at(key)
-    if not (entry / ENTRY).is_file():
-        return False
-    if damage := _damage(entry):
-        print(f"the kept features in {entry} are damaged ({damage}): computed anew", file=sys.stderr)
-        return False
-    for name in (paths.REAL_FEATURES, STATISTICS):
-        link_or_copy(entry / name, folder / name)
+    if not entry.is_dir():
+        return None
+    try:
+        for name in FILES:
+            link_or_copy(entry / name, folder / name)
+        reference = open_reference(folder, neighborhood)
+    except (UserError, OSError) as error:
+        reason = error.reason if isinstance(error, DamagedError) else " ".join(str(error).split())
+        print(f"the kept features in {entry} are damaged ({reason}): computed anew", file=sys.stderr)
+        for name in FILES:  # a second name of the damaged file, which is not to be written to
+            remove(folder / name)
+        return None
     print(f"real features: taken from {entry}, of the same images and extractor", file=sys.stderr)
-    return True
+    return reference
 
 
 def keep(key: str, folder: Path) -> None:
     """Keep what a folder has for other experiments; where that can't be written, say so and go on."""
     place = kept_at(key)
     try:
-        with one_writer(place.with_suffix(".lock"), "keep the real features"):
-            if not (place / ENTRY).is_file() or _damage(place):
-                with publish_folder(place) as entry:
-                    _fill(entry, folder)
+        with one_writer(place.with_suffix(".lock"), "keep the real features"), publish_folder(place) as entry:
+            for name in FILES:
+                link_or_copy(folder / name, entry / name)
     except (UserError, OSError) as error:
         print(f"the real features are not kept for other experiments: {error}", file=sys.stderr)
-
-
-def _fill(entry: Path, folder: Path) -> None:
-    for name in (paths.REAL_FEATURES, STATISTICS):
-        link_or_copy(folder / name, entry / name)
-    hashes = {name: file_sha256(entry / name) for name in (paths.REAL_FEATURES, STATISTICS)}
-    (entry / ENTRY).write_text(json.dumps(with_checksum(hashes)), encoding="utf-8")
-
-
-def _damage(entry: Path) -> str:
-    """What is wrong with a kept entry; empty if nothing is."""
-    try:
-        hashes: dict[str, Any] = checked(json.loads((entry / ENTRY).read_text(encoding="utf-8")))
-        for name in (paths.REAL_FEATURES, STATISTICS):
-            if file_sha256(entry / name) != hashes[name]:
-                return f"the sha256 of {name} is another"
-    except (OSError, ValueError, KeyError, RecursionError) as error:
-        return " ".join(str(error).split()) or type(error).__name__
-    return ""

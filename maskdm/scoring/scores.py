@@ -1,8 +1,8 @@
 """Metrics between two sets of features: FID, KID, precision, recall, equal to torch-fidelity's.
 
 The tests hold them against torch-fidelity, whose import brings torchvision and takes longer than scoring the default.
-
 What depends on the real images alone is computed once (`Reference`), and in blocks: they need not fit into memory.
+How to add a metric: see `maskdm.scoring.headline`.
 
 Source: Heusel et al. 2017 (FID), Bińkowski et al. 2018 (KID), Kynkäänniemi et al. 2019 (precision, recall).
 """
@@ -22,7 +22,7 @@ from maskdm.base.errors import UserError
 from maskdm.config import EvaluationConfig
 
 PRC_BLOCK = 1000  # rows and columns of the distance matrix held at a time: 8 MB
-FEWEST_REAL = 4  # of which each half has a covariance, and a nearest neighbour
+MIN_REAL = 4  # of which each half has a covariance, and a nearest neighbour
 KID_SEED = 2020  # of the subsets; torch-fidelity's
 STATISTICS_BLOCK = 2**14  # rows that are double precision at a time
 
@@ -80,6 +80,9 @@ class Reference:
         """
         return cls(features, *mean_and_covariance(features), _radii(features, neighborhood).numpy(), neighborhood)
 
+    def __len__(self) -> int:
+        return len(self.features)
+
 
 def mean_and_covariance(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean (D,) and unbiased covariance (D, D) of features (M, D), in float64."""
@@ -100,35 +103,48 @@ def compute_metrics(samples: np.ndarray, real: np.ndarray | Reference, config: E
     Raises:
         UserError: either set is smaller than a metric needs.
     """
-    reference = real if isinstance(real, Reference) else None
-    check_counts(len(samples), len(real.features if isinstance(real, Reference) else real), config)
-    if reference is None:
-        assert isinstance(real, np.ndarray)
-        reference = Reference.of(real, config.prc_neighborhood)
+    check_counts(len(samples), len(real), config)
+    reference = real if isinstance(real, Reference) else Reference.of(real, config.prc_neighborhood)
     assert reference.neighborhood == config.prc_neighborhood, "the radii are those of the neighbourhood asked for"
-    kid, kid_std = _kid(samples, reference.features, config)
+    kid, kid_std = kernel_distance(samples, reference.features, config)
+    reach_of_real, reach_of_samples = torch.from_numpy(reference.radii), _radii(samples, config.prc_neighborhood)
     return Metrics(
-        fid=_fid(samples, reference),
+        fid=frechet_distance(samples, reference),
         kid=kid,
         kid_std=kid_std,
-        precision=_share_within_reach(samples, reference.features, torch.from_numpy(np.array(reference.radii))),
-        recall=_share_within_reach(reference.features, samples, _radii(samples, config.prc_neighborhood)),
+        precision=share_within_reach(samples, reference.features, reach_of_real),
+        recall=share_within_reach(reference.features, samples, reach_of_samples),
         num_samples=len(samples),
     )
 
 
-def _fid(samples: np.ndarray, real: Reference) -> float:
-    """‖μ − μ′‖² + tr(Σ + Σ′ − 2 √(Σ Σ′)); the trace of the root is the sum of the eigenvalues' roots."""
+def check_counts(num_samples: int, num_real: int, config: EvaluationConfig) -> None:
+    """Raises: UserError, if there are fewer samples or real images than the metrics need."""
+    for what, count in (("samples", num_samples), ("real images", num_real)):
+        if shortage := config.shortage(count, what):
+            raise UserError(f"{shortage}; lower kid_subset_size or use more {what}")
+
+
+def frechet_distance(samples: np.ndarray, real: Reference) -> float:
+    """FID of samples (N, D): ‖μ − μ′‖² + tr(Σ + Σ′ − 2 √(Σ Σ′)).
+
+    The trace of the root is the sum of the eigenvalues' roots.
+    """
     mean, covariance = mean_and_covariance(samples)
     difference = mean - real.mean
     roots = np.sqrt(np.linalg.eigvals(covariance @ real.covariance).astype(complex)).real
     return float(difference @ difference + np.trace(covariance) + np.trace(real.covariance) - 2 * roots.sum())
 
 
-def _kid(samples: np.ndarray, real: np.ndarray, config: EvaluationConfig) -> tuple[float, float]:
-    """Mean and standard deviation over random subsets, drawn as torch-fidelity draws them by default.
+def kernel_distance(samples: np.ndarray, real: np.ndarray, config: EvaluationConfig) -> tuple[float, float]:
+    """KID: mean and standard deviation of MMD² over random subsets, drawn as torch-fidelity draws them by default.
 
     Differs: only the rows of a subset are held in double precision.
+
+    Args:
+        samples: (N, D).
+        real: (M, D).
+        config: the number of subsets and their size.
     """
     numbers = np.random.RandomState(KID_SEED)
     estimates = []
@@ -137,11 +153,11 @@ def _kid(samples: np.ndarray, real: np.ndarray, config: EvaluationConfig) -> tup
             features[numbers.choice(len(features), config.kid_subset_size, replace=False)].astype(np.float64)
             for features in (samples, real)
         )
-        estimates.append(_squared_mmd(x, y))
+        estimates.append(squared_mmd(x, y))
     return float(np.mean(estimates)), float(np.std(estimates))
 
 
-def _squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
+def squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
     """The unbiased estimate of MMD² of as many rows (M, D) each, of the kernel k(x, y) = (x·y / D + 1)³."""
     count = len(x)
     within = sum(kernel.sum() - kernel.trace() for kernel in (_kernel(x, x), _kernel(y, y)))
@@ -153,32 +169,30 @@ def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return base * base * base  # a power of 3 takes ten times as long
 
 
-def _radii(features: np.ndarray, neighborhood: int) -> Tensor:
-    """The distance of each row (M, D) to its `neighborhood`-th nearest other: (M,)."""
-    return torch.cat([_nearest(block, features, neighborhood + 1)[:, -1] for block in _rows(features)])
+def share_within_reach(features: np.ndarray, centres: np.ndarray, radii: Tensor) -> float:
+    """The share of features (N, D) that are no farther from some centre (M, D) than its radius (M,).
 
-
-def _nearest(block: Tensor, features: np.ndarray, count: int) -> Tensor:
-    """The distances of each row (B, D) to the `count` nearest of features (M, D), ascending: (B, count)."""
-    nearest = torch.empty(len(block), 0, dtype=block.dtype)
-    for others in _rows(features):
-        found = torch.cat([nearest, torch.cdist(block, others)], dim=1)
-        nearest = found.topk(min(count, found.shape[1]), dim=1, largest=False, sorted=True).values
-    return nearest
-
-
-def _share_within_reach(features: np.ndarray, centres: np.ndarray, radii: Tensor) -> float:
-    """The share of features (N, D) that are no farther from some centre (M, D) than its radius (M,)."""
-    reached = [_is_within_reach(block, centres, radii) for block in _rows(features)]
+    Precision is that of samples within reach of real images, recall the other way round.
+    """
+    reached = []
+    for block in _rows(features):
+        is_reached = torch.zeros(len(block), dtype=torch.bool)
+        for others, reach in zip(_rows(centres), radii.split(PRC_BLOCK), strict=True):
+            is_reached |= (torch.cdist(block, others) <= reach).any(dim=1)
+        reached.append(is_reached)
     return float(torch.cat(reached).float().mean())
 
 
-def _is_within_reach(block: Tensor, centres: np.ndarray, radii: Tensor) -> Tensor:
-    """Whether each row (B, D) is no farther from some centre (M, D) than its radius (M,): (B,)."""
-    reached = torch.zeros(len(block), dtype=torch.bool)
-    for others, reach in zip(_rows(centres), radii.split(PRC_BLOCK), strict=True):
-        reached |= (torch.cdist(block, others) <= reach).any(dim=1)
-    return reached
+def _radii(features: np.ndarray, neighborhood: int) -> Tensor:
+    """The distance of each row (M, D) to its `neighborhood`-th nearest other: (M,)."""
+    radii = []
+    for block in _rows(features):
+        nearest = torch.empty(len(block), 0, dtype=block.dtype)  # itself and others, ascending
+        for others in _rows(features):
+            found = torch.cat([nearest, torch.cdist(block, others)], dim=1)
+            nearest = found.topk(min(neighborhood + 1, found.shape[1]), dim=1, largest=False, sorted=True).values
+        radii.append(nearest[:, -1])
+    return torch.cat(radii)
 
 
 def _rows(features: np.ndarray) -> Iterator[Tensor]:
@@ -200,7 +214,7 @@ def floor_metrics(real: np.ndarray, num_samples: int, config: EvaluationConfig) 
     Holds a copy of all features: an image has 2048 of Inception's, 8 KB.
 
     Args:
-        real: features of the real images, (M, D); at least `FEWEST_REAL`.
+        real: features of the real images, (M, D); at least `MIN_REAL`.
         num_samples: of the samples that it is the scale for.
         config: as for the samples.
     """
@@ -213,10 +227,3 @@ def floor_metrics(real: np.ndarray, num_samples: int, config: EvaluationConfig) 
         }
     )
     return compute_metrics(real[order[:count]], real[order[count:]], fitting)
-
-
-def check_counts(num_samples: int, num_real: int, config: EvaluationConfig) -> None:
-    """Raises: UserError, if there are fewer samples or real images than the metrics need."""
-    for what, count in (("samples", num_samples), ("real images", num_real)):
-        if shortage := config.shortage(count, what):
-            raise UserError(f"{shortage}; lower kid_subset_size or use more {what}")

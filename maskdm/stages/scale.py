@@ -7,15 +7,15 @@ from typing import Any
 
 from maskdm.base import rng
 from maskdm.data.inputs import open_data
-from maskdm.method.backbones.building import build_model
+from maskdm.method.backbones import build_model
 from maskdm.models.drawing import draw_images
 from maskdm.scoring import points
+from maskdm.scoring.headline import scale_scores
+from maskdm.scoring.scorer import Scorer
 from maskdm.scoring.scores import floor_metrics
 from maskdm.stages.runner import Task
-from maskdm.stages.scoring import Scorer
 from maskdm.training import devices
 
-ENDS = ("floor", "untrained")
 SEED = 0  # of the untrained network: a scale for all seeds
 
 
@@ -39,5 +39,5 @@ def run(task: Task, _: Path) -> dict[str, Any]:
         **scorer.origin,
     }
     task.record.update(compute.describe())
-    task.tracked.log(0, **{f"{metric}_{end}": scale[end][metric] for end in ENDS for metric in ("fid", "kid")})
+    task.tracked.log(0, **scale_scores(scale))
     return scale
