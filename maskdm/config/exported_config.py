@@ -10,14 +10,12 @@ The folder:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from maskdm.base.errors import UserError
-from maskdm.base.printable import printable
+from maskdm.base.errors import UserError, printable
 from maskdm.config import Params, parse_params
 from maskdm.config.architecture import architecture_of
 from maskdm.config.formats import WeightSet
@@ -25,21 +23,19 @@ from maskdm.config.formats import WeightSet
 FORMAT = "maskdm-model/2"
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 SECOND: dict[WeightSet, str] = {"raw": "model-raw.safetensors", "ema": "model-ema.safetensors"}
-NAMES = {WEIGHTS, CONFIG, CARD, *SECOND.values()}
-MOST_BYTES = 2**20  # of config.json
-MOST_HEADER_BYTES = 2**20  # of a weights file: a tensor's entry has a hundred
+MAX_HEADER_BYTES = 2**20  # of a weights file: a tensor's entry has a hundred
 
 
-class _Entry(BaseModel):
+class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class _WeightsFile(_Entry):
-    file: Literal["model.safetensors", "model-raw.safetensors", "model-ema.safetensors"]
+class _WeightsFile(_Section):
+    file: Literal["model.safetensors", "model-raw.safetensors", "model-ema.safetensors"]  # never a path
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class Config(_Entry):
+class Config(_Section):
     """What config.json holds.
 
     Attributes:
@@ -57,22 +53,29 @@ class Config(_Entry):
     weights: Annotated[dict[WeightSet, _WeightsFile], Field(min_length=1)]
     source: dict[str, Any]
 
+    def weights_file(self, folder: Path, which: WeightSet | None = None) -> tuple[Path, str]:
+        """The file of a set of weights (None: those of model.safetensors), and its sha256.
 
-def read_config(folder: Path) -> Config:
-    """The config.json of an exported folder.
+        Raises:
+            UserError: there is no such set.
+        """
+        if (entry := self.weights.get(which or self.which)) is None:
+            raise UserError(f"{folder} has no {which or self.which} weights, only {', '.join(self.weights)}")
+        return folder / entry.file, entry.sha256
+
+
+def read_config(folder: Path) -> tuple[Config, Params]:
+    """The config.json of an exported folder, and the params in it.
 
     Raises:
         UserError: there is none, or it is not what was written.
     """
     path = folder / CONFIG
     if not path.is_file():
-        raise UserError(f"{folder} is no folder of maskdm export or maskdm import-checkpoint: it has no {CONFIG}")
+        raise UserError(f"{folder} is not a folder of maskdm export or maskdm import-checkpoint: it has no {CONFIG}")
     try:
-        with path.open("rb") as file:
-            text = file.read(MOST_BYTES + 1)
-        if len(text) > MOST_BYTES:
-            raise ValueError(f"it is larger than {MOST_BYTES} bytes")
-        return Config.model_validate(json.loads(text))
+        config = Config.model_validate(json.loads(path.read_bytes()))
+        return config, parse_params(config.params, source=f"{path}: params")
     except ValidationError as error:
         first = error.errors()[0]
         reason = f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
@@ -81,33 +84,24 @@ def read_config(folder: Path) -> Config:
     raise UserError(f"{path} does not describe a model in the format {FORMAT} ({printable(reason)}); export it again")
 
 
-def misfits(config: Config, own: Params, params: Params, num_classes: int | None) -> Iterator[str]:
-    """Why the network of an exported folder can't be trained on in an experiment, as `patch_size is 4 there …`.
+def check_fits(folder: Path, params: Params, num_classes: int | None = None) -> None:
+    """Whether training could start from an exported folder, as far as that is known without torch.
 
     Args:
-        config: its config.json.
-        own: the params in it.
+        folder: of `maskdm export` or `maskdm import-checkpoint`.
         params: of the experiment.
         num_classes: of its dataset; None where they are not known yet, and not compared.
-    """
-    known = config.num_classes if num_classes is None else num_classes
-    there, here = architecture_of(own, config.num_classes), architecture_of(params, known)
-    for key in here:
-        if there[key] != here[key]:
-            yield f"{key} is {there[key]!r} there and {here[key]!r} here"
-
-
-def check_fits(folder: Path, params: Params) -> None:
-    """Whether training could start from an exported folder, as far as that is known without torch and the dataset.
 
     Raises:
-        UserError: it is no such folder, of another network or diffusion, or its weights are missing or cut off.
+        UserError: it is not such a folder, of another network or diffusion, or its weights are missing or cut off.
     """
-    config = read_config(folder)
-    own = parse_params(config.params, source=f"{folder / CONFIG}: params")
-    if differing := list(misfits(config, own, params, None)):
+    config, own = read_config(folder)
+    there = architecture_of(own, config.num_classes)
+    here = architecture_of(params, config.num_classes if num_classes is None else num_classes)
+    differing = [f"{key} is {there[key]!r} there and {here[key]!r} here" for key in here if there[key] != here[key]]
+    if differing:
         raise UserError(f"the model in {folder} does not fit the experiment: {'; '.join(differing)}")
-    path = folder / config.weights[config.which].file
+    path, _ = config.weights_file(folder)
     try:
         _check_whole(path)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -125,9 +119,7 @@ def _check_whole(path: Path) -> None:
         raise ValueError("no regular file")
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > MOST_HEADER_BYTES:
-            raise ValueError("no header of safetensors")
-        header = json.loads(file.read(length))
+        header = json.loads(file.read(min(length, MAX_HEADER_BYTES)))
     ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
     if path.stat().st_size != 8 + length + max(ends, default=0):
         raise ValueError("cut off")

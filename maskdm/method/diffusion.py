@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from maskdm.config.schema import Prediction
 from maskdm.method.masks import Masking
 from maskdm.method.patches import gather_patches, patchify
-
-Prediction = Literal["epsilon", "x_0", "v"]
 
 # The contract of a network: (noised visible patches (B, S, P), t (B,), visible_idx (B, S), labels) → (B, S, P).
 Denoiser = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]

@@ -8,47 +8,14 @@ Source: MaskDM (arXiv 2306.11363), section 3.2 "Masking configuration".
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-
 import torch
 from torch import Tensor
 
-from maskdm.config.geometry import Grid, Strategy, VisibleShape, visible_shape
+from maskdm.config.geometry import Grid, Mask
 
 
-@dataclass(frozen=True)
-class Masking:
-    """How M is drawn for an arm.
-
-    Args:
-        strategy: `patch` (uniformly), `block` (block_size × block_size groups together), `crop` (one window stays
-            visible) or `none`.
-        grid: the token grid.
-        mask_rate: the paper's m, in [0, 1).
-        block_size: side of a block in patches; `block` only.
-
-    Raises:
-        ValueError: the mask can't be realised on this grid (see `visible_shape`).
-    """
-
-    strategy: Strategy
-    grid: Grid
-    mask_rate: float = 0.0
-    block_size: int | None = None
-
-    def __post_init__(self) -> None:
-        _ = self.visible
-
-    @cached_property
-    def visible(self) -> VisibleShape:
-        """S, and the window of `crop`."""
-        return visible_shape(self.strategy, self.mask_rate, self.grid, self.block_size)
-
-    @property
-    def num_visible(self) -> int:
-        """S, the number of visible patches of every image."""
-        return self.visible.num_visible
+class Masking(Mask):
+    """How M is drawn for an arm."""
 
     def draw(self, batch_size: int, generator: torch.Generator) -> Tensor:
         """Draw masks for a batch.

@@ -1,4 +1,4 @@
-"""Networks from and for elsewhere: `maskdm import-checkpoint` and `maskdm export`; imports no torch itself."""
+"""The command lines of `maskdm import-checkpoint` and `maskdm export`; imports no torch itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Read a checkpoint of MaskDM's own code, or of U-ViT's, into a folder that maskdm
 
 The network computes the same function. Width, depth, patch and image size, and classes are read off the shapes of
 its tensors; the number of heads and the diffusion are not in them, so they are options. Nothing in the file is
-executed; entries that are no weights (optimizer, step) are ignored and named. U-ViT's files whose final 3x3
+executed; entries that are not weights (optimizer, step) are ignored and named. U-ViT's files whose final 3x3
 convolution does anything are refused: this network has none. Needs no params.yaml.
 """
 IMPORT_EPILOG = """\
@@ -31,57 +31,36 @@ examples:
   maskdm export results/finetune/patch-m50/seed-0/milestone-0.500.safetensors --out models/half
   maskdm export results/pretrain/patch-m50/seed-0 --which raw      what pretraining alone has made
 """
+CHECKPOINT_HELP = "a file of results/finetune/ARM/seed-S or results/pretrain/ARM/seed-S, or such a folder: its last one"
+EXPORT_OUT_HELP = "the folder to write (default: exported/ARM-seed-S-MILESTONE); an export is replaced"
+WHICH_HELP = "the weights for model.safetensors; the others are kept beside it (default: ema, if the file has them)"
 
 
 def add_import_arguments(command: argparse.ArgumentParser) -> None:
     """The help and the options of `maskdm import-checkpoint`."""
     command.description, command.epilog = IMPORT_DESCRIPTION, IMPORT_EPILOG
     command.formatter_class = argparse.RawDescriptionHelpFormatter
-    command.add_argument("file", metavar="FILE", help="what torch.save wrote: MaskDM's, or U-ViT's")
-    command.add_argument("--out", required=True, metavar="DIR", help="the folder to write; an imported one is replaced")
-    command.add_argument(
-        "--which",
-        choices=["ema", "raw"],
-        help="the weights for model.safetensors; the others are kept beside it (default: ema, if the file has them)",
-    )
-    command.add_argument(
-        "--num-heads",
-        type=_count,
-        metavar="N",
-        help="of attention; shapes don't tell (default: dim / 64, as U-ViT has it)",
-    )
-    command.add_argument(
-        "--num-timesteps", type=_count, default=1000, metavar="T", help="of the diffusion (default: %(default)s)"
-    )
-    command.add_argument(
-        "--schedule", choices=["linear", "cosine"], default="linear", help="of the noise (default: %(default)s)"
-    )
-    command.add_argument(
-        "--prediction",
-        choices=["epsilon", "x_0", "v"],
-        default="epsilon",
-        help="what the network was trained to predict (default: %(default)s)",
-    )
+    add, default = command.add_argument, "(default: %(default)s)"
+    add("file", metavar="FILE", help="what torch.save wrote: MaskDM's, or U-ViT's")
+    add("--out", required=True, metavar="DIR", help="the folder to write; an imported one is replaced")
+    add("--which", choices=["ema", "raw"], help=WHICH_HELP)
+    heads = "of attention; shapes don't tell (default: dim / 64, as U-ViT has it)"
+    add("--num-heads", type=_count, metavar="N", help=heads)
+    add("--num-timesteps", type=_count, default=1000, metavar="T", help=f"of the diffusion {default}")
+    add("--schedule", choices=["linear", "cosine"], default="linear", help=f"of the noise {default}")
+    prediction = f"what the network was trained to predict {default}"
+    add("--prediction", choices=["epsilon", "x_0", "v"], default="epsilon", help=prediction)
 
 
 def add_export_arguments(command: argparse.ArgumentParser) -> None:
     """The help and the options of `maskdm export`."""
     command.description, command.epilog = EXPORT_DESCRIPTION, EXPORT_EPILOG
     command.formatter_class = argparse.RawDescriptionHelpFormatter
-    command.add_argument(
-        "checkpoint",
-        metavar="CHECKPOINT",
-        help="a file of results/finetune/ARM/seed-S or results/pretrain/ARM/seed-S, or such a folder: its last one",
-    )
-    command.add_argument("--format", choices=["safetensors"], default="safetensors", help="(default: %(default)s)")
-    command.add_argument(
-        "--out",
-        metavar="DIR",
-        help="the folder to write (default: exported/ARM-seed-S-MILESTONE); an export is replaced",
-    )
-    command.add_argument(
-        "--which", choices=["ema", "raw"], default="ema", help="averaged or raw weights (default: %(default)s)"
-    )
+    add, default = command.add_argument, "(default: %(default)s)"
+    add("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT_HELP)
+    add("--format", choices=["safetensors"], default="safetensors", help=default)
+    add("--out", metavar="DIR", help=EXPORT_OUT_HELP)
+    add("--which", choices=["ema", "raw"], default="ema", help=f"averaged or raw weights {default}")
 
 
 def run_import(options: argparse.Namespace) -> None:
@@ -90,7 +69,7 @@ def run_import(options: argparse.Namespace) -> None:
     Raises:
         UserError: the file can't be served, or the place is taken.
     """
-    from maskdm.models.import_command import run
+    from maskdm.models.importing import run
 
     run(options)
 
@@ -101,7 +80,7 @@ def run_export(options: argparse.Namespace) -> None:
     Raises:
         UserError: there is no such checkpoint here, it is of other params, or the place is taken.
     """
-    from maskdm.models.export_command import run
+    from maskdm.models.exporting import run
 
     run(options)
 

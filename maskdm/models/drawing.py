@@ -1,4 +1,4 @@
-"""Images from averaged weights: what the stage `sample`, the trials and the logged models draw with."""
+"""Images from averaged weights: what the stage `sample`, the trials and all models are drawn with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from maskdm.base.tensors import load_into, load_weights
 from maskdm.config import Params
 from maskdm.config.architecture import architecture_of
 from maskdm.data.batches import to_uint8
-from maskdm.method.backbones.building import build_model
+from maskdm.method.backbones import build_model
 from maskdm.method.backbones.uvit import UViT
 from maskdm.method.diffusion import Denoiser, Diffusion
 from maskdm.method.sampling import batches_of, on_images, sample
@@ -30,7 +30,7 @@ def load_model(params: Params, weights: Path, num_classes: int, compute: Compute
 
     Args:
         params: give the architecture.
-        weights: a file of `checkpoint.save_tensors` with a set `ema`.
+        weights: a file of `tensors.save_tensors` with a set `ema`.
         num_classes: of the dataset; 0 without labels.
         compute: the device.
 
@@ -73,71 +73,49 @@ def draw_images(
     Raises:
         UserError: memory does not suffice, or a batch can't be kept.
     """
-    config, network = params.sampling, compute.compiled(model)
-    ids_of_batches = list(batches_of(num_images, config.batch_size))
-    parts = {ids: images for ids in ids_of_batches if (images := _load(kept, ids)) is not None}
-    count, close = _progress(num_images * config.num_steps, title, ranks)
+    config, shape = params.sampling, params.dataset.shape
+    batches = list(batches_of(num_images, config.batch_size))
+    parts = {ids: piece[0]["images"] for ids in batches if kept and (piece := kept.load(_name(ids)))}
+    missing = ranks.shared([ids for ids in batches if ids not in parts])
+    bar = Progress(num_images * config.num_steps, title, "evaluations") if ranks.is_first else None
+    count = bar.update if bar else lambda _: None
     count(config.num_steps * sum(map(len, parts)))
-
-    def draw(ids: range, num_drawn: int) -> torch.Tensor:
-        filled = _filled_up(ids, min(config.batch_size, num_images)) if compute.compile_mode else ids
-        on_step = partial(count, num_drawn)
-        return _draw_batch(params, network, num_classes, seed, filled, compute, on_step)[: len(ids)]
-
-    missing = ranks.shared([ids for ids in ids_of_batches if ids not in parts])
+    size = min(config.batch_size, num_images) if compute.compile_mode else None  # another would be compiled anew
+    draw = partial(_draw_batch, params, compute.compiled(model), num_classes, seed, compute, size)
     advice = f"{title}: batches of {config.batch_size} images did not fit; lower sampling.batch_size"
     with devices.explain_out_of_memory(advice), devices.explain_compiler():
-        for ids, images in _drawn(missing, draw, _image_shape(params), ranks):
+        for ids, images in _drawn(missing, draw, count, ranks):
             parts[ids] = images
-            if kept is not None:
+            if kept:
                 kept.save(_name(ids), {"images": images}, {})
-    close()
-    nothing = torch.empty(0, *_image_shape(params), dtype=torch.uint8)
-    return torch.cat([nothing, *(parts[ids] for ids in ids_of_batches if ids in parts)]).numpy()
+    if bar:
+        bar.close()
+    return np.concatenate([np.empty((0, *shape), np.uint8), *(parts[ids].numpy() for ids in batches if ids in parts)])
 
 
 def _drawn(
-    missing: list[range], draw: Callable[[range, int], torch.Tensor], image_shape: tuple[int, int, int], ranks: Ranks
+    missing: list[range],
+    draw: Callable[[range, Callable[[], None]], torch.Tensor],
+    count: Callable[[int], None],
+    ranks: Ranks,
 ) -> Iterator[tuple[range, torch.Tensor]]:
     """Batch after batch, on the first rank; every rank draws one of as many as there are ranks.
 
     Args:
         missing: ids of the batches.
-        draw: (ids, number of images that all ranks draw meanwhile) → uint8 images.
-        image_shape: (H, W, C).
+        draw: (ids, what to call after every step) → uint8 images.
+        count: counts the images that all ranks have evaluated.
         ranks: that draw.
     """
     for start in range(0, len(missing), ranks.num_ranks):
         together = missing[start : start + ranks.num_ranks]
-        own = draw(together[ranks.rank], sum(map(len, together))) if ranks.rank < len(together) else None
+        on_step = partial(count, sum(map(len, together)))
+        own = draw(together[ranks.rank], on_step) if ranks.rank < len(together) else None
         yield from zip(together, ranks.collected(own), strict=False)
-
-
-def _progress(total: int, title: str, ranks: Ranks) -> tuple[Callable[[int], None], Callable[[], None]]:
-    """Counts evaluations and closes the display, which the first rank alone has."""
-    if not ranks.is_first:
-        return lambda _: None, lambda: None
-    bar = Progress(total, title, "evaluations")
-    return bar.update, bar.close
-
-
-def _load(kept: Pieces | None, ids: range) -> torch.Tensor | None:
-    """The images of a batch that was finished before."""
-    piece = None if kept is None else kept.load(_name(ids))
-    return None if piece is None else piece[0]["images"]
 
 
 def _name(ids: range) -> str:
     return f"{ids.start:08d}-{ids.stop:08d}"
-
-
-def _image_shape(params: Params) -> tuple[int, int, int]:
-    return params.dataset.shape
-
-
-def _filled_up(ids: range, batch_size: int) -> range:
-    """The ids of a last, smaller batch and of images after it: another shape would be compiled anew."""
-    return range(ids.start, ids.start + batch_size)
 
 
 def _draw_batch(
@@ -145,12 +123,17 @@ def _draw_batch(
     network: Denoiser,
     num_classes: int,
     seed: int,
-    ids: range,
     compute: Compute,
+    size: int | None,
+    ids: range,
     on_step: Callable[[], None],
 ) -> torch.Tensor:
+    """The images of `ids`, uint8 (B, H, W, C); a batch that is smaller than `size` is filled up for that."""
     (height, width, channels), process = params.dataset.shape, params.diffusion
-    labels = _labels(params, ids, num_classes, compute.device)
+    filled = range(ids.start, ids.start + (size or len(ids)))
+    labels = None
+    if params.model.class_conditional:
+        labels = torch.tensor([i % num_classes for i in filled], device=compute.device)
     with compute.context():
         drawn = sample(
             on_images(network, params.model.patch_size, params.grid, labels),
@@ -158,15 +141,8 @@ def _draw_batch(
             params.sampling,
             (channels, height, width),
             seed,
-            ids,
+            filled,
             compute.device,
             on_step,
         )
-    return to_uint8(drawn).cpu()
-
-
-def _labels(params: Params, ids: range, num_classes: int, where: torch.device) -> torch.Tensor | None:
-    """Every class in turn, of a class-conditional model."""
-    if not params.model.class_conditional:
-        return None
-    return torch.tensor([i % num_classes for i in ids], device=where)
+    return to_uint8(drawn).cpu()[: len(ids)]

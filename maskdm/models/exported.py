@@ -1,62 +1,32 @@
 """A trained network as a folder for use elsewhere: plain safetensors, a config.json and a model card.
 
-`exported_config` says which file is what; `maskdm export` and `maskdm import-checkpoint` write them. A folder may come
-from anybody: nothing in it is executed, and no network is built before its tensors are known to be those that its
-params describe.
+`config.exported_config` says which file is what; `maskdm export` and `maskdm import-checkpoint` write them. Nothing in
+such a folder is executed, whoever it comes from.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from maskdm.base.checksums import file_sha256
-from maskdm.base.errors import UserError
-from maskdm.base.printable import printable
+from maskdm.base.errors import UserError, printable
 from maskdm.base.publishing import publish_folder
-from maskdm.base.tensors import Sets, load_into
+from maskdm.base.tensors import Sets
 from maskdm.config import Params, parse_params
-from maskdm.config.exported_config import CARD, CONFIG, FORMAT, NAMES, SECOND, WEIGHTS, Config, misfits, read_config
+from maskdm.config.exported_config import CARD, CONFIG, FORMAT, SECOND, WEIGHTS, Config, check_fits, read_config
 from maskdm.config.formats import WeightSet
-from maskdm.method.backbones.building import build_model
+from maskdm.method.backbones import build_model
 from maskdm.method.backbones.uvit import UViT
-from maskdm.method.backbones.uvit_shape import described_by, read_shape
-from maskdm.models.drawing import draw_images
-from maskdm.training import devices
 
-
-class Exported(NamedTuple):
-    """An exported network.
-
-    Attributes:
-        params: the experiment that it comes from, as far as it is known.
-        model: with its weights, on the CPU.
-        num_classes: of the dataset; counts only for a class-conditional network.
-    """
-
-    params: Params
-    model: UViT
-    num_classes: int
-
-    def draw(self, num_images: int, seed: int = 0) -> np.ndarray:
-        """Draw images as `params.sampling` says, on a GPU if there is one: uint8 (num_images, H, W, C).
-
-        Image i depends on (seed, i), as in the stage `sample`.
-
-        Raises:
-            UserError: memory does not suffice.
-        """
-        asked = self.params.compute
-        compute = devices.resolve(asked if asked.device == "cpu" else asked.model_copy(update={"device": "auto"}))
-        model = self.model.to(compute.device)
-        return draw_images(self.params, model, self.num_classes, seed, num_images, compute, f"seed {seed}")
+NAMES = {WEIGHTS, CONFIG, CARD, *SECOND.values()}
 
 
 def check_replaceable(output: Path) -> None:
@@ -68,11 +38,16 @@ def check_replaceable(output: Path) -> None:
     if not output.exists() and not output.is_symlink():
         return
     if output.is_symlink() or not output.is_dir():
-        raise UserError(f"{output} is there already, and is no folder; name another one with --out")
+        raise UserError(f"{output} is there already, and is not a folder; name another one with --out")
     names = {path.name for path in output.iterdir()}
-    if names and (names - NAMES or not _is_ours(output / CONFIG)):
+    try:
+        is_ours = names <= NAMES and json.loads((output / CONFIG).read_bytes())["format"] == FORMAT
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        is_ours = False
+    if names and not is_ours:
         raise UserError(
-            f"{output} is there already, and is no exported model alone; name another folder with --out, or empty it"
+            f"{output} is there already, and is not an exported model alone; name another folder with --out, or empty "
+            "this one"
         )
 
 
@@ -116,83 +91,76 @@ def publish_exported(
         (folder / CARD).write_text(card, encoding="utf-8")
 
 
-def load_exported(folder: Path | str, which: WeightSet | None = None) -> Exported:
-    """The network of an exported folder, ready to draw.
+def load_network(folder: Path, which: WeightSet | None = None) -> tuple[UViT, Params, Config]:
+    """The network of an exported folder, on the CPU, with its params and its config.json.
 
     Args:
         folder: of `maskdm export` or `maskdm import-checkpoint`.
         which: the set of weights; None takes those of model.safetensors.
 
     Raises:
-        UserError: it is no such folder, damaged, or its weights are not those that its params describe.
+        UserError: it is not such a folder, damaged, or its weights are not those that its params describe.
     """
-    config = read_config(Path(folder))
-    which = config.which if which is None else which
-    params = parse_params(config.params, source=f"{Path(folder) / CONFIG}: params")
-    weights = read_weights(Path(folder), config, params, which)
-    model = build_model(params, config.num_classes)
-    load_into(model, weights, Path(folder) / config.weights[which].file)
-    return Exported(params, model.eval(), config.num_classes)
+    config, params = read_config(folder)
+    with torch.device("meta"):
+        model = build_model(params, config.num_classes)
+    weights = _read_weights(folder, config, which, model)
+    model.load_state_dict(weights, assign=True)
+    return model.eval(), params, config
 
 
-def weights_for(
-    folder: Path, params: Params, num_classes: int, which: WeightSet | None = None
-) -> tuple[dict[str, Tensor], str]:
-    """The weights of an exported folder for a network of another experiment, to train it on.
+def weights_for(folder: Path, params: Params, num_classes: int) -> dict[str, Tensor]:
+    """The weights in model.safetensors, by parameter name, for a network of another experiment to be trained on.
 
     Args:
         folder: of `maskdm export` or `maskdm import-checkpoint`.
         params: of the experiment.
         num_classes: of its dataset.
-        which: the set of weights; None takes those of model.safetensors.
-
-    Returns:
-        the weights by parameter name, and the sha256 of their file.
 
     Raises:
-        UserError: it is no such folder, damaged, or of another network or diffusion.
+        UserError: it is not such a folder, damaged, or of another network or diffusion.
     """
-    config = read_config(folder)
-    own = parse_params(config.params, source=f"{folder / CONFIG}: params")
-    if differing := list(misfits(config, own, params, num_classes)):
-        raise UserError(f"the model in {folder} does not fit the experiment: {'; '.join(differing)}")
-    which = config.which if which is None else which
-    return read_weights(folder, config, own, which), config.weights[which].sha256
+    check_fits(folder, params, num_classes)
+    return load_network(folder)[0].state_dict()
 
 
-def read_weights(folder: Path, config: Config, params: Params, which: WeightSet) -> dict[str, Tensor]:
-    """One set of weights of an exported folder, by the names of `UViT.named_parameters`.
+def misfit(model: UViT, tensors: Mapping[str, Tensor], shown: Callable[[str], str] = str) -> str:
+    """The first difference between tensors and the parameters of a network; empty where there is none.
 
     Args:
-        folder: it.
-        config: its config.json.
-        params: those of `config`.
-        which: the set.
-
-    Raises:
-        UserError: it is not there, not the file that was written, or not of the network of `params`.
+        model: the network; on the meta device it costs nothing.
+        tensors: by the names of `UViT.named_parameters`.
+        shown: how to call a tensor: its name in the file.
     """
-    if which not in config.weights:
-        raise UserError(f"{folder} has no {which} weights, only {', '.join(config.weights)}")
-    path = folder / config.weights[which].file
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    wrong = [f"{shown(name)} is missing" for name in expected if name not in tensors]
+    wrong += [f"{printable(shown(name))} is not part of this network" for name in tensors if name not in expected]
+    wrong += [
+        f"{shown(name)} is {times(tensors[name].shape)}: expected {times(shape)}"
+        for name, shape in expected.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    more = f" (and {len(wrong) - 1} tensors more)" if len(wrong) > 1 else ""
+    return f"{wrong[0]}{more}" if wrong else ""
+
+
+def times(shape: tuple[int, ...]) -> str:
+    """A shape for people: `16×64`."""
+    return "×".join(map(str, shape)) or "a single number"
+
+
+def _read_weights(folder: Path, config: Config, which: WeightSet | None, model: UViT) -> dict[str, Tensor]:
+    """One set of weights, float32 by parameter name; only the very file that was written is read, if it fits."""
+    path, sha256 = config.weights_file(folder, which)
     try:
         if not path.is_file():
             raise ValueError("there is no such file")
-        if file_sha256(path) != config.weights[which].sha256:
+        if file_sha256(path) != sha256:
             raise ValueError("it is not the file that config.json describes: its sha256 differs")
-        with safe_open(path, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            if differing := read_shape(shapes).differences(described_by(params, config.num_classes)):
-                raise ValueError(f"it is of another network than config.json says: {differing[0]}")
-            tensors = {name: file.get_tensor(name) for name in shapes}
+        weights = {name: tensor.float() for name, tensor in load_file(path).items()}
+        if reason := misfit(model, weights):
+            raise ValueError(f"it is of another network than config.json says: {reason}")
     except (SafetensorError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} can't be used ({printable(reason)}); export or import the model again") from None
-    return {name: tensor.float() for name, tensor in tensors.items()}
-
-
-def _is_ours(path: Path) -> bool:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
+        reason = printable(" ".join(str(error).split()))
+        raise UserError(f"{path} can't be used ({reason}); export or import the model again") from None
+    return weights

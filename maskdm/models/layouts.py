@@ -10,23 +10,113 @@ Source: Bao et al. 2022 (arXiv 2209.12152) and MaskDM (arXiv 2306.11363), as the
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from maskdm.base.printable import printable
+from maskdm.base.errors import printable
 from maskdm.config.formats import WeightSet
-from maskdm.method.backbones.uvit_shape import UViTShape, read_shape
+from maskdm.method.backbones.uvit import UViT
+from maskdm.models.exported import misfit, times
 
-Layout = Literal["maskdm", "u-vit"]
-State = dict[str, Tensor]
 ENTRIES: dict[str, tuple[WeightSet, str]] = {"model": ("raw", "model."), "ema": ("ema", "ema_model.model.")}
-EMBEDDING = "patch_embed.proj.weight"
+EMBEDDING, POSITIONS, CLASSES = "patch_embed.proj.weight", "pos_embed", "label_emb.weight"
+HIDDEN = "mid_block.mlp.fc1.weight"
 FINAL_LAYER = ("final_layer.weight", "final_layer.bias")
+
+
+class Sizes(NamedTuple):
+    """What shapes tell of a network: section `model` of params.yaml but for the number of heads, images, classes."""
+
+    model: dict[str, Any]
+    image_size: int
+    channels: int
+    num_classes: int
+
+
+@dataclass(frozen=True)
+class Network:
+    """One set of weights as it lies in a file.
+
+    Attributes:
+        state: by our names, shapes as in the file.
+        names: in the file, by ours; none where they are ours.
+        prefix: of MaskDM's names.
+    """
+
+    state: Mapping[str, Any]
+    names: Mapping[str, str] = field(default_factory=dict)
+    prefix: str = ""
+
+    def shown(self, name: str) -> str:
+        """What the file calls a tensor of ours, or would."""
+        if name in self.names or not self.prefix:
+            return self.names.get(name, name)
+        if name.startswith("decoder_pred."):
+            return self.prefix + name.replace("decoder_pred", "encoder_to_output")
+        return f"{self.prefix}encoder.{'encoder_' if name == POSITIONS else ''}{name}"
+
+    def sizes(self) -> Sizes:
+        """Read the network off the shapes.
+
+        Raises:
+            ValueError: a tensor that tells is missing or of other sides, or the images are not square, grey or RGB.
+        """
+        dim, channels, patch, _ = self._shape(EMBEDDING, "dim × channels × patch × patch")
+        if channels not in (1, 3):
+            raise ValueError(
+                f"{self.shown(EMBEDDING)} takes {channels} channels: expected 1 (grey) or 3 (RGB); latents of an "
+                "autoencoder are not served"
+            )
+        num_classes = self._shape(CLASSES, "classes × dim")[0] if CLASSES in self.state else 0
+        num_extra = 2 if num_classes else 1
+        num_patches = self._shape(POSITIONS, f"1 × ({num_extra} + patches) × dim")[1] - num_extra
+        side = math.isqrt(max(num_patches, 0))
+        if num_patches < 1 or side * side != num_patches:
+            raise ValueError(f"its position embeddings are of {num_patches} patches, which fill no square")
+        hidden = self._shape(HIDDEN, "hidden × dim")[0]
+        ratio = hidden / dim
+        blocks = {found[1] for name in self.state if (found := re.match(r"in_blocks\.(\d+)\.", name))}
+        model = {
+            "patch_size": patch,
+            "dim": dim,
+            "depth": 2 * len(blocks) + 1,
+            "mlp_ratio": ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf),
+            "qkv_bias": "mid_block.attn.qkv.bias" in self.state,
+            "mlp_time_embed": any(name.startswith("time_embed.") for name in self.state),
+            "class_conditional": num_classes > 0,
+        }
+        return Sizes(model, side * patch, channels, num_classes)
+
+    def converted(self, model: UViT) -> dict[str, Tensor]:
+        """Float32 copies that fit a network of ours.
+
+        The convolution (D, C, p, p) becomes a matrix (D, p·p·C), pixels in the order (row, column, channel).
+
+        Raises:
+            ValueError: tensors are missing, foreign, of other shapes, or hold values that are not numbers.
+        """
+        state = {**self.state, EMBEDDING: self.state[EMBEDDING].permute(0, 2, 3, 1).flatten(1)}
+        if reason := misfit(model, state, self.shown):
+            raise ValueError(reason)
+        for name, tensor in state.items():
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{self.shown(name)} holds values that are infinite or not numbers")
+        return {name: tensor.detach().float().contiguous().clone() for name, tensor in state.items()}
+
+    def _shape(self, name: str, expected: str) -> tuple[int, ...]:
+        if name not in self.state:
+            raise ValueError(f"{self.shown(name)} is missing")
+        shape, sides = tuple(self.state[name].shape), expected.split(" × ")
+        is_as_expected = len(shape) == len(sides) and len({*zip(sides, shape, strict=True)}) == len({*sides})
+        if not is_as_expected or 0 in shape:  # a side of one name has one length
+            raise ValueError(f"{self.shown(name)} is {times(shape)}: expected {expected}")
+        return shape
 
 
 @dataclass(frozen=True)
@@ -35,226 +125,95 @@ class Checkpoint:
 
     Attributes:
         layout: whose it is.
-        sets: weights by our names, float32.
-        shape: of the network.
-        patch_size: p.
-        channels: C of the images.
+        networks: by the set of weights.
         ignored: what else is in the file, for people.
         betas: the variances β_t of its diffusion, (T,); None where the file has none.
     """
 
-    layout: Layout
-    sets: dict[WeightSet, State]
-    shape: UViTShape
-    patch_size: int
-    channels: int
-    ignored: tuple[str, ...] = ()
+    layout: Literal["maskdm", "u-vit"]
+    networks: dict[WeightSet, Network]
+    ignored: list[str]
     betas: Tensor | None = None
 
-    @property
-    def image_size(self) -> int:
-        """The side of the square images.
 
-        Raises:
-            ValueError: the patches fill no square.
-        """
-        side = math.isqrt(self.shape.num_patches)
-        if side * side != self.shape.num_patches:
-            raise ValueError(f"its position embeddings are of {self.shape.num_patches} patches, which fill no square")
-        return side * self.patch_size
-
-
-@dataclass(frozen=True)
-class _Network:
-    """One set of weights as it lies in the file.
-
-    Attributes:
-        state: by our names, shapes as in the file.
-        shown: our name → the one in the file, for messages.
-    """
-
-    state: State
-    shown: Callable[[str], str]
-
-
-def read_checkpoint(content: Any, most_bytes: int) -> Checkpoint:
-    """Tell the layout of a checkpoint, and take the weights out of it.
+def read_checkpoint(content: Any) -> Checkpoint:
+    """Tell the layout of a checkpoint, and find the weights in it.
 
     Args:
         content: of `extractors.load_plain`.
-        most_bytes: what the tensors may have together: as much as can be in the file.
 
     Raises:
-        ValueError: it is of neither layout, incomplete, or of a network that ours can't compute.
+        ValueError: it is of neither layout, or holds something else than weights.
     """
     expected = f"expected MaskDM's, a dict with `model` and `ema`, or U-ViT's, a dict with `{EMBEDDING}`"
     if not isinstance(content, Mapping):
         raise ValueError(f"it holds a {type(content).__name__}: {expected}")
     if any(isinstance(content.get(entry), Mapping) for entry in ENTRIES):
-        return _read_maskdm(content, most_bytes)
-    if EMBEDDING in content:
-        return _read_uvit(content, most_bytes)
-    names = ", ".join(printable(str(name), 60) for name in list(content)[:5]) or "nothing"
-    raise ValueError(f"its layout is not known (its first entries: {names}): {expected}")
+        checkpoint = _maskdm(content)
+    elif EMBEDDING in content:
+        checkpoint = _uvit(content)
+    else:
+        names = ", ".join(printable(str(name), 60) for name in list(content)[:5]) or "nothing"
+        raise ValueError(f"its layout is not known (its first entries: {names}): {expected}")
+    for network in checkpoint.networks.values():
+        for name, value in network.state.items():
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+                where = printable(network.shown(name))
+                raise ValueError(f"{where} is not a tensor of floating-point numbers, but {got}")
+    return checkpoint
 
 
-def _read_maskdm(content: Mapping[Any, Any], most_bytes: int) -> Checkpoint:
-    ignored, networks = [printable(str(name), 60) for name in content if name not in ENTRIES], {}
+def _maskdm(content: Mapping[Any, Any]) -> Checkpoint:
+    networks: dict[WeightSet, Network] = {}
+    ignored = [printable(str(name), 60) for name in content if name not in ENTRIES]
+    betas = None
     for entry, (which, prefix) in ENTRIES.items():
         given = content.get(entry)
-        if isinstance(given, Mapping):
-            networks[which] = _network_of_maskdm(entry, given, prefix)
-            others = [str(name) for name in given if not str(name).startswith(prefix)]
-            ignored += [f"{entry}: {name}" for name in _grouped(others)]
-        elif entry in content:
-            ignored.append(f"{entry} (no weights)")
-    model = content.get("model")
-    betas = model.get("betas") if isinstance(model, Mapping) else None
-    return _checkpoint("maskdm", networks, tuple(ignored), most_bytes, betas)
+        if not isinstance(given, Mapping):
+            ignored += [f"{entry} (no weights)"] if entry in content else []
+            continue
+        theirs = [name for name in map(str, given) if name.startswith(prefix)]
+        others = Counter(name.partition(".")[0] for name in map(str, given) if not name.startswith(prefix))
+        ignored += [f"{entry}: {printable(name, 60)}{f'.* ({n})' if n > 1 else ''}" for name, n in others.items()]
+        if not theirs:
+            raise ValueError(f"its entry `{entry}` has no tensor whose name starts with `{prefix}`")
+        names: dict[str, str] = {}
+        for name in theirs:
+            ours = _named_by_us(name.removeprefix(prefix))
+            if (twin := names.setdefault(ours, name)) != name:
+                raise ValueError(f"{printable(twin)} and {printable(name)} are the same tensor of the network")
+        networks[which] = Network({ours: given[name] for ours, name in names.items()}, names, prefix)
+        betas = given.get("betas", betas)
+    return Checkpoint("maskdm", networks, ignored, betas if isinstance(betas, Tensor) and betas.ndim == 1 else None)
 
 
-def _network_of_maskdm(entry: str, given: Mapping[Any, Any], prefix: str) -> _Network:
-    state: State = {}
-    names: dict[str, str] = {}
-    for name in (str(name) for name in given if str(name).startswith(prefix)):
-        ours = _named_by_us(name.removeprefix(prefix))
-        if ours is None:
-            raise ValueError(f"{printable(name)} is no part of this network")
-        if ours in state:
-            raise ValueError(f"{printable(names[ours])} and {printable(name)} are the same tensor of the network")
-        state[ours], names[ours] = given[name], name
-    if not state:
-        raise ValueError(f"its entry `{entry}` has no tensor whose name starts with `{prefix}`")
-    return _Network(state, lambda ours: names.get(ours, prefix + _named_by_them(ours)))
-
-
-def _named_by_us(theirs: str) -> str | None:
-    """Our name of a tensor of MaskDM's; None where there can be none."""
-    renamed = {"encoder.encoder_pos_embed": "pos_embed", "encoder.label_emb": "label_emb.weight"}
-    if theirs in renamed:
-        return renamed[theirs]
+def _named_by_us(theirs: str) -> str:
+    """Our name of a tensor of MaskDM's; one that this network does not have keeps its own."""
     first, _, rest = theirs.partition(".")
     if first == "encoder_to_output":
         return f"decoder_pred.{rest}"
-    if first == "time_embed":
+    if first != "encoder" or rest.startswith((POSITIONS, "decoder_pred.")):
         return theirs
-    is_ours_alone = rest.startswith(("pos_embed", "decoder_pred."))
-    return rest if first == "encoder" and not is_ours_alone else None
+    return {"encoder_pos_embed": POSITIONS, "label_emb": CLASSES}.get(rest, rest)
 
 
-def _named_by_them(ours: str) -> str:
-    """MaskDM's name of a tensor of ours."""
-    if ours == "pos_embed":
-        return "encoder.encoder_pos_embed"
-    if ours.startswith("decoder_pred."):
-        return ours.replace("decoder_pred", "encoder_to_output")
-    return f"encoder.{ours}"
-
-
-def _read_uvit(content: Mapping[Any, Any], most_bytes: int) -> Checkpoint:
-    state = {str(name): value for name, value in content.items() if name not in FINAL_LAYER}
-    ignored = _final_layer_that_does_nothing(content)
-    # what U-ViT releases are averaged weights
-    return _checkpoint("u-vit", {"ema": _Network(state, str)}, ignored, most_bytes)
-
-
-def _final_layer_that_does_nothing(content: Mapping[Any, Any]) -> tuple[str, ...]:
-    """The names of the final convolution, where there is one.
-
-    Raises:
-        ValueError: it changes its input.
-    """
+def _uvit(content: Mapping[Any, Any]) -> Checkpoint:
     given = [name for name in FINAL_LAYER if name in content]
-    if not given:
-        return ()
-    weight, bias = (content.get(name) for name in FINAL_LAYER)
-    if not isinstance(weight, Tensor) or not _is_identity(weight, bias):
+    if given and not _is_identity(*(content.get(name) for name in FINAL_LAYER)):
         raise ValueError(
-            "it is U-ViT's with a final 3×3 convolution over the whole image (final_layer), which this network has "
-            "not: it sees visible patches alone, and a convolution needs their neighbours. Without that layer it would "
-            "compute another function, so it can't be imported"
+            "it is U-ViT's with a final 3×3 convolution over the whole image (final_layer), which this network does "
+            "not have: it sees visible patches alone, and a convolution needs their neighbours. Without that layer it "
+            "would compute another function, so it can't be imported"
         )
-    return tuple(f"{name} (the identity)" for name in given)
+    state = {str(name): value for name, value in content.items() if name not in FINAL_LAYER}
+    ignored = [f"{name} (the identity)" for name in given]
+    return Checkpoint("u-vit", {"ema": Network(state)}, ignored)  # what U-ViT releases are averaged weights
 
 
-def _is_identity(weight: Tensor, bias: Any) -> bool:
+def _is_identity(weight: Any, bias: Any) -> bool:
     """Whether a convolution (C, C, 3, 3) gives back its input."""
-    if weight.ndim != 4 or weight.shape[0] != weight.shape[1] or weight.shape[0] > 8 or weight.shape[2:] != (3, 3):
+    if not isinstance(weight, Tensor) or weight.ndim != 4 or weight.shape[0] != weight.shape[1]:
         return False
-    identity = torch.zeros(weight.shape)
-    identity[range(len(weight)), range(len(weight)), 1, 1] = 1.0
-    has_no_bias = bias is None or (isinstance(bias, Tensor) and bias.numel() <= 8 and not bias.any())
-    return has_no_bias and torch.equal(weight.float(), identity)
-
-
-def _checkpoint(
-    layout: Layout,
-    networks: Mapping[WeightSet, _Network],
-    ignored: tuple[str, ...],
-    most_bytes: int,
-    betas: Any = None,
-) -> Checkpoint:
-    """Look at every tensor, then put them into our shapes."""
-    for network in networks.values():
-        _check_plain(network)
-    if sum(_num_bytes(network.state.values()) for network in networks.values()) > most_bytes:
-        raise ValueError("its tensors claim more values than the file can hold")
-    cuts = {_patch_of(network) for network in networks.values()}
-    sets = {which: _in_our_shapes(network) for which, network in networks.items()}
-    shapes = {
-        read_shape({name: tuple(tensor.shape) for name, tensor in sets[which].items()}, network.shown)
-        for which, network in networks.items()
-    }
-    if len(shapes) > 1 or len(cuts) > 1:
-        raise ValueError("its raw and its averaged weights are of different networks")
-    [(channels, patch_size)], [shape] = cuts, shapes
-    is_table = isinstance(betas, Tensor) and betas.ndim == 1 and _num_bytes([betas]) <= most_bytes
-    return Checkpoint(layout, sets, shape, patch_size, channels, ignored, betas if is_table else None)
-
-
-def _check_plain(network: _Network) -> None:
-    """Every value must be a tensor of floating-point numbers."""
-    for name, value in network.state.items():
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{printable(network.shown(name))} is no tensor of floating-point numbers, but {got}")
-
-
-def _num_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _patch_of(network: _Network) -> tuple[int, int]:
-    """(C, p) of the convolution that embeds patches."""
-    name = network.shown(EMBEDDING)
-    if EMBEDDING not in network.state:
-        raise ValueError(f"{name} is missing")
-    shape = tuple(network.state[EMBEDDING].shape)
-    if len(shape) != 4 or shape[2] != shape[3] or 0 in shape:
-        raise ValueError(f"{name} is {'×'.join(map(str, shape))}: expected dim × channels × patch × patch")
-    if shape[1] not in (1, 3):
-        raise ValueError(
-            f"{name} takes {shape[1]} channels: expected 1 (grey) or 3 (RGB); latents of an autoencoder are not served"
-        )
-    return shape[1], shape[2]
-
-
-def _in_our_shapes(network: _Network) -> State:
-    """Float32 copies; the convolution (D, C, p, p) as a matrix (D, p·p·C), pixels in the order (row, column, channel).
-
-    Raises:
-        ValueError: a value is infinite or no number.
-    """
-    converted = {}
-    for name, tensor in network.state.items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{printable(network.shown(name))} holds values that are infinite or no numbers")
-        own = tensor.permute(0, 2, 3, 1).flatten(1) if name == EMBEDDING else tensor
-        converted[name] = own.detach().float().contiguous().clone()
-    return converted
-
-
-def _grouped(names: list[str]) -> list[str]:
-    """Names by their first part, with how many there are."""
-    counts = Counter(printable(name.partition(".")[0], 60) for name in names)
-    return [first if count == 1 else f"{first}.* ({count})" for first, count in counts.items()]
+    has_bias = bias is not None and (not isinstance(bias, Tensor) or bool(bias.any()))
+    return not has_bias and torch.equal(weight.float(), nn.init.dirac_(torch.empty(weight.shape)))

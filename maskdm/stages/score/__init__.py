@@ -1,1 +1,1 @@
-"""`maskdm fid` and `maskdm export-images`: the pipeline's scores of any two sets of images."""
+"""`maskdm score` and `maskdm export-images`: the pipeline's scores of any two sets of images."""

@@ -10,12 +10,10 @@ import numpy as np
 from PIL import Image
 
 from maskdm.base.errors import UserError
-from maskdm.base.progress import Progress
+from maskdm.base.progress import progress
 from maskdm.base.publishing import publish_folder
 from maskdm.stages.score.command import wanted_of
 from maskdm.stages.score.sets import ImageSet, open_set
-
-BATCH = 256  # images that are read at a time
 
 
 def run(options: argparse.Namespace) -> None:
@@ -37,16 +35,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def write_pngs(images: ImageSet, folder: Path) -> None:
-    """Write 00000000.png and so on.
-
-    Args:
-        images: the set.
-        folder: an existing, empty one.
-    """
-    bar = Progress(len(images), "Writing PNG files", "images")
-    for start in range(0, len(images), BATCH):
-        for number, pixels in enumerate(np.asarray(images.pixels[start : start + BATCH]), start):
-            image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-            image.save(folder / f"{number:08d}.png", format="PNG")
-            bar.update()
-    bar.close()
+    """Write 00000000.png and so on into an existing, empty folder."""
+    for number in progress(range(len(images)), len(images), "Writing PNG files", "images"):
+        (pixels,) = np.asarray(images.pixels[number : number + 1])
+        image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+        image.save(folder / f"{number:08d}.png", format="PNG")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from io import BytesIO
@@ -18,18 +17,15 @@ from PIL import Image
 from maskdm.base.checksums import file_sha256
 from maskdm.base.errors import UserError
 from maskdm.config import ComputeConfig, DatasetConfig
-from maskdm.data.arrays import MANIFEST, ImageArrays, Images, ShardWriter
-from maskdm.data.bulk_decoding import any_number_of_pixels, decode_all
-from maskdm.data.collection import Collection, Numbers
-from maskdm.data.decoding import FORMATS, BadImageError, decode, is_grey
+from maskdm.data.arrays import MANIFEST, ImageArrays, ShardWriter, StoredImages
+from maskdm.data.collection import Collection
+from maskdm.data.decoding import FORMATS, BadImageError, any_number_of_pixels, decode_all, is_grey
 from maskdm.data.opening import open_collection
-from maskdm.data.stored_images import StoredImages
+from maskdm.models.loading import is_model, open_model
 from maskdm.scoring.classifier import Pixels
-from maskdm.scoring.protocol import flip_text, images_of, shaping_of
-from maskdm.stages.score.drawn import draw, is_model, weights_file
+from maskdm.scoring.protocol import drawn_as, flip_text, images_of, shaping_of
 
 SHARD_IMAGES = 8192
-MOST_BYTES = 2**30  # of the first file
 ORIENTATION, TURNED = 0x0112, 5  # an EXIF tag, and its values from which on width and height are exchanged
 
 
@@ -105,6 +101,43 @@ def is_files(place: Path) -> bool:
     return place.suffix not in (".npy", ".safetensors")
 
 
+def open_pair(a: Path, b: Path, wanted: Wanted, scratch: Path) -> tuple[ImageSet, ImageSet]:
+    """Two sets of images of the same shape.
+
+    Args:
+        a: the one.
+        b: the other.
+        wanted: what to make of files and models; where it names no channels, files get those of the other set, and
+            two sets of files one channel if all are grey, which is told.
+        scratch: an existing, empty folder, which must stay.
+
+    Raises:
+        UserError: one can't be opened, or their shapes differ.
+    """
+    if wanted.channels is None and all(place.exists() and is_files(place) for place in (a, b)):
+        grey = [place for place in (a, b) if _are_grey(place)]
+        if len(grey) == 2:
+            said = "the images of A and B are grey: read with one channel (--channels 3 reads them as RGB)"
+            print(said, file=sys.stderr)
+        elif grey:
+            other = b if grey == [a] else a
+            said = f"the images of {grey[0]} are grey, not all of {other} are: both are read as RGB"
+            print(f"{said} (--channels 1 reads both as grey)", file=sys.stderr)
+        wanted = replace(wanted, channels=1 if len(grey) == 2 else 3)
+    found: dict[str, ImageSet] = {}
+    for name, place in sorted({"a": a, "b": b}.items(), key=lambda item: is_files(item[1])):
+        (folder := scratch / name).mkdir()
+        found[name] = open_set(place, wanted, folder)
+        wanted = replace(wanted, channels=3 if found[name].shape[2] == 3 else 1)
+    one, other_set = found["a"], found["b"]
+    if one.shape != other_set.shape:
+        raise UserError(
+            f"A and B must be images of one size and kind, and {one.text}, but {other_set.text}: for folders and "
+            "archives --image-size N and --channels 1 or 3 say what to make of them"
+        )
+    return one, other_set
+
+
 def open_set(place: Path, wanted: Wanted, scratch: Path) -> ImageSet:
     """Open a set of images.
 
@@ -118,23 +151,15 @@ def open_set(place: Path, wanted: Wanted, scratch: Path) -> ImageSet:
     """
     if not place.exists():
         raise UserError(f"there is no {place} (looked for {place.absolute()})")
-    if is_files(place):
-        return _decoded(place, wanted, scratch)
     if place.suffix == ".npy":
         return _array(place)
     if is_model(place):
         return _drawn(place, wanted)
-    return _prepared(place)
-
-
-def _prepared(place: Path) -> ImageSet:
-    arrays = ImageArrays.open(place)
+    if is_files(place):
+        _decode(place, wanted, scratch)
+    arrays = ImageArrays.open(scratch if is_files(place) else place)
     arrays.verify()
-    return _stored(place, arrays, images_of(arrays.manifest))
-
-
-def _stored(place: Path, arrays: ImageArrays, about: dict[str, Any]) -> ImageSet:
-    pixels = StoredImages([arrays])
+    pixels, about = StoredImages([arrays]), images_of(arrays.manifest)
     drawn = {"from": str(place), **shaping_of(about)}
     return ImageSet(str(place), pixels, pixels.sha256, about, drawn, arrays.labels, arrays.num_classes)
 
@@ -154,181 +179,80 @@ def _array(place: Path) -> ImageSet:
 def _drawn(place: Path, wanted: Wanted) -> ImageSet:
     if wanted.num_samples is None:
         raise UserError(f"{place} is a model: say with --num-samples how many images to draw from it")
-    images, drawn, flip = draw(place, wanted.num_samples, wanted.seed, wanted.machine)
-    weights = file_sha256(weights_file(place))
+    model = open_model(place, wanted.machine.device, wanted.machine.threads)
+    images = model.draw(wanted.num_samples, wanted.seed)
+    drawn = {**drawn_as(model.params.sampling), "weights": {"ema": "EMA", "raw": "raw"}[model.which]}
+    weights, sha256 = file_sha256(model.file), hashlib.sha256(images.tobytes()).hexdigest()
     about = {"from": str(place), "seed": wanted.seed, "weights_sha256": weights, **drawn}
-    sha256 = hashlib.sha256(images.tobytes()).hexdigest()
-    return ImageSet(str(place), images, sha256, about, drawn, weights_sha256=weights, flip=flip)
+    return ImageSet(str(place), images, sha256, about, drawn, weights_sha256=weights, flip=model.flip)
 
 
-def _decoded(place: Path, wanted: Wanted, scratch: Path) -> ImageSet:
-    """Files as a dataset of their own in `scratch`: they need not fit into memory."""
-    dataset = _dataset(place, wanted)
+def _decode(place: Path, wanted: Wanted, scratch: Path) -> None:
+    """Write files as a dataset of their own: they need not fit into memory."""
+    channels: Literal[1, 3] = wanted.channels or (1 if _are_grey(place) else 3)
+    dataset = _dataset(place, channels, crop=wanted.crop, resize_filter=wanted.resize_filter)
+    about = {"channels", "image_size", "crop", "resize_filter"}
     with any_number_of_pixels(), open_collection(dataset) as collection:
-        if wanted.image_size is None:
-            collection = _OfOneSize(collection, dataset)
-            dataset = collection.dataset
-        numbers = np.arange(len(collection))
+        size: int | list[int] | None = wanted.image_size
+        if size is None:
+            collection, first = _of_one_size(collection)
+            size, about = list(first or (1, 1)), {"channels", "image_size"}
+        dataset = dataset.model_copy(update={"image_size": size})
         with closing(ShardWriter(scratch, dataset.shape, SHARD_IMAGES)) as writer:
-            for number, image in decode_all(collection, numbers, dataset, wanted.machine.threads, scratch):
+            numbers = np.arange(len(collection))
+            for number, image in decode_all(collection, numbers, dataset, wanted.machine.threads):
                 assert not isinstance(image, BadImageError), "bad images are an error"
                 writer.add(image, None if collection.labels is None else int(collection.labels[number]))
-            writer.finish(collection.class_names, {"from": str(place)}, _shaping(dataset, wanted), [])
-    arrays = ImageArrays.open(scratch)
-    return _stored(place, arrays, images_of(arrays.manifest))
+            made = dataset.model_dump(mode="json", include=about)
+            writer.finish(collection.class_names, {"from": str(place)}, made, [])
 
 
-def _dataset(place: Path, wanted: Wanted) -> DatasetConfig:
-    return DatasetConfig(
-        source="image_folder",
-        root=str(place),
-        image_size=1 if wanted.image_size is None else wanted.image_size,
-        channels=wanted.channels or (1 if _are_grey(place, wanted) else 3),
-        crop="none" if wanted.image_size is None else wanted.crop,
-        resize_filter=wanted.resize_filter,
-    )
+def _dataset(place: Path, channels: Literal[1, 3] = 3, **how: Any) -> DatasetConfig:
+    return DatasetConfig(source="image_folder", root=str(place), image_size=1, channels=channels, **how)
 
 
-def _are_grey(place: Path, wanted: Wanted) -> bool:
+def _are_grey(place: Path) -> bool:
     """Whether all files are grey, as their headers say; the first in colour ends the search."""
-    dataset = _dataset(place, replace(wanted, channels=3))
+    dataset = _dataset(place)
     with any_number_of_pixels(), open_collection(dataset) as collection:
-        numbers = np.arange(len(collection))
-        order = collection.reading_order(numbers)
-        return all(_is_grey(collection, int(number), dataset) for number in (numbers if order is None else order))
+        for number in range(len(collection)):
+            with suppress(BadImageError):  # decoding will tell
+                if not is_grey(_file(collection, number), dataset.max_pixels):
+                    return False
+    return True
 
 
-def _is_grey(collection: Collection, number: int, dataset: DatasetConfig) -> bool:
-    try:
-        return is_grey(_file(collection, number, MOST_BYTES), dataset.max_pixels)
-    except BadImageError:
-        return True  # decoding will tell
-
-
-def _shaping(dataset: DatasetConfig, wanted: Wanted) -> dict[str, Any]:
-    """What was made of the files; of equal sizes nothing but the channels."""
-    keys = (
-        {"channels", "image_size"} if wanted.image_size is None else {"channels", "image_size", "crop", "resize_filter"}
-    )
-    return dataset.model_dump(mode="json", include=keys)
-
-
-class _OfOneSize(Collection):
-    """The files of a collection, each refused that has another size than the first.
-
-    Args:
-        inner: the collection.
-        dataset: what to make of its files; their size is found here.
-
-    Attributes:
-        dataset: the same with the size of the first file.
-
-    Raises:
-        UserError: the first can't be read.
-    """
-
-    def __init__(self, inner: Collection, dataset: DatasetConfig) -> None:
-        super().__init__(inner.origin, inner.root, inner.class_names, inner.labels)
-        self._inner = inner
-        try:
-            content = _file(inner, 0, MOST_BYTES)
-            decode(content, dataset)  # what it refuses is refused before the header is looked at
-            self._size = _upright_size(content)
-        except BadImageError as error:
-            raise UserError(f"bad image {inner.where(0)}: {error}") from None
-        self.dataset = dataset.model_copy(update={"image_size": list(self._size)})
-
-    def __len__(self) -> int:
-        return len(self._inner)
-
-    def name(self, number: int) -> str:
-        """As the base class says."""
-        return self._inner.name(number)
-
-    def where(self, number: int) -> str:
-        """As the base class says."""
-        return self._inner.where(number)
-
-    def load(self, number: int, most_bytes: int) -> Images:
-        """An image's pixels.
-
-        Raises:
-            BadImageError: it can't be decoded.
-            UserError: it is of another size.
-        """
-        content = _file(self._inner, number, most_bytes)
-        pixels = decode(content, self.dataset)
-        if (size := _upright_size(content)) != self._size:
-            (height, width), (first_height, first_width) = size, self._size
-            raise UserError(
-                f"{self.where(number)} is {height}×{width} pixels, {self.where(0)} is {first_height}×{first_width}: "
-                "say with --image-size N (and --crop, --resize-filter) which size to make of them"
-            )
-        return pixels[..., 0] if pixels.shape[2] == 1 else pixels
-
-    def reading_order(self, numbers: Numbers) -> Numbers | None:
-        """As the base class says."""
-        return self._inner.reading_order(numbers)
-
-
-def _file(collection: Collection, number: int, most_bytes: int) -> bytes:
-    content = collection.load(number, most_bytes)
+def _file(collection: Collection, number: int) -> bytes:
+    content = collection.load(number)
     assert isinstance(content, bytes), "an image folder holds files"
     return content
 
 
-def _upright_size(content: bytes) -> tuple[int, int]:
-    """Height and width of an image that can be decoded, turned by its EXIF orientation."""
-    with Image.open(BytesIO(content), formats=FORMATS) as image:
-        width, height = image.size
-        is_turned = image.getexif().get(ORIENTATION, 1) >= TURNED
-    return (width, height) if is_turned else (height, width)
+def _of_one_size(collection: Collection) -> tuple[Collection, tuple[int, int] | None]:
+    """A collection that refuses files of another size than its first; that size, None if the first is damaged."""
+    first = _upright_size(_file(collection, 0))
+
+    def load(number: int) -> bytes:
+        content = _file(collection, number)
+        size = _upright_size(content)
+        if size and first and size != first:
+            (height, width), (first_height, first_width) = size, first
+            raise UserError(
+                f"{collection.where(number)} is {height}×{width} pixels, {collection.where(0)} is "
+                f"{first_height}×{first_width}: say with --image-size N (and --crop, --resize-filter) which size to "
+                "make of them"
+            )
+        return content
+
+    return replace(collection, load=load), first
 
 
-@contextmanager
-def open_pair(a: Path, b: Path, wanted: Wanted, scratch: Path) -> Iterator[tuple[ImageSet, ImageSet]]:
-    """Two sets of images of the same shape.
-
-    Args:
-        a: the one.
-        b: the other.
-        wanted: what to make of files and models; where it names no channels, files get those of the other set, and
-            two sets of files one channel if all are grey.
-        scratch: an existing, empty folder.
-
-    Raises:
-        UserError: one can't be opened, or their shapes differ.
-    """
-    found: dict[str, ImageSet] = {}
-    channels = wanted.channels or _channels_of_files(a, b, wanted)
-    for name, place in sorted({"a": a, "b": b}.items(), key=lambda item: is_files(item[1])):
-        folder = scratch / name
-        folder.mkdir()
-        found[name] = open_set(place, _with_channels(wanted, channels), folder)
-        channels = found[name].shape[2]
-    one, other = found["a"], found["b"]
-    if one.shape != other.shape:
-        raise UserError(
-            f"A and B must be images of one size and kind, and {one.text}, but {other.text}: for folders and archives "
-            "--image-size N and --channels 1 or 3 say what to make of them"
-        )
-    yield one, other
-
-
-def _channels_of_files(a: Path, b: Path, wanted: Wanted) -> int | None:
-    """The channels to read two sets of files with, told to the user; None where one is something else."""
-    if not all(place.exists() and is_files(place) for place in (a, b)):
+def _upright_size(content: bytes) -> tuple[int, int] | None:
+    """Height and width of an image turned by its EXIF orientation; None of a damaged one: decoding will tell."""
+    try:
+        with Image.open(BytesIO(content), formats=FORMATS) as image:
+            width, height = image.size
+            is_turned = image.getexif().get(ORIENTATION, 1) >= TURNED
+    except Exception:  # damaged files make Pillow raise almost anything
         return None
-    grey = [place for place in (a, b) if _are_grey(place, wanted)]
-    if len(grey) == 2:
-        said = "the images of A and B are grey: read with one channel (--channels 3 reads them as RGB)"
-        print(said, file=sys.stderr)
-    elif grey:
-        other = b if grey == [a] else a
-        said = f"the images of {grey[0]} are grey, not all of {other} are: both are read as RGB"
-        print(f"{said} (--channels 1 reads both as grey)", file=sys.stderr)
-    return 1 if len(grey) == 2 else 3
-
-
-def _with_channels(wanted: Wanted, channels: int | None) -> Wanted:
-    return wanted if channels is None else replace(wanted, channels=3 if channels == 3 else 1)
+    return (width, height) if is_turned else (height, width)

@@ -1,4 +1,4 @@
-"""What an FID is of, reference statistics that are kept, `maskdm fid` and `maskdm export-images`."""
+"""What an FID is of, reference statistics that are kept, `maskdm score` and `maskdm export-images`."""
 
 from __future__ import annotations
 
@@ -20,17 +20,16 @@ from PIL import Image
 
 from maskdm.base.errors import UserError
 from maskdm.base.publishing import publish_description, publish_json
-from maskdm.config import EvaluationConfig, load_params
+from maskdm.config import EvaluationConfig, load_params, paths
 from maskdm.config.stamps import FILE, read_stamp, stamp_folder
-from maskdm.data.arrays import ImageArrays, ShardWriter
-from maskdm.data.stored_images import StoredImages
+from maskdm.data.arrays import ImageArrays, ShardWriter, StoredImages
 from maskdm.models.exported import publish_exported
 from maskdm.scoring import references
 from maskdm.scoring.extractors import FeatureExtractor, open_pixels
 from maskdm.scoring.protocol import Protocol, differences, drawn_as, flips_text, images_of
 from maskdm.scoring.scores import Reference
 from maskdm.stages.score import command, export, sets
-from maskdm.stages.score.options import add_export_images, add_fid
+from maskdm.stages.score.options import add_export_images, add_score
 from tests.conftest import ARM, Experiment
 from tests.factories import CPU, digits, protocol, tiny_model, tiny_params
 from tests.fidelity import write_inception_weights
@@ -46,17 +45,17 @@ def parsed(add: Callable[[argparse.ArgumentParser], None], *words: str | Path) -
     return parser.parse_args([str(word) for word in words])
 
 
-def fid(*words: str | Path) -> str:
-    """What `maskdm fid` prints."""
+def score(*words: str | Path) -> str:
+    """What `maskdm score` prints."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        command.run(parsed(add_fid, *words))
+        command.run(parsed(add_score, *words))
     return out.getvalue()
 
 
 def scores_of(*words: str | Path) -> dict[str, Any]:
-    """What `maskdm fid` writes."""
-    fid(*words, "--json", "scores.json")
+    """What `maskdm score` writes."""
+    score(*words, "--json", "scores.json")
     content: dict[str, Any] = json.loads(Path("scores.json").read_text())
     return content
 
@@ -221,29 +220,34 @@ def test_the_dataset_is_never_held_whole(prepared: Experiment, monkeypatch: pyte
 
 def reference(count: int = 60, dim: int = 4) -> tuple[np.ndarray, Reference]:
     features = np.random.default_rng(0).normal(size=(count, dim)).astype(np.float32)
-    np.save(references.FEATURES, features)
+    np.save(paths.REAL_FEATURES, features)
     return features, Reference.of(features, 3)
 
 
 def test_statistics_are_read_as_they_were_written(tmp_path: Path) -> None:
     features, expected = reference()
-    references.save_statistics(tmp_path, expected, "f" * 64)
-    found = references.load_statistics(tmp_path, features, "f" * 64, 3)
+    references.save_statistics(tmp_path, expected)
+    found = references.open_reference(tmp_path, 3)
+    np.testing.assert_array_equal(found.features, features)
     for name in ("mean", "covariance", "radii"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
 
 
-@pytest.mark.parametrize(
-    ("count", "dim", "sha256", "neighborhood"),
-    [(60, 4, "e" * 64, 3), (60, 4, "f" * 64, 2), (59, 4, "f" * 64, 3), (60, 3, "f" * 64, 3)],
-)
-def test_statistics_of_other_features_are_refused(
-    tmp_path: Path, count: int, dim: int, sha256: str, neighborhood: int
-) -> None:
+@pytest.mark.parametrize(("count", "dim", "neighborhood"), [(60, 4, 2), (59, 4, 3), (60, 3, 3)])
+def test_statistics_of_other_features_are_refused(tmp_path: Path, count: int, dim: int, neighborhood: int) -> None:
     features, found = reference()
-    references.save_statistics(tmp_path, found, "f" * 64)
+    references.save_statistics(tmp_path, found)
+    np.save(paths.REAL_FEATURES, features[:count, :dim])
     with pytest.raises(UserError, match="was computed of other features than those beside it; run first: maskdm feat"):
-        references.load_statistics(tmp_path, features[:count, :dim], sha256, neighborhood)
+        references.open_reference(tmp_path, neighborhood)
+
+
+def test_features_that_were_changed_afterwards_are_refused(tmp_path: Path) -> None:
+    features, found = reference()
+    references.save_statistics(tmp_path, found)
+    np.save(paths.REAL_FEATURES, features + 1)
+    with pytest.raises(UserError, match="was computed of other features"):
+        references.open_reference(tmp_path, 3)
 
 
 def test_damaged_statistics_are_refused(prepared: Experiment) -> None:
@@ -285,20 +289,24 @@ def test_what_is_kept_is_brought_back_and_a_damaged_entry_is_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     features, found = reference()
-    references.save_statistics(tmp_path, found, references.file_sha256(tmp_path / references.FEATURES))
-    assert not references.bring_back("k" * 32, tmp_path / "nowhere")
+    references.save_statistics(tmp_path, found)
+    assert references.bring_back("k" * 32, tmp_path / "nowhere", 3) is None
     references.keep("k" * 32, tmp_path)
-    (tmp_path / "other").mkdir()
-    assert references.bring_back("k" * 32, tmp_path / "other")
+    other = tmp_path / "other"
+    other.mkdir()
+    again = references.bring_back("k" * 32, other, 3)
+    assert again is not None
     assert "real features: taken from" in capsys.readouterr().err
-    again = references.open_reference(tmp_path / "other", 3)
     np.testing.assert_array_equal(again.features, features)
     np.testing.assert_array_equal(again.covariance, found.covariance)
-    kept = references.kept_at("k" * 32) / references.FEATURES
+    kept = references.kept_at("k" * 32) / paths.REAL_FEATURES
     kept.unlink()
     kept.write_bytes(b"other")
-    assert not references.bring_back("k" * 32, tmp_path / "other")
+    for file in other.iterdir():
+        file.unlink()
+    assert references.bring_back("k" * 32, other, 3) is None
     assert "are damaged (the sha256 of reference.npy is another): computed anew" in capsys.readouterr().err
+    assert not list(other.iterdir()), "what is written there next is not written into the kept file"
 
 
 def test_experiments_on_equal_images_share_the_features_of_a_pretrained_extractor(
@@ -312,8 +320,8 @@ def test_experiments_on_equal_images_share_the_features_of_a_pretrained_extracto
     tiny.change(dataset={"limit": 8}, evaluation=evaluation, sampling={"num_samples": 8}).succeed("prepare")
     others = [tiny.copy_to(project / name) for name in ("first", "second", "third")]
     computed: list[int] = []
-    write = FeatureExtractor.write_features
-    monkeypatch.setattr(FeatureExtractor, "write_features", lambda *a, **k: computed.append(1) or write(*a, **k))
+    compute = FeatureExtractor.features
+    monkeypatch.setattr(FeatureExtractor, "features", lambda *a, **k: computed.append(1) or compute(*a, **k))
     said = [others[0].succeed("features").err, others[1].succeed("features").err]
     assert len(computed) == 1
     assert "real features: taken from" not in said[0]
@@ -328,7 +336,7 @@ def test_experiments_on_equal_images_share_the_features_of_a_pretrained_extracto
     assert json.loads(others[1].path("results/features/features.json").read_text())["weights_sha256"] == weights
 
 
-# --- maskdm fid
+# --- maskdm score
 
 
 def metrics_of(experiment: Experiment) -> dict[str, Any]:
@@ -371,9 +379,9 @@ def test_images_drawn_from_a_model_come_with_the_flips_of_its_training(
         *(f"results/pretrain/{ARM}/seed-0/checkpoint.safetensors", "model"),
         f"results/finetune/{ARM}/seed-0/milestone-1.000.safetensors",
     ):
-        assert ", trained without left-right flips\n" in fid(trained.path(place), data, *words)
+        assert ", trained without left-right flips\n" in score(trained.path(place), data, *words)
     tell_training(trained, "finetune", flip=0.25)
-    assert ", trained with left-right flips of probability 0.25\n" in fid(trained.path(place), data, *words)
+    assert ", trained with left-right flips of probability 0.25\n" in score(trained.path(place), data, *words)
 
 
 @pytest.mark.parametrize(("stage", "file"), [("pretrain", "checkpoint"), ("finetune", "milestone-1.000")])
@@ -383,9 +391,9 @@ def test_of_what_began_from_weights_of_elsewhere_the_flips_are_not_known(
     began = scored_once.copy_to(tmp_path)
     weights = began.path(f"results/{stage}/{ARM}/seed-0/{file}.safetensors")
     words = (weights, scored_once.path("results/data"), "--features", "pixels", "--num-samples", "60", *SMALL)
-    assert "flips" in fid(*words)
+    assert "flips" in score(*words)
     restamp(began.path(f"results/pretrain/{ARM}/seed-0"), inputs={"pretrain.checkpoint": "c" * 64})
-    assert "flips" not in fid(*words)
+    assert "flips" not in score(*words)
 
 
 def test_of_what_was_pretrained_again_since_the_flips_are_not_known(scored_once: Experiment, tmp_path: Path) -> None:
@@ -394,7 +402,7 @@ def test_of_what_was_pretrained_again_since_the_flips_are_not_known(scored_once:
     restamp(again.path(f"results/pretrain/{ARM}/seed-0"))
     place = again.path(f"results/finetune/{ARM}/seed-0/milestone-1.000.safetensors")
     words = ("--features", "pixels", "--num-samples", "60", *SMALL)
-    assert "flips" not in fid(place, scored_once.path("results/data"), *words)
+    assert "flips" not in score(place, scored_once.path("results/data"), *words)
 
 
 def tell_training(experiment: Experiment, stage: str, **training: Any) -> None:
@@ -416,7 +424,7 @@ def restamp(folder: Path, **changes: Any) -> None:
 def test_the_numbers_come_with_what_they_are_of_and_the_reports_cautions() -> None:
     np.save("a.npy", colour(60))
     save_pngs(Path("b"), colour(80, seed=1))
-    text = fid("a.npy", "b", "--features", "pixels", *SMALL)
+    text = score("a.npy", "b", "--features", "pixels", *SMALL)
     for said in (
         *("A  a.npy: 60 images, 6×6 RGB", "B  b: 80 images, 6×6 RGB", "Scores are of 60 generated images (a.npy)"),
         *("Features: pixels, sha256", "these are not Inception FIDs", "FID is biased", "covariance has not full rank"),
@@ -456,21 +464,21 @@ def test_an_exported_model_is_drawn_from() -> None:
     assert scores_of(*words, "--seed", "1")["fid"] != first["fid"]
     weights_sha256 = hashlib.sha256(Path("model/model.safetensors").read_bytes()).hexdigest()
     assert (first["a_weights_sha256"], first["b_weights_sha256"]) == (weights_sha256, None)
-    assert f"drawn from weights of sha256 {weights_sha256[:12]}\n" in fid(*words), "its training is not known"
+    assert f"drawn from weights of sha256 {weights_sha256[:12]}\n" in score(*words), "its training is not known"
 
 
 def test_how_files_were_made_is_told_of_both_sets() -> None:
     save_pngs(Path("a"), colour(60, size=9))
     write_dataset(Path("b"), colour(60))  # crop: none
     words = ["--features", "pixels", "--image-size", "6", *SMALL]
-    text = fid("a", "b", *words, "--resize-filter", "bicubic")
+    text = score("a", "b", *words, "--resize-filter", "bicubic")
     assert "60 generated images (a, not cropped, resized by bicubic, antialiased)" in text
     assert "made of their files in different ways (resize_filter: bicubic and none)" in text
-    assert "in different ways (crop: center and none; resize" in fid("a", "b", *words, "--crop", "center")
+    assert "in different ways (crop: center and none; resize" in score("a", "b", *words, "--crop", "center")
     assert scores_of("a", "a", *words)["protocol"]["drawn"] == {"from": "a", "crop": "none", "resize_filter": "lanczos"}
-    assert "in different ways" not in fid("a", "a", *words)
+    assert "in different ways" not in score("a", "a", *words)
     np.save("c.npy", colour(60))
-    assert "in different ways" not in fid("a", "c.npy", *words), "of an array nothing is known"
+    assert "in different ways" not in score("a", "c.npy", *words), "of an array nothing is known"
 
 
 def test_a_pretrained_checkpoint_is_drawn_at_the_size_of_its_own_dataset(prepared: Experiment) -> None:
@@ -529,7 +537,7 @@ def test_a_set_in_colour_is_known_by_its_first_file(monkeypatch: pytest.MonkeyPa
     looked = sets.is_grey
     monkeypatch.setattr(sets, "is_grey", lambda *a: opened.append(True) or looked(*a))
     save_pngs(Path("a"), colour(60))
-    fid("a", "a", "--features", "pixels", *SMALL)
+    score("a", "a", "--features", "pixels", *SMALL)
     assert len(opened) == 2
 
 
@@ -576,6 +584,11 @@ def _bad_image() -> None:
     Path("a/0030.png").write_bytes(Path("a/0030.png").read_bytes()[:40])
 
 
+def _bad_first_image() -> None:
+    save_pngs(Path("a"), colour(60))
+    Path("a/0000.png").write_bytes(b"no image")
+
+
 def _nonsense() -> None:
     Path("a.npy").write_bytes(b"\x93NUMPY nonsense")
 
@@ -616,6 +629,7 @@ def _checkpoint() -> None:
         (_no_images, "a", [], "no images in a"),
         (_two_sizes, "a", [], r"0059\.png is 6×5 pixels, a/0000\.png is 6×6: say with --image-size N"),
         (_bad_image, "a", [], r"bad image a/0030\.png"),
+        (_bad_first_image, "a", [], r"bad image a/0000\.png: not an image of a known format"),
         (_nonsense, "a.npy", [], r"a\.npy can't be read as a \.npy array"),
         (_pickle, "a.npy", [], r"a\.npy can't be read as a \.npy array"),
         (_floats, "a.npy", [], r"a\.npy holds float64 \(60, 6, 6, 3\); expected images, uint8"),
@@ -646,7 +660,7 @@ def test_bad_input_is_told_and_nothing_written(make: Callable[[], None], a: str,
     np.save("b.npy", colour(60, seed=1))
     before = sorted(Path().rglob("*"))
     with pytest.raises(UserError, match=message):
-        fid(a, "b.npy", "--features", "pixels", *SMALL, *more, "--json", "scores.json")
+        score(a, "b.npy", "--features", "pixels", *SMALL, *more, "--json", "scores.json")
     assert sorted(Path().rglob("*")) == before
 
 
@@ -767,6 +781,6 @@ def test_the_report_shows_the_protocol_wherever_it_shows_fid(finished_once: Expe
 
 
 def test_the_defaults_of_the_command_are_those_of_the_pipeline() -> None:
-    options, config = parsed(add_fid, "a", "b"), EvaluationConfig()
+    options, config = parsed(add_score, "a", "b"), EvaluationConfig()
     names = ("batch_size", "kid_subsets", "kid_subset_size", "prc_neighborhood", "classifier_epochs")
     assert [getattr(options, name) for name in names] == [getattr(config, name) for name in names]
