@@ -18,10 +18,9 @@ from maskdm.config import Params, parse_params
 from maskdm.config.formats import GIVEN
 from maskdm.config.jobs import STAGE_VERSIONS, Jobs
 from maskdm.config.stamps import FILE, STAMP, Stamp, stamp_folder, stamped
-from maskdm.report.comparison import Comparison, compare_arms
-from maskdm.report.results import Missing, Results, Run, milestone_key
+from maskdm.report.comparison import Findings, compare_arms
+from maskdm.report.results import Choice, Missing, Results, Run, Trial, milestone_key
 from maskdm.report.tables import summary_frame
-from maskdm.report.tuning import Choice, Trial
 from tests.factories import protocol
 
 SCRATCH: dict[str, Any] = {"strategy": "none"}
@@ -155,10 +154,9 @@ def _stamp(output: Path, stamp: Stamp) -> None:
         publish_description(output, stamped(plain, stamp))
 
 
-def compared(params: Params, results: Results) -> tuple[pd.DataFrame, list[Comparison]]:
-    """The summary and the comparison that the report makes of results."""
-    summary = summary_frame(params, results)
-    return summary, compare_arms(params, results, summary)
+def findings(params: Params, results: Results) -> Findings:
+    """What the report finds in results."""
+    return compare_arms(params, results, summary_frame(params, results))
 
 
 def _made_up_fid(params: Params, arm: str) -> float:
@@ -175,7 +173,7 @@ def _run(params: Params, arm: str, seed: int, fid: float, rng: np.random.Generat
         seed,
         metrics={
             **{key: getattr(config, key) for key in ("strategy", "mask_rate", "block_size")},
-            "realised_mask_rate": params.visible_of(arm).realised_mask_rate(params.grid),
+            "realised_mask_rate": params.mask_of(arm).realised_mask_rate,
             "flip": 0.0,
             **ORIGIN,
             "milestones": {
@@ -251,6 +249,7 @@ def _choice(params: Params, arm: str, failed: Collection[str], rng: np.random.Ge
     for name, values in params.tuning.trials.items():
         kid = None if name in failed else float(rng.lognormal(-3.2, 0.4))
         reason = "loss not finite at step 40" if name in failed else None
-        tried.append(Trial(arm, name, values, reason, None if kid is None else 30 * kid, kid, 11.0))
-    best = min((t for t in tried if t.kid is not None), key=lambda trial: trial.kid or 0.0)
+        scores = {"kid": kid, "fid": None if kid is None else 30 * kid}
+        tried.append(Trial(arm, name, values, reason, scores, 11.0))
+    best = min((t for t in tried if t.failed is None), key=lambda trial: trial.scores["kid"] or 0.0)
     return Choice(arm, best.name, best.values, tried)

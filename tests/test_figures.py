@@ -15,28 +15,27 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
+import maskdm.report.report as report_module
+from maskdm.config import ArmConfig
 from maskdm.method.masks import Masking
-from maskdm.report.figures import FIGURES, _save, draw_figures
+from maskdm.report.comparison import Findings, final
+from maskdm.report.figures import FIGURES, Picture, draw_figures, printed, save, small_print
 from maskdm.report.figures.against_scratch import AGAINST_SCRATCH
-from maskdm.report.figures.axes import compute_unit, fid_text
-from maskdm.report.figures.fid_vs_compute import FID_VS_COMPUTE
+from maskdm.report.figures.axes import Kind, compute_unit
+from maskdm.report.figures.costs import TIME, TUNING
+from maskdm.report.figures.curves import FID_VS_COMPUTE, LOSSES
 from maskdm.report.figures.heat_map import HEAT_MAP
-from maskdm.report.figures.kind import Kind, Shown
-from maskdm.report.figures.losses import LOSSES
-from maskdm.report.figures.masks import LINE, MASKED, MASKS, STRIPE, draw_masks, masked_image
+from maskdm.report.figures.looks import DPI, STYLE, WIDTH, arm_looks, short
+from maskdm.report.figures.pictures import LINE, MASKED, MASKS, SAMPLES, STRIPE, draw_masks, image_grid, masked_image
 from maskdm.report.figures.points import POINTS
-from maskdm.report.figures.samples import SAMPLES, image_grid
-from maskdm.report.figures.small_print import printed, small_print
-from maskdm.report.figures.stage_time import TIME
-from maskdm.report.figures.tuning import TUNING
-from maskdm.report.looks import DPI, STYLE, WIDTH, arm_looks, short
-from maskdm.report.page import Content, Picture, render_markdown, render_page
+from maskdm.report.numbers import score_text
+from maskdm.report.report import render
 from maskdm.report.statistics import estimate
 from maskdm.report.verdicts import Verdict
 from tests.factories import protocol
 from tests.made_up_results import (
     SCRATCH,
-    compared,
+    findings,
     make_params,
     make_results,
     masked,
@@ -54,15 +53,13 @@ def few_arms(*arms: str) -> dict:
     return {"scratch": SCRATCH, **{arm: seven_arms()[arm] for arm in arms}}
 
 
-def show(params=None, **how) -> Shown:
+def show(params=None, **how) -> Findings:
     """What the figures are drawn from; `how` as in make_results."""
     params = make_params() if params is None else params
-    results = make_results(params, **how)
-    summary, arms = compared(params, results)
-    return Shown(params, results, summary, {one.arm: one for one in arms})
+    return findings(params, make_results(params, **how))
 
 
-def draw(kind: Kind, shown: Shown) -> Figure:
+def draw(kind: Kind, shown: Findings) -> Figure:
     with matplotlib.style.context(STYLE, after_reset=True):
         figure = kind.draw(shown)
         figure.draw_without_rendering()
@@ -73,9 +70,9 @@ def texts(figure: Figure) -> list[str]:
     return [text.get_text() for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
 
 
-def write(shown: Shown, folder: Path) -> list[Picture]:
+def write(shown: Findings, folder: Path) -> list[Picture]:
     folder.mkdir()
-    return draw_figures(shown.params, shown.results, shown.summary, list(shown.compared.values()), folder)
+    return draw_figures(shown, folder)
 
 
 CASES = {
@@ -140,7 +137,7 @@ def test_scores_never_stand_in_a_figure_without_what_they_are_of(tmp_path):
     for kind in [kind for kind in FIGURES if kind.file in files]:
         after = np.asarray(Image.open(tmp_path / "report" / kind.file))
         with matplotlib.style.context(STYLE, after_reset=True):
-            _save([kind.draw(shown)], tmp_path / "bare.png")
+            save([kind.draw(shown)], tmp_path / "bare.png")
         before = np.asarray(Image.open(tmp_path / "bare.png"))
         np.testing.assert_array_equal(after[: len(before)], before)
         assert len(after) - len(before) == pytest.approx(strip if kind.has_scores else 0, abs=1)
@@ -275,7 +272,7 @@ def test_compute_has_a_readable_unit(flops, unit):
 # heat map
 
 
-def heat_map_cells(shown: Shown) -> dict[tuple[str, str], str]:
+def heat_map_cells(shown: Findings) -> dict[tuple[str, str], str]:
     """The text of every cell by the names of its row and column."""
     [axes, *_] = draw(HEAT_MAP, shown).axes
     rows = [label.get_text() for label in axes.get_yticklabels()]
@@ -409,7 +406,7 @@ def test_tuning_marks_the_chosen_and_the_failed():
         assert axes.get_title(loc="left") == arm
         choice = shown.results.choices[arm]
         [star] = [line for line in axes.lines if line.get_marker() == "*"]
-        [score] = [trial.kid for trial in choice.trials if trial.name == choice.trial]
+        [score] = [trial.scores["kid"] for trial in choice.trials if trial.name == choice.trial]
         assert star.get_xdata() == pytest.approx([1000 * score])
         assert star.get_ydata() == [list(TRIALS).index(choice.trial)]
         assert all(line.get_xdata()[0] >= 1000 * score for line in axes.lines)
@@ -425,7 +422,7 @@ def test_masks_are_drawn_by_the_masking_of_training(arm, monkeypatch):
     monkeypatch.setattr(Masking, "draw", lambda self, *args: seen.append(self) or original(self, *args))
     masks = draw_masks(params, arm)
     assert masks.shape == (2, 4, 4) and np.array_equal(masks, draw_masks(params, arm))
-    assert masks.mean() == pytest.approx(params.visible_of(arm).realised_mask_rate(params.grid))
+    assert masks.mean() == pytest.approx(params.mask_of(arm).realised_mask_rate)
     assert (seen[0].strategy, seen[0].block_size) == (params.arm(arm).strategy, params.arm(arm).block_size)
 
 
@@ -455,8 +452,8 @@ def test_samples_show_real_images_first_and_every_arm_with_its_fid():
     shown = show(make_params(seeds=(0, 1)), missing=["crop-m75", ("patch-m50", 0)])
     figure = draw(SAMPLES, shown)
     assert len(figure.axes) == 7 and texts(figure)[0] == "real images"
-    first = shown.final[(shown.final["arm"] == "scratch") & (shown.final["seed"] == 0)]["fid"].item()
-    assert f"FID {fid_text(first)}" in texts(figure)
+    first = final(shown.summary).set_index(["arm", "seed"]).loc[("scratch", 0), "fid"]
+    assert f"FID {score_text(first)}" in texts(figure)
     assert any(text.endswith("(seed 1)") for text in texts(figure))
     assert np.array_equal(figure.axes[0].images[0].get_array(), image_grid(shown.results.real, 8))
 
@@ -501,22 +498,29 @@ def test_long_names_are_cut_in_the_middle():
 # the page
 
 
-def make_content(**changes) -> Content:
-    content = Content(
-        title="Does it <pay>?",
-        answer="1 of 2 arms & <b>.",
-        cautions=["One seed | proves `nothing`."],
-        missing=["crop-m75, seed 1: <no> file; run `maskdm evaluate --arm crop-m75 --seed 1`"],
-        verdicts=[Verdict("patch-m50", "same FID with 0.61× the compute (95 %: 0.55–0.70, n = 3)", "better")],
-        table=pd.DataFrame({"arm": ["patch-m50", "real vs real"], "FID": ["0.40 [0.30, 0.50]", "0.09"]}),
-        table_note="Means.",
-        notes=["FID is biased."],
-        pictures=[Picture("losses.png", "Losses", "A caption {style}.", "An <alt> text.")],
-        facts=[("machine", "A <fast> CPU {body}")],
-        tuning=pd.DataFrame({"arm": ["patch-m50"] * 13, "KID×1000": [str(k) for k in range(13)]}),
-        tuning_note="Tuned: 13 trials.",
-    )
-    return replace(content, **changes)
+def make_content(**changes) -> dict:
+    """What write_report gives the templates."""
+    return {
+        "title": "Does it <pay>?",
+        "answer": "1 of 2 arms & <b>.",
+        "cautions": ["One seed | proves `nothing`."],
+        "missing": ["crop-m75, seed 1: <no> file; run `maskdm evaluate --arm crop-m75 --seed 1`"],
+        "verdicts": [Verdict("patch-m50", "same FID with 0.61× the compute (95 %: 0.55–0.70, n = 3)", "better")],
+        "points": pd.DataFrame(),
+        "points_note": "",
+        "table": pd.DataFrame({"arm": ["patch-m50", "real vs real"], "FID": ["0.40 [0.30, 0.50]", "0.09"]}),
+        "table_note": "Means.",
+        "notes": ["FID is biased."],
+        "pictures": [Picture("losses.png", "Losses", "A caption {style} {{ title }}.", "An <alt> text.")],
+        "facts": [("machine", "A <fast> CPU {body} {% if %}")],
+        "tuning": pd.DataFrame({"arm": ["patch-m50"] * 13, "KID×1000": [str(k) for k in range(13)]}),
+        "tuning_note": "Tuned: 13 trials.",
+        **changes,
+    }
+
+
+def render_page(content: dict, folder: Path) -> str:
+    return render("page.html.j2", content, folder)
 
 
 @pytest.fixture
@@ -544,12 +548,11 @@ def test_the_page_escapes_what_it_was_given(folder):
         ("<alt>", "&lt;alt&gt;"),
     ):
         assert escaped in page and raw not in page, raw
-    assert "A caption {style}." in page and "CPU {body}" in page  # what looks like a place in the page is text
+    assert "A caption {style} {{ title }}." in page and "CPU {body} {% if %}" in page  # what looks like code is text
 
 
 def test_the_page_says_everything(folder):
-    content = make_content()
-    page = render_page(content, folder)
+    page = render_page(make_content(), folder)
     assert '<span class="kind better">better</span> <strong>patch-m50</strong>: same FID with 0.61×' in page
     assert "(95\u00a0%: 0.55–0.70, n\u00a0=\u00a03)" in page
     assert "<code>maskdm evaluate --arm crop-m75 --seed 1</code>" in page
@@ -572,7 +575,7 @@ def test_the_page_adapts_to_dark_screens_phones_and_print(folder):
 
 
 def test_markdown_links_its_figures_and_escapes():
-    text = render_markdown(make_content())
+    text = render("report.md.j2", make_content(), Path())
     assert "![An \\<alt\\> text.](losses.png)" in text
     assert "One seed \\| proves `nothing`." in text
     assert "- **patch-m50**: same FID with 0.61×" in text
@@ -599,3 +602,57 @@ def test_dvc_shows_every_figure_and_its_template_exists():
     assert files == {f"results/report/{kind.file}" for kind in OF_IMAGES}
     templates = [settings["template"] for plot in plots if isinstance(plot, dict) for settings in plot.values()]
     assert templates and all((ROOT / ".dvc" / "plots" / f"{name}.json").is_file() for name in templates)
+
+
+# what this room has never heard of: a strategy, sampler, metric or extractor that somebody adds elsewhere
+
+
+def with_unknown_names() -> Findings:
+    """Arms of strategy `checkerboard` between the others, scored by an extractor and drawn by a sampler of tomorrow."""
+    params = make_params(few_arms("patch-m50", "block2-m50"), trials=TRIALS)
+    board = {
+        f"board-m{rate}": ArmConfig.model_construct(strategy="checkerboard", mask_rate=rate / 100) for rate in (50, 75)
+    }
+    sampling = params.sampling.model_copy(update={"sampler": "flow"})
+    tuning = params.tuning.model_copy(update={"metric": "vendi"})
+    params = params.model_copy(update={"arms": {**params.arms, **board}, "sampling": sampling, "tuning": tuning})
+    results = make_results(params)
+    for choice in results.choices.values():
+        for trial in choice.trials:
+            trial.scores["vendi"] = 2.0
+    record = {**results.features_record, "extractor": "tomorrow/layer-9"}
+    runs = [replace(run, metrics={**run.metrics, "vendi": 3.0}) for run in results.runs]
+    results = replace(results, features_record=record, runs=runs)
+    return findings(params, results)
+
+
+def test_unknown_strategies_have_looks_of_their_own_after_the_known_ones():
+    params = with_unknown_names().params
+    looks, known = arm_looks(params), arm_looks(make_params(few_arms("patch-m50", "block2-m50")))
+    assert len({looks[arm].color for arm in params.arms}) == len(params.arms)
+    assert looks["block2-m50"].color != looks["board-m50"].color
+    assert looks["board-m50"].marker == looks["patch-m50"].marker != looks["board-m75"].marker
+    assert looks["scratch"] == known["scratch"]
+
+
+def test_unknown_names_break_no_figure_table_or_sentence(tmp_path, monkeypatch):
+    shown = with_unknown_names()
+    drawn: list[Masking] = []
+    original = Masking.draw
+    monkeypatch.setattr(Masking, "draw", lambda self, *args: drawn.append(self) or original(self, *args))
+    monkeypatch.setattr(report_module, "read_results", lambda _: shown.results)
+    report_module.write_report(shown.params, tmp_path)
+    assert {kind.file for kind in OF_IMAGES} <= {file.name for file in tmp_path.iterdir()}
+    assert {masking.strategy for masking in drawn} == {"patch", "block", "checkerboard"}
+    cells = heat_map_cells(shown)
+    assert ("checkerboard", "0.50") in cells and ("checkerboard", "0.75") in cells
+    text = " ".join((tmp_path / "summary.md").read_text().replace("\\", "").split())
+    for said in (
+        "| checkerboard |",
+        "board-m75",
+        "flow, 50 steps",
+        "with the lowest vendi",
+        "features are those of tomorrow",
+    ):
+        assert said in text, said
+    assert "checkerboard" in (tmp_path / "verdicts.csv").read_text()

@@ -24,7 +24,8 @@ from maskdm.config.jobs import Jobs
 from maskdm.report import Report, print_report, print_summary, write_report
 from maskdm.report.numbers import decimals, number_text, signed
 from maskdm.report.results import read_results
-from maskdm.report.tables import SUMMARY_COLUMNS, VERDICT_COLUMNS, format_table
+from maskdm.report.tables import SUMMARY_COLUMNS, format_table, verdict_columns
+from maskdm.scoring.headline import FID
 from tests.factories import protocol
 from tests.made_up_results import stamp_outputs
 
@@ -184,7 +185,7 @@ def make_metrics(params: Params, arm: str, seed: int, fids: float | Sequence[flo
     return {
         **{"arm": arm, "seed": seed},
         **{key: getattr(config, key) for key in ("strategy", "mask_rate", "block_size")},
-        "realised_mask_rate": params.visible_of(arm).realised_mask_rate(params.grid),
+        "realised_mask_rate": params.mask_of(arm).realised_mask_rate,
         "flip": 0.0,
         **origin(),
         "milestones": {f"{at:.3f}": make_milestone(at, fid) for at, fid in zip(fractions, fids, strict=True)},
@@ -226,7 +227,7 @@ def write_training(params: Params, arm: str, seed: int) -> None:
         ]
         last = timings[-1] if timings else {"device_seconds": 0.0, "data_wait_seconds": 0.0}
         totals = {key: last[key] for key in ("device_seconds", "data_wait_seconds")}
-        num_visible = params.visible_of(arm).num_visible if stage == "pretrain" else params.grid.num_patches
+        num_visible = params.mask_of(arm).num_visible if stage == "pretrain" else params.grid.num_patches
         facts = {"steps": len(steps[stage]) * 5, "num_visible": num_visible, **totals, **RAN_WITH}
         write_json(paths.record(stage, arm, seed), make_record(timings=timings, **facts))
     for stage in ("sample", "evaluate"):
@@ -367,7 +368,7 @@ class TestVerdictNumbers:
             assert float(row["precision"]) == pytest.approx(0.8 - statistics.mean(fids) / 100, rel=1e-12)
             assert float(row["recall_std"]) == pytest.approx(statistics.stdev(fids) / 100, rel=1e-9)
             assert (float(row["flops"]), row["images_seen"]) == (pytest.approx(BUDGET_FLOPS), "128000")
-        assert tuple(row) == VERDICT_COLUMNS
+        assert tuple(row) == verdict_columns(FID, ("precision", "recall"))
 
     def test_differences_are_paired_by_seed_and_their_p_values_holm_s(self, report):
         rows, base = verdict_rows(report[0]), FINAL_FIDS["scratch"]

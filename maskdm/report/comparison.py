@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from itertools import combinations
 
 import numpy as np
 import pandas as pd
 
 from maskdm.config import Params
-from maskdm.report.results import Results
+from maskdm.report.results import Choice, Results
 from maskdm.report.statistics import Crossing, Estimate, Paired, crossing, estimate, holm, paired
-from maskdm.report.tuning import Choice
-from maskdm.scoring.headline import Headline, headline_of
+from maskdm.scoring.headline import SCORES, Headline, headline_of
 
-SCORES = ("fid", "kid", "precision", "recall")
 SIGNIFICANT = 0.05
 
 
@@ -47,11 +42,6 @@ class Against:
     seconds_at_equal_score: float | None
 
     @property
-    def second_disagrees(self) -> bool:
-        """Whether the headline's score and the second opinion order the two differently."""
-        return self.score.difference.mean * self.second.difference.mean < 0
-
-    @property
     def is_clear(self) -> bool:
         """Whether chance is an unlikely reason for the difference, all arms of the report considered."""
         return self.score.difference.excludes_zero and self.p_holm < SIGNIFICANT
@@ -68,7 +58,7 @@ class Comparison:
     Attributes:
         arm: its key.
         headline: the score that all arms are compared by.
-        seeds: those with results; none: the arm is missing.
+        num_seeds: those with results; 0: the arm is missing.
         scores: at the end of the budget, by name, over seeds.
         flops: spent at the end of the budget, mean over seeds; NaN without any.
         images_seen: likewise.
@@ -80,7 +70,7 @@ class Comparison:
 
     arm: str
     headline: Headline
-    seeds: tuple[int, ...]
+    num_seeds: int
     scores: dict[str, Estimate]
     flops: float
     images_seen: float
@@ -89,10 +79,57 @@ class Comparison:
     against: Against | None = None
     disputed: list[str] = field(default_factory=list)
 
+
+@dataclass(frozen=True)
+class Findings:
+    """What verdicts, sentences, tables and figures are made from.
+
+    Attributes:
+        params: the experiment.
+        results: what was read of it.
+        summary: a row per arm, seed and milestone, as in summary.csv.
+        compared: every arm of params.yaml, in its order, those without results, too.
+    """
+
+    params: Params
+    results: Results
+    summary: pd.DataFrame
+    compared: dict[str, Comparison]
+
+    @property
+    def headline(self) -> Headline:
+        """The score that arms are compared by."""
+        return headline_of(self.summary)
+
+    @property
+    def reference(self) -> str | None:
+        """The arm that the others are compared with, with results or without; None where there is none."""
+        return reference_of(self.params)
+
+    @property
+    def baseline(self) -> str | None:
+        """The same; None also where it has no results."""
+        return self.reference if self.reference in self.arms else None
+
+    @property
+    def arms(self) -> list[str]:
+        """Those with results."""
+        return [arm for arm, one in self.compared.items() if one.num_seeds]
+
+    @property
+    def against(self) -> dict[str, Against]:
+        """The arms that could be compared with scratch, by arm."""
+        return {arm: one.against for arm, one in self.compared.items() if one.against is not None}
+
+    @property
+    def masked(self) -> list[str]:
+        """The arms that are pretrained, with results or without."""
+        return [arm for arm, config in self.params.arms.items() if config.strategy != "none"]
+
     @property
     def num_seeds(self) -> int:
-        """Seeds with results."""
-        return len(self.seeds)
+        """The most seeds that an arm has results of."""
+        return max(one.num_seeds for one in self.compared.values())
 
 
 def reference_of(params: Params) -> str | None:
@@ -101,46 +138,45 @@ def reference_of(params: Params) -> str | None:
     return "scratch" if "scratch" in unmasked else next(iter(unmasked), None)
 
 
-def compare_arms(params: Params, results: Results, summary: pd.DataFrame) -> list[Comparison]:
-    """Every arm of params.yaml, in its order, those without results, too."""
-    rows = {arm: summary[summary["arm"] == arm] for arm in params.arms}
+def compare_arms(params: Params, results: Results, summary: pd.DataFrame) -> Findings:
+    """Compare every arm with scratch, on all scores of the summary."""
     reference, headline = reference_of(params), headline_of(summary)
-    base = rows[reference] if reference is not None else summary.iloc[:0]
-    names = (*SCORES, *results.distances)
-    finals = {arm: _final(rows[arm]) for arm in params.arms}
-    disputes = _disputes(finals, headline)
-    compared = [
-        replace(
-            _scored(arm, headline, finals[arm], names, results.choices.get(arm)),
-            against=None if arm == reference else _against(rows[arm], base, headline),
-            disputed=[other for other in params.arms if other != reference and frozenset((arm, other)) in disputes],
+    rows = {arm: summary[summary["arm"] == arm] for arm in params.arms}
+    finals = {arm: final(of_arm).set_index("seed") for arm, of_arm in rows.items()}
+    against: dict[str, Against] = {}
+    for arm in params.arms:
+        if reference not in (None, arm) and (found := _compare(rows[arm], rows[str(reference)], headline)):
+            against[arm] = found
+    adjusted = holm([one.score.p_value for one in against.values()])
+    against = {arm: replace(one, p_holm=p) for (arm, one), p in zip(against.items(), adjusted, strict=True)}
+    names = (*(score.key for score in SCORES), *results.distances)
+    compared = {
+        arm: Comparison(
+            arm,
+            headline,
+            num_seeds=len(last),
+            scores={name: estimate(last[name].to_numpy()) for name in names},
+            flops=float(last["flops"].mean()),
+            images_seen=float(last["images_seen"].astype("float64").mean()),
+            device_seconds=float(last["device_seconds"].mean()),
+            choice=results.choices.get(arm),
+            against=against.get(arm),
+            disputed=[
+                other for other in params.arms if other != reference and _is_disputed(last, finals[other], headline)
+            ],
         )
-        for arm in params.arms
-    ]
-    return _adjusted(compared)
+        for arm, last in finals.items()
+    }
+    return Findings(params, results, summary, compared)
 
 
-def _scored(
-    arm: str, headline: Headline, last: pd.DataFrame, names: Iterable[str], choice: Choice | None
-) -> Comparison:
-    return Comparison(
-        arm,
-        headline,
-        seeds=tuple(int(seed) for seed in last.index),
-        scores={name: estimate(last[name].to_numpy()) for name in names},
-        flops=float(last["flops"].mean()),
-        images_seen=float(last["images_seen"].astype("float64").mean()),
-        device_seconds=float(last["device_seconds"].mean()),
-        choice=choice,
-    )
+def final(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows at the end of the budget."""
+    return rows[rows["milestone"] == rows["milestone"].max()]
 
 
-def _final(rows: pd.DataFrame) -> pd.DataFrame:
-    """The last milestone, indexed by seed."""
-    return rows[rows["milestone"] == rows["milestone"].max()].set_index("seed")
-
-
-def _against(rows: pd.DataFrame, base: pd.DataFrame, headline: Headline) -> Against | None:
+def _compare(rows: pd.DataFrame, base: pd.DataFrame, headline: Headline) -> Against | None:
+    """An arm's rows against scratch's; None where they have no seed in common."""
     common = sorted(set(rows["seed"]) & set(base["seed"]))
     if not common:
         return None
@@ -148,39 +184,25 @@ def _against(rows: pd.DataFrame, base: pd.DataFrame, headline: Headline) -> Agai
     key, second = headline.key, headline.second.key
     scores, base_scores = (r.pivot(index="seed", columns="milestone", values=key) for r in (ours, theirs))
     flops, seconds = (ours.groupby("milestone")[name].mean().to_numpy() for name in ("flops", "device_seconds"))
-    final, base_final = _final(ours).loc[common], _final(theirs).loc[common]
-    crossed = crossing(flops, scores.to_numpy(), base_final[key].to_numpy())
-    score = paired(final[key].to_numpy(), base_final[key].to_numpy())
+    last, base_last = (final(r).set_index("seed").loc[common] for r in (ours, theirs))
+    crossed = crossing(flops, scores.to_numpy(), base_last[key].to_numpy())
+    score = paired(last[key].to_numpy(), base_last[key].to_numpy())
     return Against(
         score=score,
-        second=paired(final[second].to_numpy(), base_final[second].to_numpy()),
+        second=paired(last[second].to_numpy(), base_last[second].to_numpy()),
         p_holm=score.p_value,
-        at_milestones={float(key): float(gap) for key, gap in (scores - base_scores).mean().items()},
+        at_milestones={float(at): float(gap) for at, gap in (scores - base_scores).mean().items()},
         crossing=crossed,
-        base_flops=float(base_final["flops"].mean()),
-        base_seconds=float(base_final["device_seconds"].mean()),
+        base_flops=float(base_last["flops"].mean()),
+        base_seconds=float(base_last["device_seconds"].mean()),
         flops=float(flops[-1]),
         # Between milestones every step costs the same, so that seconds are linear in compute.
         seconds_at_equal_score=None if crossed.at is None else float(np.interp(crossed.at, flops, seconds)),
     )
 
 
-def _disputes(finals: dict[str, pd.DataFrame], headline: Headline) -> set[frozenset[str]]:
-    """The pairs of arms that score and second opinion order differently, on the seeds that both have."""
+def _is_disputed(last: pd.DataFrame, other: pd.DataFrame, headline: Headline) -> bool:
+    """Whether score and second opinion order two arms differently, on the seeds that both have."""
     both = [headline.key, headline.second.key]
-    scores = {arm: dict(zip(last.index, last[both].to_numpy(), strict=True)) for arm, last in finals.items()}
-    disputes = set()
-    for (one, ours), (other, theirs) in combinations(scores.items(), 2):
-        gaps = [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
-        score, second = np.sum(gaps or [[0.0, 0.0]], axis=0)
-        if score * second < 0:
-            disputes.add(frozenset((one, other)))
-    return disputes
-
-
-def _adjusted(compared: list[Comparison]) -> list[Comparison]:
-    p_values = [math.nan if c.against is None else c.against.score.p_value for c in compared]
-    return [
-        c if c.against is None else replace(c, against=replace(c.against, p_holm=p))
-        for c, p in zip(compared, holm(p_values), strict=True)
-    ]
+    score, second = (last[both] - other[both]).dropna().sum()
+    return bool(score * second < 0)

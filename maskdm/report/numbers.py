@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pandas as pd
 
@@ -15,6 +16,11 @@ def decimals(values: pd.Series) -> int:
     return 2 if not size > 0 else min(max(2 - math.floor(math.log10(size)), 2), 6)
 
 
+def score_text(value: float) -> str:
+    """A FID, or another score, with three digits, at least two of them decimals."""
+    return f"{value:,.{decimals(pd.Series([value]))}f}"
+
+
 def number_text(value: float) -> str:
     """Three significant digits, no exponent, thousands separated."""
     places = 0 if value == 0 else max(2 - math.floor(math.log10(abs(value))), 0)
@@ -24,11 +30,6 @@ def number_text(value: float) -> str:
 def rate_text(rate: float) -> str:
     """A mask rate with two decimals, three where they are needed."""
     return f"{rate:.2f}" if round(rate, 2) == round(rate, 3) else f"{rate:.3f}"
-
-
-def ratio_text(ratio: float) -> str:
-    """A ratio of compute with two decimals."""
-    return f"{ratio:.2f}×"
 
 
 def signed(value: float, places: int) -> str:
@@ -46,5 +47,12 @@ def places_of(value: Estimate) -> int:
 
 
 def seeds_text(count: int) -> str:
-    """How many seeds, as the beginning of a sentence would have it, in lower case."""
+    """How many seeds: one seed, two seeds, 3 seeds."""
     return {1: "one seed", 2: "two seeds"}.get(count, f"{count} seeds")
+
+
+def names_text(names: Sequence[str], most: int, last: str = ", ") -> str:
+    """Names in a sentence, the first `most` of them; `last` stands between the last two where all are named."""
+    if len(names) > most:
+        return f"{', '.join(names[:most])} and {len(names) - most} more"
+    return last.join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import sys
@@ -12,25 +13,39 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+from PIL import Image
 
 from maskdm.base.checksums import checked
 from maskdm.base.errors import UserError
 from maskdm.base.publishing import publish_description
 from maskdm.config import Params, paths
-from maskdm.report.comparison import Comparison, compare_arms
+from maskdm.report.cautions import cautions
+from maskdm.report.comparison import compare_arms
 from maskdm.report.figures import draw_figures
-from maskdm.report.page import Content, Picture, render_markdown, render_page
-from maskdm.report.points import distance_note, distance_table
-from maskdm.report.prose import cautions, facts, missing_lines, notes, table_note
-from maskdm.report.results import Results, read_results
-from maskdm.report.sensitivity import trials_table, tuning_note
-from maskdm.report.tables import TERMINAL_WIDTH, display_table, format_table, summary_frame, verdict_frame, write_csv
-from maskdm.report.verdicts import Verdict, answer, judge_arms
+from maskdm.report.points import distance_table
+from maskdm.report.prose import distance_note, facts, notes, table_note, tuning_note
+from maskdm.report.results import read_results
+from maskdm.report.tables import (
+    LEFT_COLUMNS,
+    TERMINAL_WIDTH,
+    display_table,
+    format_table,
+    plain_table,
+    summary_frame,
+    trials_table,
+    verdict_frame,
+    write_csv,
+)
+from maskdm.report.verdicts import answer, judge_arms
 from maskdm.scoring.protocol import Protocol, flips_text
 
-SUMMARY, VERDICTS, PAGE = "summary.csv", "verdicts.csv", "report.html"
+SUMMARY, VERDICTS, PAGE, MARKDOWN = "summary.csv", "verdicts.csv", "report.html", "summary.md"
 PROTOCOL, TRAINING = "protocol.json", "training.json"
 FLIP = "flip"  # in training.json
+DENSITY = 2.0  # of a figure: its pixels per pixel of the page
+CODE = re.compile(r"`([^`]+)`")
 Described = TypeVar("Described")
 
 
@@ -65,18 +80,80 @@ def write_report(params: Params, folder: Path) -> Report:
     """
     results = read_results(params)
     summary = summary_frame(params, results)
-    compared = compare_arms(params, results, summary)
-    judged = judge_arms(params, compared, results.missing)
-    verdicts = verdict_frame(params, compared, judged)
+    found = compare_arms(params, results, summary)
+    judged = judge_arms(found)
+    verdicts = verdict_frame(found, judged)
     write_csv(summary, folder / SUMMARY)
     write_csv(verdicts, folder / VERDICTS)
     publish_description(folder / PROTOCOL, results.protocol.as_dict())
     publish_description(folder / TRAINING, {FLIP: results.flips})
-    pictures = draw_figures(params, results, summary, compared, folder)
-    content = _content(params, results, compared, judged, display_table(verdicts, summary), pictures)
-    _write(folder / "summary.md", render_markdown(content))
-    _write(folder / PAGE, render_page(content, folder))
-    return Report(summary, verdicts, content.missing, results.protocol, results.flips)
+    missing = [one.text for one in results.missing]
+    content = {
+        "title": f"Does masked pretraining pay? {params.name}",
+        "answer": answer(found),
+        "cautions": cautions(found),
+        "missing": missing,
+        "verdicts": judged,
+        "points": distance_table(params, results),
+        "points_note": distance_note(params, results),
+        "table": display_table(verdicts, summary),
+        "table_note": table_note(found),
+        "pictures": draw_figures(found, folder),
+        "tuning": trials_table(results),
+        "tuning_note": tuning_note(params, results),
+        "notes": notes(found),
+        "facts": facts(params, results),
+    }
+    for name, template in ((MARKDOWN, "report.md.j2"), (PAGE, "page.html.j2")):
+        (folder / name).write_text(render(template, content, folder), encoding="utf-8", newline="\n")
+    return Report(summary, verdicts, missing, results.protocol, results.flips)
+
+
+def render(template: str, content: dict[str, Any], folder: Path) -> str:
+    """A report as Markdown beside its figures (report.md.j2), or as a page that carries them (page.html.j2).
+
+    Args:
+        template: a file beside this one.
+        content: plain text, tables of text, and figures, by the names that `write_report` gives them; the templates
+            escape all of it.
+        folder: where the figures are.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=lambda name: name is not None and ".html" in name,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(
+        md=_markdown,
+        md_table=lambda table: "" if table.empty else plain_table(table.map(_markdown)),
+        md_facts=lambda rows: plain_table(pd.DataFrame(rows, columns=["what", "value"]).map(_markdown)),
+        prose=_prose,
+        embedded=lambda file: _embedded(folder / file),
+    )
+    return environment.get_template(template).render(content, left_columns=LEFT_COLUMNS)
+
+
+def _markdown(text: str) -> str:
+    """Text with Markdown's own characters escaped, `code` left as code."""
+    parts = CODE.split(" ".join(text.split()))
+    escaped = [re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", part) for part in parts]
+    return "".join(f"`{parts[i]}`" if i % 2 else escaped[i] for i in range(len(parts)))
+
+
+def _prose(text: str) -> Markup:
+    """A sentence in HTML: `code` is set as code, and a number stays with its unit."""
+    marked = CODE.sub(r"<code>\1</code>", str(escape(text)))
+    return Markup(re.sub(r"(?<=\d) (?=%|s\b)|(?<=\bn) (?== \d)|(?<=\bn =) (?=\d)", "\u00a0", marked))
+
+
+def _embedded(file: Path) -> dict[str, Any]:
+    """A figure as base64, and its width and height in pixels of the page."""
+    with Image.open(file) as image:
+        width, height = (round(side / DENSITY) for side in image.size)
+    return {"base64": base64.b64encode(file.read_bytes()).decode("ascii"), "width": width, "height": height}
 
 
 def print_report(report: Report) -> None:
@@ -85,10 +162,17 @@ def print_report(report: Report) -> None:
         print(f"missing: {line}", file=sys.stderr)
     for _, row in report.verdicts.iterrows():
         print(_wrapped(f"{row['arm']}: {row['verdict']}"))
-    print(f"\n{format_table(report.verdicts, report.summary)}")
-    lines = [*report.protocol.text.splitlines(), flips_text(report.flips)]
-    print("\n" + "\n".join(map(_wrapped, lines)))
+    print(f"\n{format_table(report.verdicts, report.summary)}\n")
+    for line in (*report.protocol.text.splitlines(), flips_text(report.flips)):
+        print(_wrapped(line))
     print(f"\nreport: {(paths.REPORT / PAGE).resolve()}")
+
+
+def _wrapped(text: str) -> str:
+    """A sentence in lines for a terminal, `n = 3` and `95 %` never broken."""
+    glued = re.sub(r"(?<= =) (?=\d)|(?<=[np]) (?== )|(?<=\d) (?=%)", "\N{NO-BREAK SPACE}", text)
+    lines = textwrap.fill(glued, TERMINAL_WIDTH, subsequent_indent="    ", break_on_hyphens=False)
+    return lines.replace("\N{NO-BREAK SPACE}", " ")
 
 
 def print_summary(params: Params) -> None:
@@ -121,41 +205,3 @@ def _flips_of(content: dict[str, Any]) -> dict[str, float]:
         return {arm: float(flip) for arm, flip in content[FLIP].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"no flips by arm: {error}") from None
-
-
-def _wrapped(text: str) -> str:
-    """A verdict in lines for a terminal, `n = 3` and `95 %` never broken."""
-    glued = re.sub(r"(?<= =) (?=\d)|(?<=[np]) (?== )|(?<=\d) (?=%)", "\N{NO-BREAK SPACE}", text)
-    lines = textwrap.fill(glued, TERMINAL_WIDTH, subsequent_indent="    ", break_on_hyphens=False)
-    return lines.replace("\N{NO-BREAK SPACE}", " ")
-
-
-def _content(
-    params: Params,
-    results: Results,
-    compared: list[Comparison],
-    judged: list[Verdict],
-    table: pd.DataFrame,
-    pictures: list[Picture],
-) -> Content:
-    """Everything the report says, as plain text: the answer, its numbers, its limits and its origin."""
-    return Content(
-        title=f"Does masked pretraining pay? {params.name}",
-        answer=answer(params, compared),
-        cautions=cautions(params, results, compared),
-        missing=missing_lines(results.missing),
-        verdicts=judged,
-        table=table,
-        table_note=table_note(results, compared),
-        notes=notes(params, results, compared),
-        pictures=pictures,
-        points=distance_table(params, results),
-        points_note=distance_note(params, results),
-        tuning=trials_table(params, results),
-        tuning_note=tuning_note(params, results),
-        facts=facts(params, results),
-    )
-
-
-def _write(file: Path, text: str) -> None:
-    file.write_text(text, encoding="utf-8", newline="\n")

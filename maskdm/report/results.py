@@ -1,28 +1,47 @@
-"""What the report reads: enumerated from params.yaml, never globbed; what cannot be shown is named with the reason."""
+"""What the report reads: every arm and seed of params.yaml; what cannot be shown is named with its reason and command.
+
+Stamps say before that an output is there and what it was made from. What is left for reading to find: bits that have
+changed since in files of the right size, records that no stamp has the hash of, and files that may not be read.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from maskdm.base.checksums import checked, file_sha256
 from maskdm.base.errors import UserError
 from maskdm.config import Params, paths
-from maskdm.config.formats import ARM_STAGES
-from maskdm.config.jobs import MANIFEST, Job, Jobs, OutdatedError
-from maskdm.report.files import FORCE, UnusableError, open_images, read_curve, read_json, require_current
-from maskdm.report.tuning import Choice, read_choice
+from maskdm.config.formats import ARM_STAGES, GIVEN
+from maskdm.config.jobs import EVERYTHING, MANIFEST, Job, Jobs, OutdatedError
+from maskdm.config.stamps import read_stamp
 from maskdm.scoring.headline import DISTANCE, flat_scores
 from maskdm.scoring.protocol import Protocol
 
-MILESTONE_KEYS = (
-    *("step", "flops", "images_seen", "tokens_seen"),
-    *("fid", "kid", "kid_std", "precision", "recall", "num_samples"),
-)
 TIMING_COLUMNS = ("step", "device_seconds", "data_wait_seconds", "peak_memory_gib")
 MAX_SHOWN = 64  # images of a panel in samples.png, at most
+FORCE = " --force"  # for what no stamp can see: without it the stage says that its output is up to date
+
+
+class UnusableError(Exception):
+    """A result that cannot be shown.
+
+    Args:
+        reason: what is wrong, with the file.
+        command: what makes it anew.
+    """
+
+    def __init__(self, reason: str, command: str) -> None:
+        super().__init__(f"{reason}: run `{command}`")
+        self.reason, self.command = reason, command
 
 
 @dataclass(frozen=True)
@@ -42,9 +61,49 @@ class Missing:
     command: str
 
     @property
-    def what(self) -> str:
-        """The arm and seed, as people say it."""
-        return f"{self.arm}, seed {self.seed}"
+    def text(self) -> str:
+        """A line for people."""
+        return f"{self.arm}, seed {self.seed}: {self.reason}; run `{self.command}`"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial of one arm's tuning.
+
+    Attributes:
+        values: what it overrides, by dotted path.
+        failed: why it has no scores, if its training failed.
+        scores: by metric, at the end of the trial's budget; None where it failed.
+        wall_seconds: of training, sampling and scoring; None without a record.
+    """
+
+    arm: str
+    name: str
+    values: dict[str, Any]
+    failed: str | None
+    scores: dict[str, float | None]
+    wall_seconds: float | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How an arm came by its hyperparameters.
+
+    Attributes:
+        trial: the name of the chosen one; None: all have failed, and the arm is missing.
+        values: what it overrides, by dotted path.
+        trials: what it was chosen from, in the order of params.yaml; empty: the values were given, not tuned.
+    """
+
+    arm: str
+    trial: str | None
+    values: dict[str, Any]
+    trials: list[Trial]
+
+    @property
+    def num_trials(self) -> int:
+        """From how many trials it was chosen; 1 means that the values were given."""
+        return max(len(self.trials), 1)
 
 
 @dataclass(frozen=True)
@@ -63,7 +122,7 @@ class Run:
     pretrain_curve: pd.DataFrame
     finetune_curve: pd.DataFrame
     samples: np.ndarray  # (N, H, W, C) uint8, the first of the final milestone
-    wall_seconds: dict[str, float]  # of pretrain, finetune, sample and evaluate
+    wall_seconds: dict[str, float]  # by stage of an arm
 
 
 @dataclass(frozen=True)
@@ -93,12 +152,6 @@ class Results:
         return Protocol.from_dict(self.scale["protocol"])
 
     @property
-    def records(self) -> list[dict[str, Any]]:
-        """The records that say what made the numbers."""
-        of_runs = [r for run in self.runs for r in (run.pretrain_record, run.finetune_record)]
-        return [self.prepare_record, self.features_record, *of_runs]
-
-    @property
     def flips(self) -> dict[str, float]:
         """By arm, the probability with which training flipped images."""
         return {run.arm: float(run.metrics["flip"]) for run in self.runs}
@@ -113,13 +166,16 @@ class Results:
         """What both ends of the scale get of a score: `floor` and `untrained`."""
         points: dict[str, Any] = self.scale.get("distances", {})
         of_points = {"floor": points.get("floor", {}).get("mean", {}), "untrained": points.get("untrained", {})}
-        ends = {end: flat_scores({**self.scale[end], "distances": of_points[end]}) for end in of_points}
-        return {end: float(scores[name]) for end, scores in ends.items()}
+        return {end: float(flat_scores({**self.scale[end], "distances": of_points[end]})[name]) for end in of_points}
 
     @property
     def tuning_wall_seconds(self) -> dict[str, float]:
         """By arm, what its trials took; without the arms that had none."""
-        return {arm: choice.wall_seconds for arm, choice in self.choices.items() if choice.trials}
+        return {
+            arm: sum(trial.wall_seconds or 0.0 for trial in choice.trials)
+            for arm, choice in self.choices.items()
+            if choice.trials
+        }
 
 
 def read_results(params: Params) -> Results:
@@ -128,20 +184,29 @@ def read_results(params: Params) -> Results:
     Raises:
         UserError: no arm can be shown, or what all of them were made from is damaged.
     """
-    jobs, missing = Jobs(params), list[Missing]()
+    jobs, runs, missing = Jobs(params), list[Run](), list[Missing]()
+    for arm, seed in product(params.arms, params.seeds):
+        try:
+            runs.append(_read_run(jobs, arm, seed))
+        except UnusableError as error:
+            missing.append(Missing(arm, seed, error.reason, error.command))
+    if not runs:
+        raise UserError(
+            "there is nothing to report: none of the arms of params.yaml has results that can be shown; the first, "
+            f"{missing[0].text}   {EVERYTHING}"
+        )
     # An arm is shown if its stamps say that it is current. Then the data, features, scale and choice that it was made
     # from are current, too, and but for the choice the same for all arms.
-    runs = _read_runs(jobs, missing)
-    if not runs:
-        raise UserError(_nothing_left(missing))
     try:
-        manifest = read_json(paths.DATA / MANIFEST, "maskdm prepare")
+        manifest = _read_json(paths.DATA / MANIFEST, "maskdm prepare")
+        shard = open_images(paths.DATA / manifest["shards"][0]["file"], params.dataset.shape, "maskdm prepare")
         return Results(
             manifest,
-            prepare_record=read_json(paths.record("prepare"), "maskdm prepare"),
-            features_record=read_json(paths.record("features"), "maskdm features"),
-            real=_read_real(params, manifest),
-            scale=read_json(paths.SCALE, "maskdm scale"),
+            prepare_record=_read_json(paths.record("prepare"), "maskdm prepare"),
+            features_record=_read_json(paths.record("features"), "maskdm features"),
+            # Spread over the shard: a folder tree is read class by class, and its first images would be one class.
+            real=np.array(shard[np.unique(np.linspace(0, len(shard) - 1, MAX_SHOWN).astype(int))]),
+            scale=_read_json(paths.SCALE, "maskdm scale"),
             runs=runs,
             choices=_read_choices(jobs),
             missing=missing,
@@ -155,74 +220,98 @@ def milestone_key(fraction: float) -> str:
     return f"{fraction:.3f}"
 
 
-def _nothing_left(missing: list[Missing]) -> str:
-    first = missing[0]
-    return (
-        f"there is nothing to report: none of the arms of params.yaml has results that can be shown; the first, "
-        f"{first.what}: {first.reason}; run `{first.command}`   (or everything: dvc repro)"
-    )
+def open_images(file: Path, shape: tuple[int, int, int], made_by: str) -> np.ndarray:
+    """uint8 images (N, H, W, C), memory-mapped; they may be too many to look at them all.
+
+    Raises:
+        UnusableError: they are missing, unreadable, or of another shape.
+    """
+    with _reading(file, made_by):
+        images: np.ndarray = np.load(file, mmap_mode="r")
+        if images.dtype != np.uint8 or images.shape[1:] != shape or not len(images):
+            raise ValueError(f"expected uint8 images {shape}, got {images.dtype} {images.shape}")
+        return images
 
 
-def _read_runs(jobs: Jobs, missing: list[Missing]) -> list[Run]:
-    runs = []
-    for arm in jobs.params.arms:
-        for seed in jobs.params.seeds:
-            try:
-                runs.append(_read_run(jobs, arm, seed))
-            except UnusableError as error:
-                missing.append(Missing(arm, seed, error.reason, error.command))
-    return runs
+@contextmanager
+def _reading(file: Path, made_by: str) -> Iterator[None]:
+    """Whatever goes wrong in the block is the file's fault."""
+    try:
+        yield
+    except Exception as error:  # what NumPy and pandas raise for nonsense may be almost anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UnusableError(f"{file} cannot be read ({reason})", made_by + FORCE) from error
+
+
+def _read_json(file: Path, made_by: str) -> dict[str, Any]:
+    with _reading(file, made_by):
+        return dict(checked(json.loads(file.read_bytes())))
 
 
 def _read_run(jobs: Jobs, arm: str, seed: int) -> Run:
     found = {stage: jobs.find(stage, arm, seed) for stage in ARM_STAGES}
     for job in found.values():  # in their order: the first that has not run is the one to name
-        require_current(job)
-    records = {stage: read_json(job.record, job.command) for stage, job in found.items()}
-    pretrain, finetune = records["pretrain"], records["finetune"]
-    final = found["sample"].output / f"milestone-{milestone_key(jobs.params.budget.milestones[-1])}.npy"
-    samples = open_images(final, jobs.params.dataset.shape, found["sample"].command)
+        if reason := job.why_outdated():
+            raise UnusableError(reason, job.first.command)
+    records = {stage: _read_json(job.record, job.command) for stage, job in found.items()}
+    sample, evaluate = found["sample"], found["evaluate"]
+    final = sample.output / f"milestone-{milestone_key(jobs.params.budget.milestones[-1])}.npy"
+    samples = open_images(final, jobs.params.dataset.shape, sample.command)
     return Run(
         arm,
         seed,
-        metrics=read_json(found["evaluate"].output, found["evaluate"].command),
-        pretrain_record=pretrain,
-        finetune_record=finetune,
-        pretrain_curve=_timed(found["pretrain"], pretrain, {}),
-        finetune_curve=_timed(found["finetune"], finetune, pretrain),
+        metrics=_read_json(evaluate.output, evaluate.command),
+        pretrain_record=records["pretrain"],
+        finetune_record=records["finetune"],
+        pretrain_curve=_read_curve(found["pretrain"], records["pretrain"], {}),
+        finetune_curve=_read_curve(found["finetune"], records["finetune"], records["pretrain"]),
         samples=np.array(samples[:MAX_SHOWN]),
         wall_seconds={stage: float(record["wall_seconds"]) for stage, record in records.items()},
     )
 
 
-def _read_choices(jobs: Jobs) -> dict[str, Choice]:
-    choices = {}
-    for arm in jobs.params.arms:
-        try:
-            jobs.chosen_values(arm)
-        except OutdatedError:
-            continue  # then no run of it is current either
-        except UserError:
-            pass  # all its trials have failed, which are shown
-        choices[arm] = read_choice(jobs, arm)
-    return choices
-
-
-def _timed(job: Job, record: dict[str, Any], before: dict[str, Any]) -> pd.DataFrame:
+def _read_curve(job: Job, record: dict[str, Any], before: dict[str, Any]) -> pd.DataFrame:
     """A curve with the seconds and memory of its rows; `before` is the record of the stage before."""
-    curve = read_curve(job)
+    file, stamp = job.output / paths.CURVE, read_stamp(job.output)
+    with _reading(file, job.command):
+        if stamp is None or file_sha256(file) != stamp.files[file.name]["sha256"]:
+            raise ValueError("it is not the file that was written: its sha256 differs")
+        curve = pd.read_csv(file, dtype="float64")
     timings = pd.DataFrame(record["timings"], columns=list(TIMING_COLUMNS)).astype("float64")
     for column in ("device_seconds", "data_wait_seconds"):
         timings[column] += before.get(column, 0.0)
     peaks = [timing["peak_memory_gib"] for timing in before.get("timings", [])]
     timings["peak_memory_gib"] = timings["peak_memory_gib"].clip(lower=max(peaks, default=0.0)).cummax()  # if resumed
     if not set(curve["step"]) <= set(timings["step"]):  # an output was copied here without its record
-        reason = f"{job.output / 'curve.csv'} and the timings of its record are of different runs"
-        raise UnusableError(reason, job.command + FORCE)
+        raise UnusableError(f"{file} and the timings of its record are of different runs", job.command + FORCE)
     return curve.merge(timings, on="step", how="left")
 
 
-def _read_real(params: Params, manifest: dict[str, Any]) -> np.ndarray:
-    shard = open_images(paths.DATA / manifest["shards"][0]["file"], params.dataset.shape, "maskdm prepare")
-    # Spread over the shard: a folder tree is read class by class, and its first images would be one class.
-    return np.array(shard[np.unique(np.linspace(0, len(shard) - 1, MAX_SHOWN).astype(int))])
+def _read_choices(jobs: Jobs) -> dict[str, Choice]:
+    params, choices = jobs.params, {}
+    for arm in params.arms:
+        try:
+            jobs.chosen_values(arm)
+        except OutdatedError:
+            continue  # then no run of it is current either
+        except UserError:
+            pass  # all its trials have failed, which are shown
+        if not params.tuning.enabled:
+            choices[arm] = Choice(arm, GIVEN, {}, [])
+            continue
+        trials = [_read_trial(jobs.find("tune", arm, trial=name)) for name in params.tuning.trials]
+        chosen = _read_json(paths.chosen(arm), jobs.find("choose").command)
+        choices[arm] = Choice(arm, chosen["trial"], chosen["values"], trials)
+    return choices
+
+
+def _read_trial(job: Job) -> Trial:
+    found, tuning = _read_json(job.output, job.command), job.params.tuning
+    assert job.trial is not None
+    try:
+        wall_seconds = float(_read_json(job.record, job.command)["wall_seconds"])
+    except UnusableError:
+        wall_seconds = None  # a trial counts without them
+    values = tuning.trials[job.trial]  # the file's may be others that mean the same to this arm
+    scores = {metric: found.get(metric) for metric in ("kid", "fid", str(tuning.metric))}
+    return Trial(found["arm"], job.trial, values, found["failed"], scores, wall_seconds)

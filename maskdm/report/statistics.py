@@ -155,24 +155,19 @@ def crossing(compute: np.ndarray, curves: np.ndarray, targets: np.ndarray) -> Cr
 
     Source: Fieller 1954, Some problems in interval estimation.
     """
-    log_compute, gaps = _checked(compute, curves, targets)
-    n = len(gaps)
-    at, at_most = _last_descent(log_compute, gaps.mean(axis=0))
-    low, high = _inverted_test(log_compute, gaps) if n >= ENOUGH else (None, None)
-    # exp(log c) of a milestone need not be c to the last digit.
-    ends = {float(log): float(c) for log, c in zip(log_compute, compute, strict=True)}
-    at, low, high = (None if x is None else ends.get(x, math.exp(x)) for x in (at, low, high))
-    return Crossing(at, at_most, low, high, n)
-
-
-def _checked(compute: np.ndarray, curves: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Log compute (K,) and gaps D (n, K)."""
     fits = curves.ndim == 2 and targets.shape == curves.shape[:1] and compute.shape == curves.shape[1:] and curves.size
     if not fits:
         raise ValueError(f"expected (K,), (n, K), (n,), got {compute.shape}, {curves.shape}, {targets.shape}")
     if compute[0] <= 0 or np.any(np.diff(compute) <= 0):
         raise ValueError(f"expected increasing compute above 0, got {compute.tolist()}")
-    return np.log(compute.astype(np.float64)), curves.astype(np.float64) - targets[:, None]
+    log_compute = np.log(compute.astype(np.float64))
+    gaps = curves.astype(np.float64) - targets[:, None]
+    at, at_most = _last_descent(log_compute, gaps.mean(axis=0))
+    low, high = _inverted_test(log_compute, gaps) if len(gaps) >= ENOUGH else (None, None)
+    # exp(log c) of a milestone need not be c to the last digit.
+    ends = {float(log): float(c) for log, c in zip(log_compute, compute, strict=True)}
+    at, low, high = (None if x is None else ends.get(x, math.exp(x)) for x in (at, low, high))
+    return Crossing(at, at_most, low, high, len(gaps))
 
 
 def _last_descent(x: np.ndarray, mean: np.ndarray) -> tuple[float | None, bool]:

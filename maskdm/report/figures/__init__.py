@@ -1,76 +1,100 @@
-"""The figures, drawn without a display; equal inputs give equal bytes."""
+"""The figures, drawn without a display; equal inputs give equal bytes.
+
+To add one, write its `Kind` in a file of this folder and list it in `FIGURES`.
+"""
 
 from __future__ import annotations
 
+import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.style
 import numpy as np
-import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from maskdm.config import Params
-from maskdm.report.comparison import Comparison
+from maskdm.report.comparison import Findings
 from maskdm.report.figures.against_scratch import AGAINST_SCRATCH
-from maskdm.report.figures.fid_vs_compute import FID_VS_COMPUTE
+from maskdm.report.figures.costs import TIME, TUNING
+from maskdm.report.figures.curves import FID_VS_COMPUTE, LOSSES
 from maskdm.report.figures.heat_map import HEAT_MAP
-from maskdm.report.figures.kind import Kind, Shown
-from maskdm.report.figures.losses import LOSSES
-from maskdm.report.figures.masks import MASKS
+from maskdm.report.figures.looks import DPI, FLOOR, STYLE, WIDTH
+from maskdm.report.figures.pictures import MASKS, SAMPLES
 from maskdm.report.figures.points import POINTS
-from maskdm.report.figures.samples import SAMPLES
-from maskdm.report.figures.small_print import printed, small_print
-from maskdm.report.figures.stage_time import TIME
-from maskdm.report.figures.tuning import TUNING
-from maskdm.report.looks import DPI, STYLE
-from maskdm.report.page import Picture
 from maskdm.report.results import Results
+from maskdm.scoring.protocol import flips_text
 
 # In the order of the report: the answer first, then what it rests on.
 FIGURES = (POINTS, AGAINST_SCRATCH, FID_VS_COMPUTE, HEAT_MAP, SAMPLES, MASKS, LOSSES, TIME, TUNING)
+SMALL, LINE_SPACING = 8, 1.35  # points; lines
+MARGIN = 0.06  # inches
+LINE_CHARACTERS = 100  # of digits, which are wider than most, fit
 
 
-def draw_figures(
-    params: Params, results: Results, summary: pd.DataFrame, compared: list[Comparison], folder: Path
-) -> list[Picture]:
+@dataclass(frozen=True)
+class Picture:
+    """A figure in the report's folder.
+
+    Attributes:
+        file: its name there.
+        title: a short one.
+        caption: what it shows, and what it does not.
+        alt: what it says, for those who can't see it.
+    """
+
+    file: str
+    title: str
+    caption: str
+    alt: str = ""
+
+
+def draw_figures(found: Findings, folder: Path) -> list[Picture]:
     """Draw every figure that there is something to draw for.
 
     Args:
-        params: the experiment.
-        results: what was read of it.
-        summary: a row per arm, seed and milestone.
-        compared: every arm of params.yaml.
+        found: what they show.
         folder: an existing one; it receives the files.
 
     Returns:
         the figures with what stands beside them, in the order of the report.
     """
-    shown = Shown(params, results, summary, {one.arm: one for one in compared})
-    kinds = [kind for kind in FIGURES if kind.applies(shown)]
-    said = small_print(results)
-    with matplotlib.style.context(STYLE, after_reset=True):
-        for kind in kinds:
-            figure = kind.draw(shown)
+    said, pictures = small_print(found.results), []
+    for kind in FIGURES:
+        if not kind.applies(found):
+            continue
+        with matplotlib.style.context(STYLE, after_reset=True):
+            figure = kind.draw(found)
             below = [printed(said, figure.get_figwidth())] if kind.has_scores else []
-            _save([figure, *below], folder / kind.file)
-    return [_picture(kind, shown) for kind in kinds]
+            save([figure, *below], folder / kind.file)
+        title = kind.title.format(score=found.headline.name)
+        pictures.append(Picture(kind.file, title[0].upper() + title[1:], kind.caption(found), kind.alt(found)))
+    return pictures
 
 
-def _save(strips: list[Figure], file: Path) -> None:
+def save(strips: list[Figure], file: Path) -> None:
     """Write figures of one width, one under the other; no software version inside: equal figures, equal bytes."""
-    Image.fromarray(np.concatenate([_pixels(figure) for figure in strips])).save(file, dpi=(DPI, DPI))
+    pixels = []
+    for figure in strips:
+        canvas = FigureCanvasAgg(figure)
+        figure.set_dpi(DPI)
+        canvas.draw()
+        pixels.append(np.asarray(canvas.buffer_rgba())[..., :3])
+    Image.fromarray(np.concatenate(pixels)).save(file, dpi=(DPI, DPI))
 
 
-def _pixels(figure: Figure) -> np.ndarray:
-    """A figure as (height, width, 3) uint8."""
-    canvas = FigureCanvasAgg(figure)
-    figure.set_dpi(DPI)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3]
+def small_print(results: Results) -> str:
+    """What all scores are of, and how training flipped images: a figure is found to people without its page."""
+    return " ".join(f"{results.protocol.text} {flips_text(results.flips)}".split())
 
 
-def _picture(kind: Kind, shown: Shown) -> Picture:
-    title = kind.title.format(score=shown.headline.name)
-    return Picture(kind.file, title[0].upper() + title[1:], kind.caption(shown), kind.alt(shown))
+def printed(text: str, width: float = WIDTH) -> Figure:
+    """A strip of some width, in inches, with a text in as many lines as it takes."""
+    lines = textwrap.wrap(text, LINE_CHARACTERS, break_on_hyphens=False)
+    height = len(lines) * SMALL * LINE_SPACING / 72 + 2 * MARGIN
+    figure = Figure(figsize=(width, height))
+    place = (MARGIN / width, 1 - MARGIN / height)
+    written = figure.text(*place, "\n".join(lines), fontsize=SMALL, linespacing=LINE_SPACING, color=FLOOR, va="top")
+    written.set_parse_math(False)  # classes have the names that users gave them
+    return figure

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections import Counter
 from typing import Any
 
 import matplotlib as mpl
@@ -16,10 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from maskdm.report.figures.axes import fid_text
-from maskdm.report.figures.kind import Kind, Shown
-from maskdm.report.looks import MISSING, WIDTH, family, short, twins
-from maskdm.report.numbers import decimals, rate_text, signed
+from maskdm.report.comparison import Findings
+from maskdm.report.figures.axes import Kind, signed_tick
+from maskdm.report.figures.looks import MISSING, REMARK, WIDTH, family, short, twins
+from maskdm.report.numbers import decimals, rate_text, score_text, signed
 
 # Purple below scratch, orange above: apart for the colour-blind, pale in the middle, without the darkest ends.
 COLORS = ListedColormap(mpl.colormaps["PuOr_r"](np.linspace(0.12, 0.88, 256)))
@@ -27,80 +26,72 @@ ROW_HEIGHT = 0.52  # inches
 CELL_WIDTH = 0.56
 FULL_ROW = 10  # cells of that width in a page's
 GAP = 0.015  # inches around a cell
-EMPTY_HATCH = "////"
 
 
-@dataclass(frozen=True)
-class Cell:
-    """An arm's place in the map: row and column from the top left; the strip of an unmasked arm has no column."""
-
-    arm: str
-    row: int
-    column: int | None
-
-
-def _draw(shown: Shown) -> Figure:
-    cells, rows, columns = _places(shown)
-    width = max(WIDTH, 1.6 + CELL_WIDTH * len(columns))
-    figure = Figure(figsize=(width, ROW_HEIGHT * len(rows) + 1.5), layout="constrained")
-    axes, colors, across = figure.add_subplot(), _colors(shown), max(len(columns), 1)
+def _draw(found: Findings) -> Figure:
+    cells, rows, columns = _places(found)
+    across = max(len(columns), 1)
+    figure = Figure(
+        figsize=(max(WIDTH, 1.6 + CELL_WIDTH * len(columns)), ROW_HEIGHT * len(rows) + 1.5), layout="constrained"
+    )
+    axes, colors = figure.add_subplot(), _colors(found)
     axes.set(xlim=(0, across), ylim=(len(rows), 0))
-    taken = {(cell.row, cell.column) for cell in cells}
+    taken = set(cells.values())
     for row in range(len(rows)):
         for column in range(across):
             if (row, None) not in taken and (row, column) not in taken:
-                _box(axes, column, row, 1, facecolor="#FAFAFA", edgecolor="#CFCFCF", hatch=EMPTY_HATCH)
-    for cell in cells:
-        _draw_cell(axes, shown, cell, across, colors)
-    _finish(axes, rows, columns)
+                _box(axes, column, row, 1, facecolor="#FAFAFA", edgecolor="#CFCFCF", hatch="////")
+    for arm, (row, place) in cells.items():
+        _draw_cell(axes, found, arm, row, (0, across) if place is None else (place, 1), colors)
+    axes.set_xticks([index + 0.5 for index in range(len(columns))], columns)
+    axes.set_yticks([index + 0.5 for index in range(len(rows))], rows)
+    axes.set_xlabel("realised mask rate in pretraining" if columns else "")
+    axes.tick_params(length=0)
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
     if colors is not None:
-        _color_bar(figure, axes, colors, shown)
+        _color_bar(figure, axes, colors, found)
     return figure
 
 
-def _places(shown: Shown) -> tuple[list[Cell], list[str], list[str]]:
-    """The cells, the names of the rows, and those of the columns: realised rates, ascending."""
-    params, twin = shown.params, twins(shown.params)
-    masked = [arm for arm in params.arms if params.arm(arm).strategy != "none"]
-    rates = {arm: params.realised_mask_rate_of(arm) for arm in masked}
-    columns = sorted({rate_text(rate) for rate in rates.values()}, key=float)
-    rows = [arm for arm in params.arms if arm not in masked]
-    places: dict[tuple[str, int], int] = {}
-    cells = [Cell(arm, row, None) for row, arm in enumerate(rows)]
-    names = [short(arm, 18) for arm in rows]
-    for arm in sorted(masked, key=lambda key: (_family_rank(shown, key), twin[key])):
-        place = (family(params.arm(arm)), _level(shown, arm, rates))
-        if place not in places:
-            places[place] = len(names)
+def _places(found: Findings) -> tuple[dict[str, tuple[int, int | None]], list[str], list[str]]:
+    """By arm its row and column, the names of the rows, and those of the columns: realised rates, ascending.
+
+    An arm without masking has a row of its own, and no column. Of arms with the same family and rate each but the
+    first gets a row of its own.
+    """
+    params, twin, masked = found.params, twins(found.params), found.masked
+    rates = {arm: rate_text(params.mask_of(arm).realised_mask_rate) for arm in masked}
+    columns = sorted(set(rates.values()), key=float)
+    unmasked = [arm for arm in params.arms if arm not in masked]
+    cells: dict[str, tuple[int, int | None]] = {arm: (row, None) for row, arm in enumerate(unmasked)}
+    names = [short(arm, 18) for arm in unmasked]
+    of_family = {arm: family(config) for arm, config in params.arms.items()}
+    families, before, levels = list(dict.fromkeys(of_family.values())), Counter[tuple[str, str]](), {}
+    for arm in masked:
+        levels[arm] = before[of_family[arm], rates[arm]]
+        before[of_family[arm], rates[arm]] += 1
+    row_of: dict[tuple[str, int], int] = {}
+    for arm in sorted(masked, key=lambda key: (families.index(of_family[key]), twin[key])):
+        place = (of_family[arm], levels[arm])
+        if place not in row_of:
+            row_of[place] = len(names)
             names.append(place[0] if place[1] == 0 else f"as {short(arm, 15)}")
-        cells.append(Cell(arm, places[place], columns.index(rate_text(rates[arm]))))
+        cells[arm] = (row_of[place], columns.index(rates[arm]))
     return cells, names, columns
 
 
-def _family_rank(shown: Shown, arm: str) -> int:
-    names = list(dict.fromkeys(family(a) for a in shown.params.arms.values()))
-    return names.index(family(shown.params.arm(arm)))
-
-
-def _level(shown: Shown, arm: str, rates: dict[str, float]) -> int:
-    """How many arms before it share an arm's family and column, usually 0: they get a row of their own."""
-    before = list(rates)[: list(rates).index(arm)]
-    ours = (family(shown.params.arm(arm)), rate_text(rates[arm]))
-    return sum((family(shown.params.arm(other)), rate_text(rates[other])) == ours for other in before)
-
-
-def _colors(shown: Shown) -> ScalarMappable | None:
+def _colors(found: Findings) -> ScalarMappable | None:
     """Symmetric around scratch; at most as far as from scratch to a perfect score. None without scratch."""
-    if shown.reference is None:
+    if found.baseline is None:
         return None
-    limit = min(_largest(shown), shown.compared[shown.reference].scores[shown.headline.key].mean) or 1.0
+    limit = min(_largest(found), found.compared[found.baseline].scores[found.headline.key].mean) or 1.0
     return ScalarMappable(Normalize(-limit, limit), COLORS)
 
 
-def _largest(shown: Shown) -> float:
+def _largest(found: Findings) -> float:
     """The largest difference to scratch, better or worse."""
-    found = (one.against for one in shown.compared.values())
-    return max((abs(against.score.difference.mean) for against in found if against is not None), default=0.0)
+    return max((abs(against.score.difference.mean) for against in found.against.values()), default=0.0)
 
 
 def _box(axes: Axes, column: float, row: float, width: float, **look: Any) -> None:
@@ -108,88 +99,81 @@ def _box(axes: Axes, column: float, row: float, width: float, **look: Any) -> No
     axes.add_patch(Rectangle((column + x, row + y), width - 2 * x, 1 - 2 * y, linewidth=0.8, **look))
 
 
-def _draw_cell(axes: Axes, shown: Shown, cell: Cell, across: int, colors: ScalarMappable | None) -> None:
-    left, width = (0, across) if cell.column is None else (cell.column, 1)
-    text, delta = _cell_text(shown, cell.arm, " · " if cell.column is None else "\n")
-    middle = (left + width / 2, cell.row + 0.5)
-    if text is None:
-        _box(axes, left, cell.row, width, facecolor="white", edgecolor=MISSING, linestyle=(0, (3, 2)))
-        axes.text(*middle, "missing", ha="center", va="center", fontsize=8, style="italic", color="#444444")
+def _draw_cell(
+    axes: Axes, found: Findings, arm: str, row: int, place: tuple[int, int], colors: ScalarMappable | None
+) -> None:
+    """An arm's score and difference on its colour; `place` is its column and its width in columns."""
+    left, width = place
+    middle = (left + width / 2, row + 0.5)
+    look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8}
+    lines, delta = _cell_lines(found, arm)
+    if not lines:
+        _box(axes, left, row, width, facecolor="white", edgecolor=MISSING, linestyle=(0, (3, 2)))
+        axes.text(*middle, "missing", style="italic", color=REMARK, **look)
         return
-    fill = "white" if delta is None or colors is None else colors.to_rgba(np.array(delta))
-    _box(axes, left, cell.row, width, facecolor=fill, edgecolor="black" if delta is None else "none")
-    axes.text(*middle, text, ha="center", va="center", fontsize=8, linespacing=1.25, color=_ink(fill))
+    text = "\n".join(lines)
+    if arm not in found.masked:
+        text = " · ".join([f"{found.headline.name} {lines[0]}", *lines[1:]])
+    fill: Any = "white" if delta is None or colors is None else colors.to_rgba(np.array(delta))
+    _box(axes, left, row, width, facecolor=fill, edgecolor="black" if delta is None else "none")
+    red, green, blue, _ = mpl.colors.to_rgba(fill)
+    ink = "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"  # whichever reads better on it
+    axes.text(*middle, text, linespacing=1.25, color=ink, **look)
 
 
-def _cell_text(shown: Shown, arm: str, between: str) -> tuple[str | None, float | None]:
-    """What a cell says, and its difference to scratch; None where there is none."""
-    one = shown.compared[arm]
+def _cell_lines(found: Findings, arm: str) -> tuple[list[str], float | None]:
+    """What a cell says, nothing where the arm is missing; and its difference to scratch, None where there is none."""
+    one = found.compared[arm]
     if not one.num_seeds:
-        return None, None
-    score = one.scores[shown.headline.key].mean
+        return [], None
+    score = one.scores[found.headline.key].mean
     delta = None if one.against is None else one.against.score.difference.mean
-    lines = [fid_text(score)]
+    lines = [score_text(score)]
     if delta is not None:
         lines.append(signed(delta, decimals(pd.Series([score]))))
-    if one.num_seeds == 1 or one.num_seeds < len(shown.params.seeds):
+    if one.num_seeds == 1 or one.num_seeds < len(found.params.seeds):
         lines.append(f"n={one.num_seeds}")
-    if between != "\n":
-        lines[0] = f"{shown.headline.name} {lines[0]}"
-    return between.join(lines), delta
+    return lines, delta
 
 
-def _ink(fill: Any) -> str:
-    """Black or white, whichever reads better on a colour."""
-    red, green, blue, _ = mpl.colors.to_rgba(fill)
-    return "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"
-
-
-def _finish(axes: Axes, rows: list[str], columns: list[str]) -> None:
-    axes.set_xticks([index + 0.5 for index in range(len(columns))], columns)
-    axes.set_yticks([index + 0.5 for index in range(len(rows))], rows)
-    axes.set_xlabel("realised mask rate in pretraining" if columns else "")
-    axes.tick_params(length=0)
-    axes.grid(False)
-    axes.spines[:].set_visible(False)
-
-
-def _color_bar(figure: Figure, axes: Axes, colors: ScalarMappable, shown: Shown) -> None:
+def _color_bar(figure: Figure, axes: Axes, colors: ScalarMappable, found: Findings) -> None:
     place: dict[str, Any] = {"orientation": "horizontal", "aspect": 50, "pad": 0.02, "fraction": 0.06, "shrink": 0.6}
-    is_clipped = _largest(shown) > (colors.get_clim()[1] or 0.0)
+    is_clipped = _largest(found) > (colors.get_clim()[1] or 0.0)
     bar = figure.colorbar(colors, ax=axes, extend="max" if is_clipped else "neither", **place)
-    bar.set_label(f"{shown.headline.name} less {short(str(shown.reference))}'s (negative, purple: better)")
+    bar.set_label(f"{found.headline.name} less {short(str(found.baseline))}'s (negative, purple: better)")
     bar.outline.set_visible(False)
     bar.ax.xaxis.set_major_locator(MaxNLocator(5))
-    bar.ax.xaxis.set_major_formatter(FuncFormatter(_signed_tick))
+    bar.ax.xaxis.set_major_formatter(FuncFormatter(signed_tick))
 
 
-def _signed_tick(value: float, _: int) -> str:
-    return "0" if math.isclose(value, 0, abs_tol=1e-12) else f"{value:+.4g}".replace("-", "−")
-
-
-def _caption(shown: Shown) -> str:
-    reference = shown.reference
-    parts = [f"Mean {shown.headline.name} at the end of the budget"]
-    if reference is not None:
-        parts.append(f", and under it the difference to {reference}, paired by seed; colours follow the difference")
+def _caption(found: Findings) -> str:
+    parts, asked = [f"Mean {found.headline.name} at the end of the budget"], len(found.params.seeds)
+    if found.baseline is not None:
+        difference = f"the difference to {found.baseline}, paired by seed"
+        parts.append(f", and under it {difference}; colours follow the difference")
     parts.append(". Hatched: no such arm.")
-    if shown.missing_arms:
+    if len(found.arms) < len(found.params.arms):
         parts.append(" Dashed frame: the arm has no result.")
-    if any(0 < one.num_seeds < max(len(shown.params.seeds), 2) for one in shown.compared.values()):
+    if any(0 < one.num_seeds < max(asked, 2) for one in found.compared.values()):
         parts.append(" n: number of seeds, where there is one, or fewer than asked for.")
     return "".join(parts) + " “Each arm against scratch” shows how sure a difference is."
 
 
-def _alt(shown: Shown) -> str:
-    texts = ((arm, _cell_text(shown, arm, ", ")[0] or "missing") for arm in shown.params.arms)
-    said = "; ".join(f"{arm}: {text}" for arm, text in texts)
-    return f"Table of final {shown.headline.name}s by strategy and mask rate: {said}."
-
-
-def _applies(shown: Shown) -> bool:
-    return any(arm.strategy != "none" for arm in shown.params.arms.values())
+def _alt(found: Findings) -> str:
+    said = []
+    for arm in found.params.arms:
+        lines, _ = _cell_lines(found, arm)
+        named = f"{found.headline.name} " if lines else ""
+        said.append(f"{arm}: {named}{', '.join(lines) or 'missing'}")
+    return f"Table of final {found.headline.name}s by strategy and mask rate: {'; '.join(said)}."
 
 
 HEAT_MAP = Kind(
-    "fid_heat_map.png", "Final {score} by strategy and mask rate", _draw, _caption, _alt, _applies, has_scores=True
+    "fid_heat_map.png",
+    "Final {score} by strategy and mask rate",
+    _draw,
+    _caption,
+    _alt,
+    lambda found: bool(found.masked),
+    has_scores=True,
 )

@@ -1,4 +1,4 @@
-"""How an arm looks in every figure: one colour and marker everywhere, kept apart for the colour-blind."""
+"""How figures look: one style, and for each arm one colour and marker, kept apart for the colour-blind."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from maskdm.config import ArmConfig, Params
 from maskdm.report.tables import strategy_text
 
 # Okabe and Ito's colours, which the common kinds of colour blindness keep apart.
-PATCH, CROP = "#0072B2", "#009E73"
-BLOCKS = ("#D55E00", "#CC79A7", "#B8860B", "#56B4E9")
+HUES = {"none": "#000000", "patch": "#0072B2", "crop": "#009E73"}
+MORE_HUES = ("#D55E00", "#CC79A7", "#B8860B", "#56B4E9")  # of block sizes, then of other strategies
 BASELINES = ("#000000", "#777777", "#AAAAAA")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", "-.", ":")
 FLOOR = "#666666"
 MISSING = "#8A8A8A"
+REMARK = "#444444"
 NO_MASKING = "no masking"
 WIDTH = 7.2  # inches: a page's text width, so that the sizes below are those in print, none under 8 points
 DPI = 200
@@ -59,8 +60,8 @@ class Look:
 
     @property
     def line(self) -> dict[str, Any]:
-        """Keyword arguments of `Axes.plot` for a line without markers."""
-        return {"color": self.color, "linestyle": self.dashes}
+        """Keyword arguments of `Axes.plot`; scratch, which the others are compared with, is in front."""
+        return {"color": self.color, "linestyle": self.dashes, "zorder": 3 if self.color == BASELINES[0] else 2}
 
 
 def family(arm: ArmConfig) -> str:
@@ -68,35 +69,24 @@ def family(arm: ArmConfig) -> str:
     return NO_MASKING if arm.strategy == "none" else strategy_text(arm.strategy, arm.block_size)
 
 
-def families(params: Params) -> dict[str, list[str]]:
-    """The arms of every family, in the order of params.yaml."""
-    found: dict[str, list[str]] = {}
-    for key, arm in params.arms.items():
-        found.setdefault(family(arm), []).append(key)
-    return found
-
-
-def hue(params: Params, arm: ArmConfig) -> str:
-    """The colour of a family."""
-    if arm.strategy != "block":
-        return {"none": BASELINES[0], "patch": PATCH, "crop": CROP}[arm.strategy]
-    sizes = sorted({a.block_size for a in params.arms.values() if a.block_size is not None})
-    return BLOCKS[sizes.index(arm.block_size or 0) % len(BLOCKS)]
-
-
 def arm_looks(params: Params) -> dict[str, Look]:
     """The look of every arm."""
     rates = sorted({arm.mask_rate for arm in params.arms.values() if arm.mask_rate is not None})
-    return {key: _arm_look(params, key, rates, twin) for key, twin in twins(params).items()}
-
-
-def _arm_look(params: Params, key: str, rates: list[float], twin: int) -> Look:
-    arm, dashes = params.arm(key), DASHES[twin % len(DASHES)]
-    if arm.mask_rate is None:
-        return Look(BASELINES[twin % len(BASELINES)], "o", dashes)
-    rank = rates.index(arm.mask_rate)
-    depth = rank / (len(rates) - 1) if len(rates) > 1 else 0.5
-    return Look(_shade(hue(params, arm), depth), MARKERS[rank % len(MARKERS)], dashes)
+    kinds = {(arm.strategy != "block", arm.strategy, arm.block_size or 0) for arm in params.arms.values()}
+    more = sorted(kind for kind in kinds if kind[1] not in HUES)
+    looks = {}
+    for key, twin in twins(params).items():
+        arm, dashes = params.arm(key), DASHES[twin % len(DASHES)]
+        if arm.mask_rate is None:
+            looks[key] = Look(BASELINES[twin % len(BASELINES)], "o", dashes)
+            continue
+        hue = HUES.get(arm.strategy)
+        if hue is None:
+            hue = MORE_HUES[more.index((arm.strategy != "block", arm.strategy, arm.block_size or 0)) % len(MORE_HUES)]
+        rank = rates.index(arm.mask_rate)
+        depth = rank / (len(rates) - 1) if len(rates) > 1 else 0.5
+        looks[key] = Look(_shade(hue, depth), MARKERS[rank % len(MARKERS)], dashes)
+    return looks
 
 
 def twins(params: Params) -> dict[str, int]:
