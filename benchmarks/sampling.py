@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import get_args
 
 import yaml
 
@@ -20,15 +21,16 @@ from benchmarks.workflow import command
 from maskdm.base import rng
 from maskdm.base.machine import git_state
 from maskdm.config import Params, load_params, paths
+from maskdm.config.schema import Sampler
 from maskdm.data.inputs import open_data
-from maskdm.method.backbones.building import build_model
+from maskdm.method.backbones import build_model
 from maskdm.method.backbones.uvit import UViT
 from maskdm.models.drawing import draw_images, load_model
-from maskdm.stages.scoring import Scorer
+from maskdm.scoring.scorer import Scorer
 from maskdm.training import devices
 
 NUM_EVALUATIONS = 50
-SAMPLERS = ("ddim", "ddpm", "dpmsolver++", "unipc")
+SAMPLERS = get_args(Sampler)
 # shape → (images of a batch, evaluations that are timed, samplers); every evaluation costs the same
 TIMED = {"tiny": (100, 50, SAMPLERS), "small": (16, 2, SAMPLERS[:1]), "celeba": (4, 2, SAMPLERS[:1])}
 NUM_STEPS = (10, 20, 50)

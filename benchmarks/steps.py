@@ -124,14 +124,13 @@ def random_arrays(folder: Path, image_size: int, channels: int, num_images: int)
 def _training(params: Params) -> Training:
     """The one arm's only stage that matters: finetuning of `scratch`, else pretraining."""
     (arm,) = params.arms
-    config, is_masked = params.arm(arm), arm != arm_of(0.0)
+    is_masked = arm != arm_of(0.0)
     return Training(
         stage="pretrain" if is_masked else "finetune",
         params=params,
         arm=arm,
         seed=SEED,
         config=params.pretrain_of(arm) if is_masked else params.finetune_of(arm),
-        strategy=config.strategy,
-        mask_rate=config.mask_rate or 0.0,
+        mask=params.mask_of(arm),
         num_steps=10**9,
     )

@@ -16,8 +16,8 @@ from maskdm.base.errors import ParamsError, UserError
 from maskdm.config import Params, load_params, preflight
 from maskdm.config.jobs import ARM_STAGES, STAGE_VERSIONS, Job, Jobs
 from maskdm.models import commands as interchange
-from maskdm.plan.gpus import DEFAULT_UTILISATION, GPUS
-from maskdm.stages.score.options import add_export_images, add_fid
+from maskdm.plan import DEFAULT_UTILISATION, GPUS
+from maskdm.stages.score.options import add_export_images, add_score
 
 DESCRIPTION = """\
 Does masked pretraining of a diffusion model pay on your data, at equal compute?
@@ -37,10 +37,11 @@ exit codes: 0 done, 1 a stage failed, 2 wrong params.yaml or command line (nothi
 """
 
 PLAN_DESCRIPTION = """\
-What every arm would do and cost, before anything runs: visible patches, steps, FLOPs, memory, disk, and time.
+What every stage would do and cost, before anything runs: visible patches, steps, FLOPs, memory, disk, and time.
 
-Times on this machine come from a few seconds of real steps on random data, measured once and kept in
-.work/calibration.json. Times on GPUs are FLOPs / (datasheet rate × utilisation): an assumption, not a measurement.
+Times on this machine come from a few seconds of real steps, sampling and scoring on random data, measured once and kept
+in .work/calibration.json; what is not estimated is named below the table. Times on GPUs are FLOPs / (datasheet rate ×
+utilisation): an assumption, not a measurement.
 Below the table it says what stands against the plan: fixed costs that eat what masking saves, steps that wait for
 their data, a disk that is too small.
 """
@@ -58,7 +59,7 @@ lets DVC run it. Snakemake needs no link, and the experiments that come with mas
 """
 NEW_EPILOG = """\
 examples:
-  maskdm new experiments/mine --from experiments/celeba64 --set dataset.root=/data/faces.zip
+  maskdm new experiments/mine --from experiments/celebahq256 --set dataset.root=/data/faces.zip
   maskdm new experiments/quick --from . --set budget.unmasked_steps=100 --set sampling.num_samples=400
   maskdm new /tmp/smoke --from experiments/cifar10 --arms scratch,block2-m50 --set model.dim=64 --set model.depth=3
 """
@@ -167,7 +168,7 @@ def build_parser() -> argparse.ArgumentParser:
     interchange.add_export_arguments(
         _add(commands, "export", "a checkpoint → safetensors, config.json and a model card", interchange.run_export)
     )
-    add_fid(_add(commands, "fid", "FID, KID, precision and recall between two sets of images", _fid))
+    add_score(_add(commands, "score", "FID, KID, precision and recall between two sets of images", _score))
     add_export_images(_add(commands, "export-images", "a set of images as PNG files", _export_images))
     _add(commands, "summary", "print the result table of a finished experiment", _summary)
     _add(commands, "sync", "send to MLflow what is still kept on disk", _sync)
@@ -318,7 +319,7 @@ def _new(options: argparse.Namespace) -> None:
     print(next_steps(options.folder))
 
 
-def _fid(options: argparse.Namespace) -> None:
+def _score(options: argparse.Namespace) -> None:
     _prepare_libraries(options.threads)
     from maskdm.stages.score.command import run
 
@@ -349,14 +350,9 @@ def _plan(options: argparse.Namespace) -> None:
     _prepare_libraries(params.compute.threads)
     # beside other work, threads that spin while they wait make a step thirty times as long, and here that is measured
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from maskdm.plan.command import PlanOptions, run
+    from maskdm.plan import run
 
-    print(
-        run(
-            params,
-            PlanOptions(tuple(options.gpu), options.utilisation, not options.no_calibration, options.recalibrate),
-        )
-    )
+    print(run(params, options.gpu, options.utilisation, not options.no_calibration, options.recalibrate))
 
 
 def _summary(options: argparse.Namespace) -> None:

@@ -11,15 +11,14 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from maskdm.base.checksums import NOT_NOW
 from maskdm.base.errors import UserError
 from maskdm.base.interrupts import Stopped
 from maskdm.base.locks import holder_of
@@ -27,10 +26,10 @@ from maskdm.base.progress import progress
 from maskdm.base.units import duration, size
 from maskdm.config import Params, load_params, paths
 from maskdm.config.jobs import ARM_STAGES, Job, Jobs, OutdatedError
-from maskdm.config.stamps import Stamp, damaged_files, read_stamp
+from maskdm.config.stamps import damaged_files, read_stamp
 
 STATES = ("done", "running", "failed", "resumable", "out of date", "after tuning", "missing")
-BEGUN, FAILED, PROGRESS = "begun.json", "failed.json", "progress.json"  # in a work folder (`maskdm.stages.runner`)
+FAILED, PROGRESS = "failed.json", "progress.json"  # in a work folder (`maskdm.stages.runner`)
 OUT_OF_DATE = " is out of date: "
 UNREADABLE = (UserError, OSError, ValueError, LookupError)  # a choice that is missing, outdated or damaged
 MIN_FREE_BYTES = 2**30
@@ -85,47 +84,37 @@ def run_status(as_json: bool = False, every_seconds: float | None = None) -> int
 
 def look_at(job: Job) -> JobStatus:
     """Find out where a job stands."""
-    folder = paths.work(job.output)
+    folder, nothing_yet, reason, details = paths.work(job.output), "missing", "", {}
     if (holder := holder_of(job.lock)) is not None:
         return JobStatus(job, "running", {**holder, **_progress(folder, holder)})
-    begun = _newest(folder.glob(f"*/{BEGUN}"))
-    work = folder if begun is None else begun.parent  # if the key is not known
-    nothing_yet, reason, details = "missing", "", {}
     try:
         if not (reason := job.why_outdated()):
             return JobStatus(job, "done")
         work = folder / job.wanted().key
+        saved = _saved(job, work)
+        if (failure := _read(work / FAILED)) is not None:
+            return JobStatus(job, "failed", {**failure, **saved})
+        if saved:
+            return JobStatus(job, "resumable", saved)
     except OutdatedError:
         nothing_yet = "after tuning"
     except UNREADABLE as error:  # e.g. every trial of the arm has failed; the later stages wait for pretraining
         reason = reason or str(error)
         if job.stage == ARM_STAGES[0]:
             nothing_yet, details = "failed", {"reason": str(error)}
-    saved = _saved(job, work)
-    if (failure := _read(work / FAILED)) is not None:
-        return JobStatus(job, "failed", {**failure, **saved})
-    if saved:
-        return JobStatus(job, "resumable", saved)
     if job.output.exists():
         return JobStatus(job, "out of date", {"reason": reason})
     return JobStatus(job, nothing_yet, details)
 
 
-def _newest(files: Iterable[Path]) -> Path | None:
-    """The file that was written last; None where there is none, or one has just gone."""
-    with suppress(OSError):
-        return max(files, key=lambda file: file.stat().st_mtime, default=None)
-    return None
-
-
 def _progress(folder: Path, holder: Details) -> Details:
     """What the process at work has written of its progress; that of an earlier one does not count."""
-    file = _newest(folder.rglob(PROGRESS))
-    if file is None or (note := _read(file)) is None:
-        return {}
-    since, written = _time(holder.get("since")), _time(note.pop("time", None))
-    is_own = since is not None and written is not None and written >= since
-    return {**note, **_phase(file)} if is_own else {}
+    with suppress(OSError, ValueError, LookupError, TypeError):  # it has not written any yet
+        file = max(folder.rglob(PROGRESS), key=lambda file: file.stat().st_mtime)
+        note = {**json.loads(file.read_bytes()), **_phase(file)}
+        if _time(note.pop("time")) >= _time(holder["since"]):
+            return note
+    return {}
 
 
 def _saved(job: Job, work: Path) -> Details:
@@ -159,15 +148,11 @@ def find_problems() -> list[str]:
 def _dvc_lock() -> list[str]:
     """DVC's lock file, where DVC refuses to work because of it; pids that do not exist it drops by itself."""
     file = paths.project_root() / ".dvc" / "tmp" / "rwlock"
-    shown, content = os.path.relpath(file), None
-    for pause in (REWRITTEN_SECONDS, 0):
-        if not file.exists():
-            return []
-        if (content := _read(file)) is not None:
-            break
-        time.sleep(pause)
-    if content is None:
-        return [f"{shown} is torn, and DVC refuses to work; if no DVC is running: rm {shown}"]
+    shown = os.path.relpath(file)
+    if (content := _read(file)) is None and file.exists():
+        time.sleep(REWRITTEN_SECONDS)
+        if (content := _read(file)) is None and file.exists():
+            return [f"{shown} is torn, and DVC refuses to work; if no DVC is running: rm {shown}"]
     pids = {int(pid) for pid in re.findall(r'"pid": (\d+)', json.dumps(content))} - {os.getpid()}
     found = {one.pid: one.info["cmdline"] or [] for one in psutil.process_iter(["cmdline"]) if one.pid in pids}
     if not found or any("dvc" in (Path(word).name for word in words[:3]) for words in found.values()):
@@ -178,8 +163,14 @@ def _dvc_lock() -> list[str]:
 
 def as_plain(params: Params, found: list[JobStatus], problems: list[str]) -> str:
     """One JSON object."""
-    which = [{name: getattr(one.job, name) for name in ("stage", "arm", "seed", "trial")} for one in found]
-    jobs = [{**job, "state": one.state, "details": one.details} for job, one in zip(which, found, strict=True)]
+    jobs = [
+        {
+            **{name: getattr(one.job, name) for name in ("stage", "arm", "seed", "trial")},
+            "state": one.state,
+            "details": one.details,
+        }
+        for one in found
+    ]
     return json.dumps({"experiment": params.name, "jobs": jobs, "problems": problems})
 
 
@@ -235,15 +226,18 @@ def _first_few(names: list[str], most: int = 4) -> str:
 
 def _sentence(details: Details) -> str:
     """Details in words; of outputs that are out of date for the same reason only the first one is named."""
-    reason, at = details.get("reason"), _time(details.get("since") or details.get("time"))
-    parts = [] if reason is None else [OUT_OF_DATE.join(" ".join(str(reason).split()).split(OUT_OF_DATE)[-2:])]
+    parts = []
+    if "reason" in details:
+        parts.append(OUT_OF_DATE.join(" ".join(str(details["reason"]).split()).split(OUT_OF_DATE)[-2:]))
     if "done" in details:
         step = [details.get("phase"), details.get("unit"), str(details["done"])]
         step += ["of", str(details["total"])] if "total" in details else []
         parts.append(f"at {' '.join(filter(None, step))}")
     parts += [f"{duration(details['seconds_left'])} left"] if "seconds_left" in details else []
     parts += [f"process {details['pid']} on {details.get('host')}"] if "pid" in details else []
-    parts += [f"{'since ' if 'since' in details else ''}{at:%Y-%m-%d %H:%M}"] if at is not None else []
+    if at := details.get("since") or details.get("time"):
+        with suppress(ValueError, TypeError):  # a damaged note
+            parts.append(f"{'since ' if 'since' in details else ''}{_time(at):%Y-%m-%d %H:%M}")
     parts += [f"log: {details['log']}"] if details.get("log") else []
     return "; ".join(parts)
 
@@ -255,11 +249,9 @@ def _read(file: Path) -> Details | None:
     return None
 
 
-def _time(text: Any) -> datetime.datetime | None:
-    """A time in ISO's format, in this machine's zone; None where it is none."""
-    with suppress(ValueError, TypeError):
-        return datetime.datetime.fromisoformat(text).astimezone()
-    return None
+def _time(text: str) -> datetime.datetime:
+    """A time in ISO's format, in this machine's zone."""
+    return datetime.datetime.fromisoformat(text).astimezone()
 
 
 def run_verify() -> int:
@@ -275,25 +267,15 @@ def run_verify() -> int:
         UserError: a file may not be read.
     """
     stamps = {job: read_stamp(job.output) for job in Jobs(load_params()).all() if job.output.exists()}
-    files = [(job, stamp, name) for job, stamp in stamps.items() for name in (stamp and stamp.files) or [""]]
     damaged: dict[Job, list[str]] = {}
-    for job, stamp, name in progress(files, len(files), "verify", "file"):
-        if text := _damage(job.output, stamp, name):
-            damaged.setdefault(job, []).append(text)
-    for job, texts in damaged.items():
-        print(f"damaged: {_first_few(texts)}; to make it again: {job.command} --force")
+    for job, stamp in progress(stamps.items(), len(stamps), "verify", "output"):
+        if stamp is None:  # that of a single file is compared with its content when it is read
+            damaged[job] = [f"{job.output} has no stamp that fits its content"]
+        elif found := list(damaged_files(job.output, stamp)):
+            damaged[job] = found
+    for job, found in damaged.items():
+        print(f"damaged: {_first_few(found)}; to make it again: {job.command} --force")
     if not damaged:
-        print(f"{len(stamps)} outputs, {len(files)} files: all are what was written")
+        num_files = sum(len(stamp.files) or 1 for stamp in stamps.values() if stamp is not None)
+        print(f"{len(stamps)} outputs, {num_files} files: all are what was written")
     return int(bool(damaged))
-
-
-def _damage(output: Path, stamp: Stamp | None, name: str) -> str:
-    """What is wrong with a file of an output, if anything."""
-    if stamp is None or not name:  # reading the stamp of a single file has compared it with the content
-        return "" if stamp else f"{output} has no stamp that fits its content"
-    try:
-        return next(damaged_files(output, replace(stamp, files={name: stamp.files[name]})), "")
-    except OSError as error:
-        if error.errno in NOT_NOW:
-            raise UserError(f"cannot read {output / name}: {error.strerror}") from error
-        return f"{output / name} can't be read: {error.strerror}"

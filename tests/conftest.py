@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import io
 import itertools
+import os
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from maskdm.cli import main
 from maskdm.config import load_params
@@ -152,13 +154,38 @@ def tiny(tmp_path: Path) -> Experiment:
     return _tiny_in(tmp_path)
 
 
+Once = Callable[[str, Callable[[Path], Any]], Path]
+
+
 @pytest.fixture(scope="session")
-def prepared_once(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """(name, make) → the folder that `make` has filled once, for all processes that share these tests (pytest -n)."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+
+    def get(name: str, make: Callable[[Path], Any]) -> Path:
+        folder, done = shared / f"{name}-once", shared / f"{name}-once.done"
+        with FileLock(shared / f"{name}-once.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a process that has failed in it
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def prepared_once(once: Once) -> Experiment:
     """The tiny experiment with its data, every arm with the values as given; not to be changed."""
-    experiment = _tiny_in(tmp_path_factory.mktemp("prepared")).change(tuning={"trials": {}})
-    experiment.succeed("prepare")
-    experiment.succeed("choose")
-    return experiment
+
+    def make(folder: Path) -> None:
+        experiment = _tiny_in(folder).change(tuning={"trials": {}})
+        experiment.succeed("prepare")
+        experiment.succeed("choose")
+
+    return Experiment(once("prepared", make))
 
 
 @pytest.fixture
@@ -168,14 +195,17 @@ def prepared(prepared_once: Experiment, tmp_path: Path) -> Experiment:
 
 
 @pytest.fixture(scope="session")
-def one_arm_once(prepared_once: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+def one_arm_once(prepared_once: Experiment, once: Once) -> Experiment:
     """The tiny experiment with one arm, nothing tuned, every stage run but for the report; not to be changed."""
-    experiment = prepared_once.copy_to(tmp_path_factory.mktemp("one_arm")).keep_arm(ARM)
-    for stage in ("features", "scale", "choose"):
-        experiment.succeed(stage)
-    for stage in ("pretrain", "finetune", "sample", "evaluate"):
-        experiment.succeed(stage, "--arm", ARM, "--seed", "0")
-    return experiment
+
+    def make(folder: Path) -> None:
+        experiment = prepared_once.copy_to(folder).keep_arm(ARM)
+        for stage in ("features", "scale", "choose"):
+            experiment.succeed(stage)
+        for stage in ("pretrain", "finetune", "sample", "evaluate"):
+            experiment.succeed(stage, "--arm", ARM, "--seed", "0")
+
+    return Experiment(once("one-arm", make))
 
 
 @pytest.fixture
@@ -185,17 +215,19 @@ def one_arm(one_arm_once: Experiment, tmp_path: Path) -> Experiment:
 
 
 @pytest.fixture(scope="session")
-def tuned_once(prepared_once: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+def tuned_once(prepared_once: Experiment, once: Once) -> Experiment:
     """The tiny experiment with the scale, every trial of every arm and the choice; not to be changed."""
     trials = yaml.safe_load(TINY.read_text(encoding="utf-8"))["tuning"]["trials"]
-    experiment = prepared_once.copy_to(tmp_path_factory.mktemp("tuned")).change(tuning={"trials": trials})
-    content = experiment.content
-    for stage in ("features", "scale"):
-        experiment.succeed(stage)
-    for arm, trial in itertools.product(content["arms"], content["tuning"]["trials"]):
-        experiment.try_values(trial, arm)
-    experiment.succeed("choose")
-    return experiment
+
+    def make(folder: Path) -> None:
+        experiment = prepared_once.copy_to(folder).change(tuning={"trials": trials})
+        for stage in ("features", "scale"):
+            experiment.succeed(stage)
+        for arm, trial in itertools.product(experiment.content["arms"], trials):
+            experiment.try_values(trial, arm)
+        experiment.succeed("choose")
+
+    return Experiment(once("tuned", make))
 
 
 @pytest.fixture
@@ -205,13 +237,16 @@ def tuned(tuned_once: Experiment, tmp_path: Path) -> Experiment:
 
 
 @pytest.fixture(scope="session")
-def scored_once(tuned_once: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+def scored_once(tuned_once: Experiment, once: Once) -> Experiment:
     """The tiny experiment with every stage of every arm run, but for the report; not to be changed."""
-    experiment = tuned_once.copy_to(tmp_path_factory.mktemp("scored"))
-    for arm in experiment.content["arms"]:
-        for stage in ("pretrain", "finetune", "sample", "evaluate"):
-            experiment.succeed(stage, "--arm", arm, "--seed", "0")
-    return experiment
+
+    def make(folder: Path) -> None:
+        experiment = tuned_once.copy_to(folder)
+        for arm in experiment.content["arms"]:
+            for stage in ("pretrain", "finetune", "sample", "evaluate"):
+                experiment.succeed(stage, "--arm", arm, "--seed", "0")
+
+    return Experiment(once("scored", make))
 
 
 @pytest.fixture
@@ -221,11 +256,9 @@ def scored(scored_once: Experiment, tmp_path: Path) -> Experiment:
 
 
 @pytest.fixture(scope="session")
-def finished_once(scored_once: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+def finished_once(scored_once: Experiment, once: Once) -> Experiment:
     """The tiny experiment with every stage run; not to be changed."""
-    experiment = scored_once.copy_to(tmp_path_factory.mktemp("finished"))
-    experiment.succeed("report")
-    return experiment
+    return Experiment(once("finished", lambda folder: scored_once.copy_to(folder).succeed("report")))
 
 
 @pytest.fixture

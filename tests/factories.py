@@ -14,7 +14,7 @@ import torch
 
 from maskdm.base import rng
 from maskdm.config import ComputeConfig, Params, parse_params
-from maskdm.method.backbones.building import build_model
+from maskdm.method.backbones import build_model
 from maskdm.method.backbones.uvit import UViT
 from maskdm.scoring.protocol import Protocol, drawn_as, metrics_as
 from maskdm.training.devices import Compute, resolve

@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from maskdm.base import rng
 from maskdm.config import ModelConfig
 from maskdm.config.geometry import Grid
-from maskdm.method.backbones.building import build_model
+from maskdm.method.backbones import build_model
 from maskdm.method.backbones.uvit import (
     AttentionChoice,
     Block,

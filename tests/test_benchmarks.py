@@ -23,7 +23,7 @@ from benchmarks.shapes import RATES, SHAPES, SMALL, TINY, Shape
 from benchmarks.steps import StepMaker, random_arrays
 from benchmarks.timing import Rounds, Spread, Task, interleave
 from maskdm.base.errors import UserError
-from maskdm.method.backbones.building import count_image_flops
+from maskdm.method.backbones import count_image_flops
 from tests.factories import CPU
 
 NANO = Shape("tiny", 8, 1, {"patch_size": 2, "dim": 16, "depth": 3, "num_heads": 2, "mlp_ratio": 4.0}, 4)

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from maskdm.base.errors import ParamsError
 from maskdm.config import ModelConfig, Params, Run, StageConfig, resolve
-from maskdm.method.backbones.building import count_image_flops
+from maskdm.method.backbones import count_image_flops
 from maskdm.method.backbones.uvit import UViT
 from maskdm.method.diffusion import Diffusion, draw_step, masked_dsm_loss
 from maskdm.method.masks import Masking
@@ -143,7 +143,7 @@ def budget_of(params: Params) -> float:
 def costs_of(params: Params, arm: str) -> tuple[float, float]:
     """Of one pretraining and one finetuning step of an arm."""
     return (
-        cost_of_step(params, params.pretrain_of(arm), params.visible_of(arm).num_visible),
+        cost_of_step(params, params.pretrain_of(arm), params.mask_of(arm).num_visible),
         cost_of_step(params, params.finetune_of(arm), params.grid.num_patches),
     )
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from maskdm.base.checksums import short_hash
 from maskdm.base.errors import ParamsError
 from maskdm.config import ArmConfig, Params, load_params, parse_params, schema
+from maskdm.config.runs import for_trial, with_values
 
 ROOT = Path(__file__).parents[1]
 PARAMS_FILES = [ROOT / "params.yaml", *sorted((ROOT / "experiments").glob("*/params.yaml"))]
@@ -68,7 +69,7 @@ def test_tiny_content_is_valid_so_that_the_errors_below_have_one_cause() -> None
 def test_every_params_file_of_the_project_is_valid(file: Path) -> None:
     params = load_params(file)
     for arm in params.arms:
-        assert 1 <= params.visible_of(arm).num_visible <= params.grid.num_patches
+        assert 1 <= params.mask_of(arm).num_visible <= params.grid.num_patches
 
 
 def test_only_what_describes_the_experiment_is_required() -> None:
@@ -94,6 +95,11 @@ def test_only_what_describes_the_experiment_is_required() -> None:
 )
 def test_unknown_key_is_refused_with_a_suggestion(path: str, where: str, advice: str) -> None:
     assert error_of(content_with(path, 1)) == f"{where}: unknown key; {advice}"
+
+
+def test_unknown_key_of_a_dataset_that_is_named_as_a_key_is_refused_with_a_suggestion() -> None:
+    message = error_of(content_with("datasets", {"held_out": OTHER | {"chanels": 1}}))
+    assert message == "datasets.held_out.chanels: unknown key; did you mean 'channels'?"
 
 
 @pytest.mark.parametrize(
@@ -243,7 +249,8 @@ OTHER: dict[str, Any] = {"source": "digits", "image_size": 16, "channels": 1}
         ("seeds", [1, 0, 1], "seeds", "different numbers, got [1, 0, 1]"),
         ("dataset/source", "image_folder", "dataset", "needs root"),
         ("dataset/root", "images", "dataset", "takes no root; did you mean source: image_folder?"),
-        ("dataset/source", "celebs", "dataset.source", "unknown dataset 'celebs'; did you mean 'celeba'?"),
+        ("dataset/source", "digitz", "dataset.source", "unknown dataset 'digitz'; did you mean 'digits'?"),
+        ("dataset/source", "celeba", "dataset.source", "celeba any more: write huggingface:nielsr/CelebA-faces"),
         (
             "dataset/source",
             "cifar10",
@@ -273,7 +280,7 @@ OTHER: dict[str, Any] = {"source": "digits", "image_size": 16, "channels": 1}
         ),
         ("datasets", {"more": OTHER | {"channels": 3}}, "datasets.more.channels", "the same network sees both"),
         ("datasets", {"More": OTHER}, "datasets.More", "only a-z, 0-9 and '-'"),
-        ("pretrain/dataset", "more", "arms.patch-m50", "'more' is no key of `datasets`, which is empty"),
+        ("pretrain/dataset", "more", "arms.patch-m50", "'more' is not a key of `datasets`, which is empty"),
         ("evaluation/reference", "held_out", "evaluation", "needs dataset.held_out"),
         ("dataset/source", "huggingface:../here", "dataset.source", "huggingface:NAME for a dataset there"),
         ("dataset", OTHER | {"crop": "box", "crop_box": [0, 0, 0]}, "dataset", "its side is 0; expected 1 or more"),
@@ -443,7 +450,7 @@ def test_arms_overrides_are_merged_into_the_stages() -> None:
 def test_strategy_none_has_no_share_of_pretraining() -> None:
     params = parse_params(TINY)
     assert params.pretrain_of("scratch").share == 0.0
-    assert params.visible_of("scratch").num_visible == 16
+    assert params.mask_of("scratch").num_visible == 16
 
 
 def test_strategy_none_makes_none_of_the_shared_pretraining_steps() -> None:
@@ -473,14 +480,14 @@ def test_an_arm_may_be_pretrained_on_another_dataset_with_another_grid() -> None
     content["arms"]["patch-m50"]["pretrain"] = {"dataset": "large"}
     params = parse_params(content)
     assert params.for_pretraining("patch-m50").dataset.image_size == 16
-    assert (params.grid, params.pretrain_grid_of("patch-m50")) == ((4, 4), (8, 8))
-    assert params.visible_of("patch-m50").num_visible == 32, "half of the patches that pretraining sees"
-    assert params.realised_mask_rate_of("patch-m50") == 0.5
+    assert (params.grid, params.for_pretraining("patch-m50").grid) == ((4, 4), (8, 8))
+    assert params.mask_of("patch-m50").num_visible == 32, "half of the patches that pretraining sees"
+    assert params.mask_of("patch-m50").realised_mask_rate == 0.5
     assert params.for_pretraining("block2-m75") == params
 
 
 @pytest.mark.parametrize(("given", "kept"), [(8, 8), ([8, 8], 8), ([8, 16], [8, 16])])
-def test_a_square_is_told_by_its_side(given: Any, kept: Any) -> None:
+def test_a_square_is_given_by_its_side(given: Any, kept: Any) -> None:
     assert parse_params(content_with("dataset/image_size", given)).dataset.image_size == kept
 
 
@@ -506,25 +513,12 @@ def test_what_is_held_out_is_not_pretrained_on(here: dict[str, Any], there: dict
     assert parse_params(content).datasets
 
 
-def test_what_all_arms_are_pretrained_on_is_nothing_to_scratch() -> None:
+def test_what_all_arms_are_pretrained_on_does_not_concern_scratch() -> None:
     content = content_with("datasets", {"large": OTHER})
     content["pretrain"]["dataset"] = "large"
     params = parse_params(content)
     assert params.pretrain_of("patch-m50").dataset == "large"
     assert params.pretrain_of("scratch").dataset is None
-
-
-@pytest.mark.parametrize(
-    ("given", "crop", "box"),
-    [
-        ({}, "box", [57, 25, 128]),
-        ({"crop": "center"}, "center", None),
-        ({"crop": "box", "crop_box": [1, 2, 3]}, "box", [1, 2, 3]),
-    ],
-)
-def test_celeba_has_a_usual_crop(given: dict[str, Any], crop: str, box: list[int] | None) -> None:
-    dataset = schema.DatasetConfig.model_validate({"source": "celeba", "image_size": 64, "channels": 3, **given})
-    assert (dataset.crop, dataset.crop_box) == (crop, box)
 
 
 def test_unknown_arm_gets_a_suggestion() -> None:
@@ -691,7 +685,7 @@ def test_fraction_of_the_budget_that_pays_for_no_step_is_refused(fraction: float
 
 
 def test_trials_of_the_whole_budget_have_one_milestone() -> None:
-    params = parse_params(content_with("tuning/budget_fraction", 1.0)).for_trial("patch-m50", {})
+    params = for_trial(parse_params(content_with("tuning/budget_fraction", 1.0)), "patch-m50", {})
     assert params.budget == parse_params(TINY).budget.model_copy(update={"milestones": [1.0]})
 
 
@@ -700,7 +694,7 @@ VALUES_OF_A_TRIAL = {"pretrain.lr": 5e-3, "pretrain.batch_size": 16, "finetune.i
 
 def test_values_are_those_of_the_arm_and_of_no_other() -> None:
     params = parse_params(TINY)
-    changed = params.with_values("patch-m50", VALUES_OF_A_TRIAL)
+    changed = with_values(params, "patch-m50", VALUES_OF_A_TRIAL)
     assert changed.pretrain_of("patch-m50") == params.pretrain.model_copy(update={"lr": 5e-3, "batch_size": 16})
     assert changed.finetune_of("patch-m50") == params.finetune.model_copy(update={"init_from": "raw"})
     assert changed.training == params.training.model_copy(update={"flip": 0.5})
@@ -715,20 +709,20 @@ def test_values_are_those_of_the_arm_and_of_no_other() -> None:
 
 def test_params_with_values_have_nothing_left_to_tune() -> None:
     params = parse_params(TINY)
-    changed = params.with_values("patch-m50", VALUES_OF_A_TRIAL)
+    changed = with_values(params, "patch-m50", VALUES_OF_A_TRIAL)
     assert changed.tuning == params.tuning.model_copy(update={"trials": {}})
 
 
 def test_values_stand_above_those_of_the_arm_and_beside_the_rest_of_them() -> None:
     content = content_with("arms/patch-m50/pretrain", {"lr": 1e-3, "warmup_steps": 2, "share": 0.2})
-    params = parse_params(content).with_values("patch-m50", {"pretrain.lr": 5e-3})
+    params = with_values(parse_params(content), "patch-m50", {"pretrain.lr": 5e-3})
     own = params.pretrain_of("patch-m50")
     assert (own.lr, own.warmup_steps, own.share) == (5e-3, 2, 0.2)
 
 
 def test_an_arm_without_pretraining_ignores_values_of_it() -> None:
     params = parse_params(TINY)
-    changed = params.with_values("scratch", {"pretrain.lr": 1.0, "pretrain.share": 0.5, "finetune.lr": 5e-3})
+    changed = with_values(params, "scratch", {"pretrain.lr": 1.0, "pretrain.share": 0.5, "finetune.lr": 5e-3})
     assert changed.arms["scratch"].pretrain == {}
     assert changed.pretrain_of("scratch") == params.pretrain_of("scratch")
     assert changed.finetune_of("scratch").lr == 5e-3
@@ -737,21 +731,22 @@ def test_an_arm_without_pretraining_ignores_values_of_it() -> None:
 def test_no_values_change_nothing_but_that_nothing_is_left_to_tune() -> None:
     params = parse_params(TINY)
     off = parse_params(content_with("tuning/trials", {}))
-    assert all(params.with_values(arm, {}) == off for arm in params.arms)
+    assert all(with_values(params, arm, {}) == off for arm in params.arms)
 
 
 def test_a_trial_is_on_the_seed_of_the_tuning_at_its_fraction_of_the_budget() -> None:
     params = parse_params(TINY)
-    trial = params.for_trial("patch-m50", VALUES_OF_A_TRIAL)
+    trial = for_trial(params, "patch-m50", VALUES_OF_A_TRIAL)
     assert trial.seeds == [1000]
     assert trial.budget.unmasked_steps == 10
     assert trial.budget.milestones == [1.0]
     assert trial.budget.match == params.budget.match
-    same = params.with_values("patch-m50", VALUES_OF_A_TRIAL)
+    same = with_values(params, "patch-m50", VALUES_OF_A_TRIAL)
     assert trial.arms["patch-m50"] == same.arms["patch-m50"]
     assert (trial.training, trial.pretrain) == (same.training, same.pretrain)
     assert (trial.finetune, trial.sampling, trial.evaluation) == (same.finetune, same.sampling, same.evaluation)
     assert not trial.tuning.enabled
+    assert parse_params(trial.model_dump(mode="json", exclude_unset=True)) == trial, "it could be run by hand"
 
 
 @pytest.mark.parametrize(("fraction", "steps"), [(0.5, 3), (0.3, 2), (0.2, 1)])
@@ -759,22 +754,22 @@ def test_pretraining_by_steps_takes_its_fraction_of_them_in_a_trial(fraction: fl
     content = content_with("arms/patch-m50/pretrain", {"steps": 6})
     content["tuning"]["budget_fraction"] = fraction
     params = parse_params(content)
-    assert params.for_trial("patch-m50", {}).pretrain_of("patch-m50").steps == steps
-    assert params.for_trial("block2-m75", {}).pretrain_of("block2-m75") == params.pretrain
+    assert for_trial(params, "patch-m50", {}).pretrain_of("patch-m50").steps == steps
+    assert for_trial(params, "block2-m75", {}).pretrain_of("block2-m75") == params.pretrain
 
 
 def test_pretraining_by_the_steps_of_all_arms_takes_its_fraction_of_them_in_a_trial() -> None:
     params = parse_params(content_with("pretrain", {"lr": 2e-3, "batch_size": 32, "steps": 6}))
     for arm in ("patch-m50", "block2-m75"):
-        assert params.for_trial(arm, {}).pretrain_of(arm).steps == 3
-    assert params.for_trial("scratch", {}).pretrain_of("scratch").steps is None
+        assert for_trial(params, arm, {}).pretrain_of(arm).steps == 3
+    assert for_trial(params, "scratch", {}).pretrain_of("scratch").steps is None
 
 
 def test_pretraining_steps_of_one_arm_do_not_stop_the_trials_of_another() -> None:
     """24 steps are 0.59 of the arm's budget, and 12 of a trial's; 24 would be more than the whole of a trial's."""
     params = parse_params(content_with("arms/patch-m50/pretrain", {"steps": 24}))
-    assert params.for_trial("patch-m50", {}).pretrain_of("patch-m50").steps == 12
-    assert params.for_trial("scratch", {}).budget.unmasked_steps == 10
+    assert for_trial(params, "patch-m50", {}).pretrain_of("patch-m50").steps == 12
+    assert for_trial(params, "scratch", {}).budget.unmasked_steps == 10
 
 
 def test_arm_config_alone_knows_what_a_mask_needs() -> None:

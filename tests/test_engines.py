@@ -23,6 +23,7 @@ import yaml
 
 from maskdm.config.jobs import STAGE_VERSIONS
 from maskdm.stages import markers
+from tests.conftest import Once
 
 ROOT = Path(__file__).parents[1]
 ENGINE_FILES = ("dvc.yaml", "params.yaml", "Snakefile", "workflow", "profiles", ".dvcignore", ".gitignore")
@@ -148,19 +149,17 @@ def fresh_once(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 
 @pytest.fixture(scope="module")
-def finished_once(fresh_once: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+def finished_once(fresh_once: Workspace, once: Once) -> Workspace:
     """Everything was made by Snakemake."""
-    workspace = fresh_once.copy_to(tmp_path_factory.mktemp("finished") / "project")
-    workspace.run(*SNAKEMAKE)
-    return workspace
+    return Workspace(
+        once("by-snakemake", lambda folder: fresh_once.copy_to(folder / "project").run(*SNAKEMAKE)) / "project"
+    )
 
 
 @pytest.fixture(scope="module")
-def both_once(finished_once: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+def both_once(finished_once: Workspace, once: Once) -> Workspace:
     """Everything was made by Snakemake, then DVC was called."""
-    workspace = finished_once.copy_to(tmp_path_factory.mktemp("both") / "project")
-    workspace.run(*REPRO)
-    return workspace
+    return Workspace(once("by-both", lambda folder: finished_once.copy_to(folder / "project").run(*REPRO)) / "project")
 
 
 @pytest.fixture
@@ -354,19 +353,19 @@ def test_values_there_and_back_cost_no_training(both: Workspace) -> None:
 @pytest.mark.workflow
 def test_snakemakes_memory_decides_nothing(finished: Workspace) -> None:
     """(D) `.snakemake` is deleted and a value changed; (E) a value changed, then `snakemake --touch`."""
-    before = finished.records()
+    before, words = finished.records(), (*SNAKEMAKE, f".work/done/pretrain-{ARM}-seed-0")
     shutil.rmtree(finished.tiny / ".snakemake")
     finished.set_rate(0.25)
     finished.run(*SNAKEMAKE, "--touch")
-    finished.run(*SNAKEMAKE)
+    finished.run(*words)
     between = finished.records()
-    assert worked(before, between) == of_arm(ARM)
+    assert worked(before, between) == of_arm(ARM, ("pretrain",))
     shutil.rmtree(finished.tiny / ".snakemake")
-    assert "Nothing to be done" in finished.run(*SNAKEMAKE)
+    assert "Nothing to be done" in finished.run(*words)
     finished.set_rate(0.75)
     finished.run(*SNAKEMAKE, "--touch", "--forceall")
-    finished.run(*SNAKEMAKE)
-    assert worked(between, finished.records()) == of_arm(ARM)
+    finished.run(*words)
+    assert worked(between, finished.records()) == of_arm(ARM, ("pretrain",))
 
 
 @pytest.mark.workflow
@@ -403,15 +402,16 @@ def test_a_clone_with_pulled_results_has_nothing_to_do(both: Workspace, tmp_path
 
 
 @pytest.mark.workflow
-def test_a_better_trial_changes_its_arms_and_a_worse_one_nothing(fresh: Workspace) -> None:
-    fresh.change(tuning={"trials": TWO_TRIALS})
+def test_a_trial_that_is_worse_changes_nothing(fresh: Workspace) -> None:
+    content = fresh.params
+    content |= {"arms": {ARM: content["arms"][ARM]}, "tuning": {**content["tuning"], "trials": TWO_TRIALS}}
+    (fresh.tiny / "params.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     fresh.run(*SNAKEMAKE)
     before = fresh.records()
     slow = {"pretrain.lr": 1e-9, "finetune.lr": 1e-9}
     fresh.change(tuning={"trials": {**TWO_TRIALS, "slow": slow}})
     fresh.run(*SNAKEMAKE)
-    new = {f"tune-{arm}-trial-slow" for arm in (OTHER, ARM)}
-    assert worked(before, fresh.records()) == new | {"choose"}
+    assert worked(before, fresh.records()) == {f"tune-{ARM}-trial-slow", "choose"}
     chosen = {json.loads(file.read_bytes())["trial"] for file in (fresh.tiny / "results/chosen").glob("*-*.json")}
     assert "slow" not in chosen
 

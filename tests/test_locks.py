@@ -1,4 +1,4 @@
-"""One writer at a time: others wait and say for whom, and a dead one is in nobody's way."""
+"""One writer at a time: others wait and say for whom, and a dead one is not in the way."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_the_holder_is_known_while_it_works_and_not_after(lock: Path) -> None:
     assert holder_of(lock) is None
 
 
-def test_a_killed_writer_blocks_nobody(lock: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_killed_writer_does_not_block_the_next(lock: Path, capsys: pytest.CaptureFixture[str]) -> None:
     process = subprocess.Popen([sys.executable, "-c", HOLDING, str(lock)], stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline() == b"at work\n"
     holder = holder_of(lock)
@@ -110,7 +110,7 @@ def test_where_the_file_system_has_no_locks_there_is_a_warning(
     assert done
     error = capsys.readouterr().err
     assert f"warning: {lock} can't be locked ({os.strerror(code)})" in error and "one process at a time" in error
-    assert holder_of(lock) is None, "nobody knows"
+    assert holder_of(lock) is None, "it is not known"
 
 
 def test_any_other_refusal_is_an_error(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,8 +95,8 @@ def test_files_that_are_looked_for_beside_params_yaml_are_found_from_elsewhere(t
         (["model.dim"], (), "--set model.dim: expected path.to.key=value"),
         (["=3"], (), "--set =3: expected path.to.key=value"),
         (["name.x=3"], (), "name is a value, not a section"),
-        (["seeds=[1"], (), "--set seeds: '[1' is no YAML value"),
-        (["name=!x y"], (), "no plain YAML"),
+        (["seeds=[1"], (), "--set seeds: '[1' is not a YAML value"),
+        (["name=!x y"], (), "the new params.yaml is not plain YAML"),
         (["arms=5"], ("scratch",), "arms: input should be a valid dictionary"),
         ([], ("none",), "there is no arm 'none'; expected some of scratch, patch-m50, block2-m75"),
     ],
@@ -125,7 +125,7 @@ def test_one_that_was_made_outside_of_the_project_can_be_made_another_from(tmp_p
 
 def test_outside_of_a_project_there_is_no_pipeline_to_link_to(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_bytes((TINY / "params.yaml").read_bytes())
-    with pytest.raises(UserError, match="lies in no maskdm project"):
+    with pytest.raises(UserError, match="does not lie in a maskdm project"):
         make(tmp_path / "mine", source=tmp_path)
 
 

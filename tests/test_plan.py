@@ -12,21 +12,31 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
+from maskdm import plan
 from maskdm.base.units import duration, flops, size
-from maskdm.config import ComputeConfig, Params, Training, resolve
-from maskdm.method.backbones.building import count_image_flops
-from maskdm.plan import bench, calibration
-from maskdm.plan.calibration import Calibration, calibrate, measured_shapes
-from maskdm.plan.estimates import estimate, forward_flops, work_of
-from maskdm.plan.findings import disk_warning, launch_warnings, memory_warning, threads_warning, time_ratio, warnings_of
-from maskdm.plan.gpus import GPUS
-from maskdm.plan.store import Measurement, MeasurementStore
-from maskdm.plan.table import Outlook, format_table
+from maskdm.config import Params, resolve
+from maskdm.method.backbones import build_model, count_image_flops
+from maskdm.method.diffusion import Diffusion, draw_step, masked_dsm_loss
+from maskdm.method.masks import Masking
+from maskdm.plan import (
+    GPUS,
+    Gpus,
+    Machine,
+    Measurement,
+    Plan,
+    activation_bytes,
+    format_table,
+    forward_flops,
+    launch_warnings,
+    measured_warnings,
+    warnings,
+    words,
+)
 from maskdm.training import devices
-from maskdm.training.memory import PROCESS_BYTES, MemoryCounter, peak_alive_bytes, saved_bytes
-from tests.factories import FP32, ArrayImages, tiny_params
+from tests.factories import BF16, FP32, ArrayImages, tiny_model, tiny_params
+from tests.imported import run_python
 
 if TYPE_CHECKING:
     from tests.conftest import Experiment
@@ -96,8 +106,6 @@ def test_an_evaluation_of_the_network_costs_what_is_counted(model: dict[str, Any
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from tests.factories import tiny_model
-
     params = tiny_params(model=model)
     index = torch.arange(16)[None]
     with FlopCounterMode(display=False) as counter, sdpa_kernel([SDPBackend.MATH]), torch.no_grad():
@@ -120,122 +128,124 @@ def test_an_evaluation_of_the_network_costs_what_is_counted(model: dict[str, Any
     ],
 )
 def test_time_on_a_gpu_is_flops_over_rate_times_utilisation(name: str, precision: str, rate: float) -> None:
-    assert GPUS[name].seconds(6e18, precision, 0.4) == pytest.approx(6e18 / (rate * 0.4))
+    assert Gpus((name,), precision, 0.4).seconds(name, 6e18) == pytest.approx(6e18 / (rate * 0.4))
 
 
 # --- memory ---------------------------------------------------------------------------------------------------
 
 
-def test_saved_bytes_are_those_of_the_closed_form() -> None:
-    """Linear keeps its input (and its weight, a parameter), GELU its input, square its input."""
-    batch, wide = 5, 7
-    net = nn.Sequential(nn.Linear(3, wide), nn.GELU(), nn.Linear(wide, 2))
-    x = torch.zeros(batch, 3)
-    expected = 4 * batch * (3 + wide + wide + 2)
-    assert saved_bytes(lambda: net(x).square().sum(), net.parameters()) == expected
+def saved_bytes(params: Params, compute: devices.Compute, batch_size: int, num_visible: int) -> int:
+    """What autograd really keeps of a forward pass of the loss: every storage once, parameters left out."""
+    model, grid = tiny_model(params), params.grid
+    masking = Masking("patch", grid, 1 - num_visible / grid.num_patches)
+    diffusion, generator = Diffusion(2, "cosine", "epsilon"), torch.Generator().manual_seed(0)
+    draws = draw_step(batch_size, params.patch_dim, masking, 2, 0.0, generator)
+    x_0 = torch.zeros(batch_size, params.dataset.channels, params.dataset.height, params.dataset.width)
+    excluded = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    storages: dict[int, int] = {}
 
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in excluded:
+            storages[storage._cdata] = storage.nbytes()
+        return tensor
 
-def test_a_storage_that_is_saved_twice_counts_once() -> None:
-    x = torch.zeros(10, requires_grad=True)
-    assert saved_bytes(lambda: (y := x * 1.0).sin() + y.cos(), [x]) == 40
-
-
-def test_peak_alive_counts_what_is_alive_at_a_time() -> None:
-    def run() -> None:
-        for _ in range(3):
-            torch.zeros(100).add(1)  # two of 400 bytes alive, then none
-
-    assert peak_alive_bytes(run) == 800
-
-
-def test_memory_of_training_is_states_activations_and_a_batch() -> None:
-    params = tiny_params()
-    counter = MemoryCounter(params, FP32)
-    saved = counter.saved_for_backward(4, 8)
-    batch = 12 * (8 * 8 + 8 * 4) * 4  # images and the noise of S patches, float32
-    expected = 5 * 4 * counter.num_parameters + saved + batch + PROCESS_BYTES["cpu"]
-    assert counter.training(12, 4, 8) == pytest.approx(expected)
+    with saved_tensors_hooks(pack, lambda tensor: tensor), compute.context():
+        kept = masked_dsm_loss(model, diffusion, x_0, draws, params.model.patch_size)
+    del kept
+    return sum(storages.values())
 
 
 @pytest.mark.parametrize("depth", [1, 3, 9])
-def test_memory_of_deep_networks_is_that_of_the_whole_network(depth: int) -> None:
-    """Counted on fake tensors, a pair of blocks for all: as much as a real forward pass keeps."""
-    from maskdm.method.diffusion import Diffusion, draw_step, masked_dsm_loss
-    from maskdm.method.masks import Masking
-    from tests.factories import tiny_model
-
-    params = tiny_params(model={"depth": depth})
-    model, masking, diffusion = (
-        tiny_model(params),
-        Masking("patch", params.grid, 0.5),
-        Diffusion(2, "cosine", "epsilon"),
-    )
-    draws = draw_step(6, 4, masking, 2, 0.0, torch.Generator().manual_seed(0))
-    x_0 = torch.zeros(6, 1, 8, 8)
-    real = saved_bytes(lambda: masked_dsm_loss(model, diffusion, x_0, draws, 2), model.parameters())
-    assert MemoryCounter(params, FP32).saved_for_backward(6, 8) == pytest.approx(real, rel=0.01)
+@pytest.mark.parametrize("compute", [FP32, BF16], ids=["fp32", "bf16"])
+def test_activations_in_closed_form_are_those_that_a_real_step_keeps(compute: devices.Compute, depth: int) -> None:
+    """Without what does not grow with the batch, such as weights that autocast casts."""
+    model = {"depth": depth, "dim": 64, "num_heads": 4}
+    params = tiny_params(model=model, compute={"attention": "plain"})
+    many, few = (saved_bytes(params, compute, batch_size, 8) for batch_size in (24, 8))
+    assert activation_bytes(params, compute, 8, trains=True) == pytest.approx((many - few) / 16, rel=0.1)
 
 
-def test_masks_and_micro_batches_save_memory_and_plain_attention_costs_some() -> None:
-    counter = MemoryCounter(tiny_params(), FP32)
-    assert counter.saved_for_backward(8, 4) < 0.5 * counter.saved_for_backward(8, 16)
-    assert counter.training(64, 16, 16) < counter.training(64, 64, 16)
-    assert counter.sampling(10, 100) < counter.sampling(1000, 1000)
+def memory_of(**changes: Any) -> dict[str, float]:
+    """Bytes of the stages of an arm with 4 of 16 patches, and of an unmasked one."""
+    arms = Plan(tiny_params(**{"model": {"dim": 64, "depth": 9}, **changes}), FP32).arms
+    return {f"{arm} {row.name}": row.memory for arm in ("scratch", "block2-m75") for row in arms[arm]}
+
+
+def test_memory_of_training_is_states_activations_and_a_batch() -> None:
+    params = tiny_params(finetune={"batch_size": 12, "micro_batch_size": 4})
+    [finetune] = [row for row in Plan(params, FP32).arms["scratch"] if row.name == "finetune"]
+    with torch.device("meta"):
+        weights = 4 * sum(p.numel() for p in build_model(params, 10).parameters())
+    batch = 12 * (8 * 8 + 16 * 4) * 4  # images and the noise of all patches, float32
+    activations = 4 * activation_bytes(params, FP32, 16, trains=True)
+    assert finetune.memory == pytest.approx(0.4 * GIB + 6 * weights + activations + batch)
+
+
+def test_masks_micro_batches_and_recomputed_activations_save_memory() -> None:
+    large = {"pretrain": {"batch_size": 4096}, "finetune": {"batch_size": 4096}}
+    own = memory_of(**large)
+    assert own["block2-m75 pretrain"] - 0.4 * GIB < 0.5 * (own["block2-m75 finetune"] - 0.4 * GIB)
+    in_parts = memory_of(finetune={"batch_size": 4096, "micro_batch_size": 64}, pretrain=large["pretrain"])
+    assert in_parts["scratch finetune"] < own["scratch finetune"]
+    again = memory_of(**large, compute={"activation_checkpointing": True})
+    assert again["scratch finetune"] < own["scratch finetune"]
+    assert memory_of(sampling={"batch_size": 10})["scratch sample"] < own["scratch sample"]
+
+
+@pytest.mark.parametrize(("fits", "shown"), [(24, "24"), (8, "24 (by 8)"), (1, "24 (by 1)"), (0, "24 (by 1)")])
+def test_auto_on_a_gpu_is_planned_with_the_most_that_fit(
+    monkeypatch: pytest.MonkeyPatch, fits: int, shown: str
+) -> None:
+    """The stage itself finds out by trying; on a CPU it takes the whole batch."""
+    params = tiny_params(finetune={"batch_size": 24, "micro_batch_size": "auto"}, arms={"a": {"strategy": "none"}})
+    gpu = replace(FP32, device=torch.device("cuda"))
+    stage = resolve(params, "a", 0).finetune
+    needed = Plan(params, FP32)._training_memory(stage, fits) - 0.4 * GIB
+    monkeypatch.setattr(plan, "total_memory", lambda _: needed + 1)
+    assert Plan(params, gpu).arms["a"][0].cells[3].endswith(f"× {shown}")
+    assert Plan(params, FP32).arms["a"][0].cells[3].endswith("× 24")
 
 
 # --- measuring ------------------------------------------------------------------------------------------------
 
 
-class FakeBench:
-    """Takes a thousandth of a second per image and patch, and counts what it is asked for."""
-
-    asked: list[str]
-
-    def __init__(self, *_: Any) -> None:
-        pass
-
-    def step(self, num_images: int, num_visible: int) -> Measurement:
-        return self._answer(f"step {num_images} {num_visible}", 0.001 * num_images * num_visible)
-
-    def update(self) -> Measurement:
-        return self._answer("update", 0.01)
-
-    def gather(self, batch_size: int) -> Measurement:
-        return self._answer(f"gather {batch_size}", 0.0001 * batch_size)
-
-    def evaluation(self, num_images: int) -> Measurement:
-        return self._answer(f"evaluation {num_images}", 0.002 * num_images)
-
-    def _answer(self, name: str, seconds: float) -> Measurement:
-        self.asked.append(name)
-        return Measurement(seconds, 0.1, "2024-02-03")
-
-
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """What is measured, in a folder without any data; nothing really is."""
+    """What is measured, in a folder without any data; nothing really is: a call takes a second."""
     monkeypatch.chdir(tmp_path)
-    FakeBench.asked = []
-    monkeypatch.setattr(calibration, "Bench", FakeBench)
-    return FakeBench.asked
+    pieces: list[str] = []
+
+    def measure(self: Machine, run: Callable[[], object], num_units: float) -> Measurement:
+        pieces.append(f"{run.__qualname__.split('.')[1]} {num_units:g}")
+        return Measurement(1 / num_units, 0.1, "2024-02-03")
+
+    monkeypatch.setattr(Machine, "_measure", measure)
+    return pieces
 
 
-def measure(params: Params, compute: devices.Compute = FP32, **store: Any) -> Calibration:
-    return calibrate(params, compute, work_of(params, compute), MeasurementStore(**store))
+def measure(params: Params, forget: bool = False) -> Plan:
+    machine = Machine(params, FP32, forget)
+    found = Plan(params, FP32, machine)
+    machine.save()
+    return found
+
+
+EVERYTHING = ["classifier 320", "draw 500", "metrics 1", "step 8", "step 8", "step 8"]
 
 
 def test_every_shape_is_measured_once(asked: list[str]) -> None:
     found = measure(tiny_params())
-    assert sorted(asked) == ["evaluation 250", "gather 8", "step 8 16", "step 8 4", "step 8 8", "update"]
-    assert found.steps == {(8, 16): 0.128, (8, 8): 0.064, (8, 4): 0.032}
-    assert (found.update, found.gathers, found.evaluation) == (0.01, {8: 0.0008}, 0.5)
-    assert (found.day, found.is_real_data, found.num_missing) == ("2024-02-03", False, 0)
+    assert sorted(asked) == EVERYTHING
+    assert found.machine is not None
+    assert found.machine.step(8, 4) == 1 / 8
+    assert "measured on 2024-02-03" in found.machine.title
 
 
 def test_what_was_measured_is_not_measured_again(asked: list[str]) -> None:
     first = measure(tiny_params())
     asked.clear()
-    assert measure(tiny_params()) == first
+    assert measure(tiny_params()).arms == first.arms
     assert asked == []
 
 
@@ -243,49 +253,43 @@ def test_another_arm_costs_its_own_measurement_alone(asked: list[str]) -> None:
     measure(tiny_params())
     asked.clear()
     measure(tiny_params(arms={"patch-m25": {"strategy": "patch", "mask_rate": 0.25}}))
-    assert asked == ["step 8 12"]
+    assert asked == ["step 8"]
 
 
 def test_recalibrating_measures_all_again(asked: list[str]) -> None:
     measure(tiny_params())
     asked.clear()
     measure(tiny_params(), forget=True)
-    assert len(asked) == 6
+    assert sorted(asked) == EVERYTHING
+
+
+KEPT = '{"0123456789abcdef": %s}'
 
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", "{}", '{"format": "maskdm-calibration/0", "measured": {}}'],
-    ids=["empty", "cut", "list", "nothing", "old"],
+    ["", "{", "[]", "{}", '{"format": "maskdm-calibration/1", "measured": {}}', "\xff"]
+    + [KEPT % entry for entry in ("null", '["x", 0, ""]', '[-1.0, 0, ""]', '[NaN, 0, ""]', "[1.0, 0.1]")],
 )
 def test_a_damaged_file_is_measured_anew_and_rewritten(asked: list[str], content: str) -> None:
     measure(tiny_params())
-    file = Path(".work/calibration.json")
-    file.write_text(content, encoding="utf-8")
+    plan.KEPT.write_text(content, encoding="latin-1")
     asked.clear()
     measure(tiny_params())
-    assert len(asked) == 6
-    assert len(json.loads(file.read_text(encoding="utf-8"))["measured"]) == 6
+    assert sorted(asked) == EVERYTHING
+    assert len(json.loads(plan.KEPT.read_text(encoding="utf-8"))) == 6
 
 
-@pytest.mark.parametrize(
-    "entry", [None, {"value": "x"}, {"value": -1.0, "spread": 0, "day": ""}, {"value": float("nan")}]
-)
-def test_a_damaged_entry_is_measured_anew(asked: list[str], entry: Any) -> None:
+def test_a_folder_that_cannot_be_written_is_told_of(asked: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path(".work").write_text("a file in the way", encoding="utf-8")
     measure(tiny_params())
-    file = Path(".work/calibration.json")
-    content = json.loads(file.read_text(encoding="utf-8"))
-    content["measured"][next(iter(content["measured"]))] = entry
-    file.write_text(json.dumps(content), encoding="utf-8")
-    asked.clear()
-    measure(tiny_params())
-    assert len(asked) == 1
+    assert "what was measured is not kept: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda patch: patch.setattr(calibration, "machine", lambda: ("another CPU", 64, "9.9")),
+        lambda patch: patch.setattr(plan, "cpu_name", lambda: "another CPU"),
         lambda patch: patch.setattr(devices.Compute, "describe", lambda self: {"precision": "bf16"}),
         lambda patch: patch.setattr(devices.Compute, "describe_device", lambda self: {"threads": 7}),
     ],
@@ -298,7 +302,7 @@ def test_another_machine_is_measured_anew(
     asked.clear()
     change(monkeypatch)
     measure(tiny_params())
-    assert len(asked) == 6
+    assert sorted(asked) == EVERYTHING
 
 
 @pytest.mark.parametrize(
@@ -308,209 +312,245 @@ def test_another_network_is_measured_anew(asked: list[str], section: dict[str, A
     measure(tiny_params())
     asked.clear()
     measure(tiny_params(**section))
-    assert len(asked) == 6
+    assert sorted(asked) == EVERYTHING
 
 
 def test_a_dear_step_is_measured_on_a_part_and_scaled(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    params = tiny_params(pretrain={"batch_size": 800}, finetune={"batch_size": 800})
-    cap = 100 * count_image_flops(params, 4)
-    monkeypatch.setitem(calibration.MAX_FLOPS, "cpu", cap)
-    found = measure(params)
-    assert {"step 100 4", "step 1 4"} <= set(asked)
-    assert "step 800 16" not in asked
-    assert found.steps == {(800, s): pytest.approx(0.8 * s) for s in (16, 8, 4)}
+    """On fewer images while one is affordable, then on fewer patches, by their FLOPs."""
+    params = tiny_params()
+    of = {visible: count_image_flops(params, visible) for visible in (16, 8, 4)}
+    monkeypatch.setitem(plan.MAX_FLOPS, "cpu", 1.5 * of[8])
+    machine = Machine(params, FP32)
+    assert machine.step(800, 8) == 1.0
+    assert machine.step(800, 4) == 1 / int(1.5 * of[8] / of[4])
+    assert machine.step(800, 16) == pytest.approx(of[16] / of[8])
+    assert asked == ["step 1", f"step {int(1.5 * of[8] / of[4])}", f"step {of[8] / of[16]:g}"]
 
 
-def test_what_costs_the_same_at_any_batch_size_is_not_scaled(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    params = tiny_params(pretrain={"batch_size": 800}, finetune={"batch_size": 800})
-    monkeypatch.setitem(calibration.MAX_FLOPS, "cpu", 100 * count_image_flops(params, 4))
-    monkeypatch.setattr(FakeBench, "step", lambda self, b, s: Measurement(0.05 + 0.001 * b * s, 0.1, "2024-02-03"))
-    assert measure(params).steps == {(800, s): pytest.approx(0.05 + 0.8 * s) for s in (16, 8, 4)}
+def test_what_is_measured_is_real_work(prepared: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positive times, and more for more patches."""
+    monkeypatch.chdir(prepared.folder)
+    monkeypatch.setattr(plan, "LONGEST_SECONDS", 0.05)
+    changes = {"training": {"grad_clip": 1.0}, "model": {"class_conditional": True, "dim": 64}}
+    changes["evaluation"] = {"kid_subsets": 1}
+    machine = Machine(tiny_params(**changes), FP32, forget=True)
+    assert machine.images is not None
+    assert 0 < machine.step(256, 4) < machine.step(256, 16)
+    times = [machine.draw(4), machine.gather(16, machine.images.sha256), machine.classifier(), machine.metrics(64, 64)]
+    assert min(times) > 0
 
 
-def test_masks_of_nearly_equal_size_share_a_measurement_where_steps_are_dear() -> None:
-    params = tiny_params(dataset={"image_size": 32})  # 16×16 patches
-    work = work_of(params, FP32)
-    shapes = {(256, s) for s in (256, 230, 225, 26, 25)}
-    work = type(work)(frozenset(shapes), work.batches, work.sampling_batch, work.num_patches, work.flops_of)
-    dear = measured_shapes(work, 2 * work.flops_of(256))
-    assert {v: of[1] for (_, v), of in dear.items()} == {256: 256, 230: 230, 225: 230, 26: 26, 25: 26}
-    assert dear[256, 256] == (2, 256)
-    cheap = measured_shapes(work, 1e30)
-    assert cheap == {shape: shape for shape in shapes}
-
-
-def test_a_busy_machine_measures_the_most_needed_and_scales_the_rest(
-    asked: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(calibration, "TOTAL_SECONDS", -1.0)
-    found = measure(tiny_params())
-    assert [name for name in asked if name.startswith("step")] == ["step 8 4"]
-    assert found.num_missing == 2
-    ratio = count_image_flops(tiny_params(), 16) / count_image_flops(tiny_params(), 4)
-    assert found.steps[8, 16] == pytest.approx(0.032 * ratio)
-
-
-def test_what_is_measured_are_real_steps() -> None:
-    """Of the real bench: positive times, more for more images, and no gradient left to the sampling pass."""
-    params = tiny_params(training={"grad_clip": 1.0}, model={"class_conditional": True})
-    real = bench.Bench(params, FP32, 0.01)
-    few, many = real.step(1, 4), real.step(512, 16)
-    assert 0 < few.value < many.value
-    assert all(p.grad is not None for n, p in real._model.named_parameters() if "label" not in n)
-    for measurement in (real.update(), real.gather(16), real.evaluation(4)):
-        assert measurement.value > 0
-        assert measurement.spread >= 0
+class Images(ArrayImages):
+    sha256 = "made up"
 
 
 def test_getting_a_batch_is_measured_for_one_where_several_are_made_together() -> None:
-    class Slow(ArrayImages):
+    class Slow(Images):
         def gather(self, indices: np.ndarray) -> np.ndarray:
             time.sleep(1e-4 * len(indices))
             return super().gather(indices)
 
-    slow = bench.Bench(tiny_params(), FP32, 0.3)
-    slow.__dict__["_images"] = Slow(np.zeros((64, 8, 8, 1), dtype=np.uint8))
-    assert 16e-4 <= slow.gather(16).value < 4 * 16e-4
+    machine = Machine(tiny_params(), FP32, forget=True)
+    machine.__dict__["images"] = Slow(np.zeros((64, 8, 8, 1), dtype=np.uint8))
+    assert 16e-4 <= machine.gather(16, machine.images.sha256) < 4 * 16e-4
+
+
+def test_the_median_is_kept_and_a_first_call_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0, 1.5, 2, 2.1, 3, 3.2, 4, 4.3])  # a first call of 1.5 s, then 0.1, 0.2, 0.3 s
+    monkeypatch.setattr(plan.time, "perf_counter", lambda: next(clock))
+    found = Machine(tiny_params(), FP32, forget=True)._measure(lambda: None, 2)
+    assert (found.seconds, found.spread) == (pytest.approx(0.1), pytest.approx(0.25))
+    long = iter([0, 2.5])
+    monkeypatch.setattr(plan.time, "perf_counter", lambda: next(long))
+    assert Machine(tiny_params(), FP32, forget=True)._measure(lambda: None, 1).seconds == 2.5
+
+
+@pytest.mark.parametrize("features", ["classifier", "pixels", "inception-v3-compat"])
+def test_scoring_is_planned_where_it_can_be_measured(
+    asked: list[str], monkeypatch: pytest.MonkeyPatch, features: str
+) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: "nowhere")
+    found = measure(tiny_params(evaluation={"features": features}))
+    metrics, classifier = 1.0, 1 / 320  # seconds of a milestone, of an image in an epoch
+    extract = {"classifier": classifier / 3, "pixels": 0.0}
+    if features in extract:
+        evaluate = 2 * (1000 * extract[features] + metrics)
+        assert [row.seconds for rows in found.arms.values() for row in rows if row.name == "evaluate"] == 3 * [
+            pytest.approx(evaluate)
+        ]
+        drawn = 1000 * 50 / 500
+        assert found.shared[1].seconds == pytest.approx(drawn + 1000 * extract[features] + 2 * metrics)
+        trained = 20 * 1797 * classifier if features == "classifier" else 0.0
+        assert found.shared[0].seconds == pytest.approx(trained + 1797 * extract[features])
+    else:
+        assert [found.arms["scratch"][-1].seconds, found.shared[0].seconds] == [None, None]
+        text = " ".join(words(found, Gpus(("A100",), "bf16"), None))
+        assert f"the extractor {features}, as its weights are not here yet" in text
+        assert "what FID, KID, precision and recall take" in text
+        assert "?" in format_table(found, Gpus(("A100",), "bf16")).splitlines()[6].split()
+
+
+def test_features_are_left_out_where_the_number_of_images_is_not_known(asked: list[str]) -> None:
+    found = measure(tiny_params(dataset={"source": "image_folder", "root": "images"}))
+    assert found.shared[0].seconds is None
+    assert found.arms["scratch"][-1].seconds is not None
+    text = " ".join(words(found, Gpus(("A100",), "bf16"), None))
+    assert "not estimated: prepare, choose and report; " in text
+    assert "features, as the number of images is not known before prepare" in text
 
 
 # --- words against a plan -------------------------------------------------------------------------------------
 
 
-def made_up(**changes: Any) -> Calibration:
-    """A calibration of `tiny_params` in which time follows FLOPs."""
-    params = tiny_params()
-    steps = {(8, s): 1e-9 * 8 * count_image_flops(params, s) for s in (16, 8, 4)}
-    content: dict[str, Any] = {"steps": steps, "update": 0.0, "gathers": {8: 0.0}, "evaluation": 0.1, **changes}
-    return Calibration(**content)
+class MadeUp(Machine):
+    """Takes a nanosecond per FLOP, and what is given for shapes of a step and for a batch."""
+
+    uncertainty, steps, batch = 0.2, {}, 0.0  # type: ignore[var-annotated]
+
+    def __init__(self, params: Params, **given: Any) -> None:
+        super().__init__(params, FP32, forget=True)
+        self.__class__ = type("Given", (MadeUp,), given)
+
+    def step(self, num_images: int, num_visible: int) -> float:
+        return 1e-9 * count_image_flops(self.params, num_visible) * self.steps.get(num_visible, 1)
+
+    images = Images(np.zeros((1797, 8, 8, 1), dtype=np.uint8))
+
+    def gather(self, *_: Any) -> float:
+        return self.batch
+
+    def draw(self, batch_size: int) -> float:
+        return 0.001
+
+    def metrics(self, num_samples: int, num_real: int) -> float:
+        return 3.0
+
+    def classifier(self) -> float:
+        return 0.004
+
+
+def planned(params: Params, **given: Any) -> Plan:
+    return Plan(params, FP32, MadeUp(params, **given))
 
 
 def test_time_that_follows_flops_gives_no_warning() -> None:
-    params = tiny_params()
-    assert warnings_of(params, FP32, made_up()) == []
-    seconds, of_flops = time_ratio(FP32, resolve(params, "block2-m75", 0), made_up())
-    assert seconds == pytest.approx(of_flops)
-    assert warnings_of(params, FP32, None) == []
+    assert measured_warnings(planned(tiny_params())) == []
+    assert measured_warnings(Plan(tiny_params(), FP32)) == []
 
 
 def test_fixed_costs_that_eat_the_gain_are_named_with_the_arm() -> None:
-    params, steps = tiny_params(), dict(made_up().steps)
-    steps[8, 4] *= 2
-    [warning] = warnings_of(params, FP32, made_up(steps=steps))
+    [warning] = measured_warnings(planned(tiny_params(), steps={4: 2}))
     assert warning.startswith("block2-m75: pretraining at S = 4, batch 8 costs 2.0× its FLOPs here")
     assert "a larger pretrain.batch_size amortises them" in warning
 
 
 def test_arms_with_the_same_finding_share_a_line() -> None:
     arm = {"strategy": "patch", "mask_rate": 0.75}
-    params, steps = tiny_params(arms={"a": arm, "b": arm, "scratch": {"strategy": "none"}}), dict(made_up().steps)
-    steps[8, 4] *= 2
-    [warning] = warnings_of(params, FP32, made_up(steps=steps))
+    params = tiny_params(arms={"a": arm, "b": arm, "scratch": {"strategy": "none"}})
+    [warning] = measured_warnings(planned(params, steps={4: 2}))
     assert warning.startswith("a, b: pretraining at S = 4")
 
 
 def test_a_step_that_waits_for_its_data_is_named() -> None:
     params = tiny_params(arms={"scratch": {"strategy": "none"}})
-    step = made_up().steps[8, 16]
-    assert warnings_of(params, FP32, made_up(gathers={8: 0.4 * step})) == []
-    [warning] = warnings_of(params, FP32, made_up(gathers={8: step}))
+    step = 8 * planned(params).machine.step(8, 16)  # type: ignore[union-attr]
+    assert measured_warnings(planned(params, batch=0.4 * step)) == []
+    [warning] = measured_warnings(planned(params, batch=step))
     assert warning.startswith("scratch: 50% of a finetune step at S = 16, batch 8 is waiting for its images")
 
 
 def test_measurements_that_scatter_claim_nothing() -> None:
-    steps = dict(made_up().steps)
-    steps[8, 4] *= 9
-    [warning] = warnings_of(tiny_params(), FP32, made_up(steps=steps, uncertainty=0.9))
+    [warning] = measured_warnings(planned(tiny_params(), steps={4: 9}, uncertainty=0.9))
     assert "scatter by ±90%" in warning
 
 
 def test_a_step_too_short_for_a_gpu_is_named() -> None:
-    params = tiny_params()
-    [warning] = launch_warnings(params, [GPUS["A100"], GPUS["H100"]], "bf16", 0.4)
+    gpus = Gpus(("A100", "H100"), "bf16", 0.4)
+    [warning] = launch_warnings(Plan(tiny_params(), FP32), gpus)
     assert warning.startswith("A100, H100: the smallest step of all arms is less than 5 ms")
     large = tiny_params(finetune={"batch_size": 10**9}, pretrain={"batch_size": 10**9})
-    assert launch_warnings(large, [GPUS["A100"]], "bf16", 0.4) == []
+    assert launch_warnings(Plan(large, FP32), gpus) == []
 
 
-def test_what_does_not_fit_is_said() -> None:
-    assert disk_warning(5 * GIB, 6 * GIB) is None
-    assert disk_warning(5 * GIB, 4 * GIB) == "disk: the experiment writes 5 GiB, and 4 GiB are free here"
-    assert memory_warning(1, 1) is None
-    assert "a stage needs about 24 GiB, and there are 16 GiB" in str(memory_warning(24 * GIB, 16 * GIB))
-    assert threads_warning(2, 2) is None
-    assert "compute.threads is 8, and this machine has 2 cores" in str(threads_warning(8, 2))
+def test_what_does_not_fit_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = tiny_params(finetune={"batch_size": 10**9}, pretrain={"batch_size": 10**9}, compute={"threads": 8})
+    found, gpus = Plan(large, FP32), Gpus(("A100",), "bf16")
+    there = {"num_cores": 8, "total_memory": found.seeds.memory, "free_bytes": found.seeds.disk + found.resumable}
+    for name, number in there.items():
+        monkeypatch.setattr(plan, name, lambda *_, number=number: number)
+    assert warnings(found, gpus) == []
+    for name in there:
+        monkeypatch.setattr(plan, name, lambda *_: 2)
+    threads, memory, disk = warnings(found, gpus)
+    assert threads.startswith("compute.threads is 8, and this machine has 2 cores: ")
+    assert memory.startswith(f"memory: a stage needs about {size(found.seeds.memory)}, and there are 2 B in all; ")
+    assert disk == f"disk: the experiment writes {size(found.seeds.disk + found.resumable)}, and 2 B are free here"
 
 
-# --- estimates and the table ----------------------------------------------------------------------------------
+# --- what it costs, and the table -----------------------------------------------------------------------------
 
 
-def estimates_of(params: Params, found: Calibration | None, folder: Path) -> Any:
-    return estimate(params, FP32, found, MeasurementStore(folder / "calibration.json"))
-
-
-def test_time_and_disk_of_an_arm_are_those_of_its_steps(tmp_path: Path) -> None:
+def test_time_and_disk_of_an_arm_are_those_of_its_steps() -> None:
     params = tiny_params(seeds=[0, 1, 2], finetune={"micro_batch_size": 4})
-    found = made_up(steps={**made_up().steps, (4, 16): 0.25}, update=0.5, gathers={8: 0.125})
-    estimates = estimates_of(params, found, tmp_path)
-    pretrain, finetune, sample = estimates.arms["block2-m75"]
-    run = resolve(params, "block2-m75", 0)
-    assert pretrain.seconds == pytest.approx(run.pretrain.num_steps * (found.steps[8, 4] + 0.625))
-    assert finetune.seconds == pytest.approx(run.finetune.num_steps * (2 * 0.25 + 0.625))
-    assert sample.seconds == pytest.approx(2 * 50 * 4 * 0.1)  # milestones × steps × batches
-    weights = 4 * MemoryCounter(params, FP32).num_parameters
-    assert [s.disk for s in (pretrain, finetune, sample)] == [2 * weights, 2 * 2 * weights, 2 * 1000 * 64]
-    arms = [stage for stages in estimates.arms.values() for stage in stages]
-    assert estimates.seeds.flops == pytest.approx(3 * sum(stage.flops for stage in arms))
-    assert estimates.seeds.seconds == pytest.approx(3 * sum(stage.seconds for stage in arms))
-    assert estimates.seeds.memory == max(stage.memory for stage in arms)
+    found = planned(params, batch=0.125)
+    pretrain, finetune, sample, evaluate = found.arms["block2-m75"]
+    run, of = resolve(params, "block2-m75", 0), {s: 1e-9 * count_image_flops(params, s) for s in (4, 16)}
+    assert pretrain.seconds == pytest.approx(run.pretrain.num_steps * (8 * of[4] + 0.125))
+    assert finetune.seconds == pytest.approx(run.finetune.num_steps * (8 * of[16] + 0.125))
+    assert finetune.cells[3].endswith("× 8 (by 4)")
+    assert sample.seconds == pytest.approx(2 * 50 * 1000 * 0.001)  # milestones × steps × images
+    assert evaluate.seconds == pytest.approx(2 * (1000 * 0.004 / 3 + 3))
+    weights = 4 * sum(p.numel() for p in build_model(params, 10).parameters())
+    assert [row.disk for row in (pretrain, finetune, sample)] == [2 * weights, 2 * 2 * weights, 2 * 1000 * 64]
+    rows = [row for rows in found.arms.values() for row in rows]
+    assert found.seeds.flops == pytest.approx(3 * sum(row.flops for row in rows))
+    assert found.seeds.seconds == pytest.approx(3 * sum(row.seconds or 0.0 for row in rows))
+    assert found.seeds.memory == max(row.memory for row in rows)
 
 
-def test_scratch_has_no_pretraining_but_its_initialisation(tmp_path: Path) -> None:
-    estimates = estimates_of(tiny_params(), None, tmp_path)
-    finetune, sample = estimates.arms["scratch"]
-    assert (finetune.stage, sample.stage) == ("finetune", "sample")
-    assert finetune.disk == sum(stage.disk for stage in estimates.arms["patch-m50"][:2])
+def test_what_all_arms_have_in_common_is_planned_once() -> None:
+    params = tiny_params(seeds=[0, 1], dataset={"held_out": 0.5}, evaluation={"reference": "held_out"})
+    features, scale = planned(params, images=Images(np.zeros((898, 8, 8, 1), dtype=np.uint8))).shared
+    assert (features.name, features.flops, scale.name) == ("features", 0, "scale")
+    assert features.seconds == pytest.approx(898 * 0.004 / 3 + 20 * 1796 * 0.004)
+    assert scale.seconds == pytest.approx(1000 * 50 * 0.001 + 1000 * 0.004 / 3 + 2 * 3)
+    assert scale.flops == pytest.approx(1000 * 50 * forward_flops(params))
+
+
+def test_scratch_has_no_pretraining_but_its_initialisation() -> None:
+    found = Plan(tiny_params(), FP32)
+    finetune, sample, evaluate = found.arms["scratch"]
+    assert (finetune.name, sample.name, evaluate.name) == ("finetune", "sample", "evaluate")
+    assert finetune.disk == sum(row.disk for row in found.arms["patch-m50"][:2])
     assert finetune.seconds is None
-    assert estimates.seeds.seconds is None
+    assert found.seeds.seconds is None
 
 
-def test_tuning_is_the_trials_of_all_arms(tmp_path: Path) -> None:
+def test_tuning_is_the_trials_of_all_arms() -> None:
     trials = {"given": {}, "large": {"finetune.batch_size": 16, "finetune.lr": 1e-4}}
     tuning = {"seed": 9, "budget_fraction": 0.5, "trials": trials}
     params = tiny_params(tuning=tuning, sampling={"num_samples": 500})
-    estimates = estimates_of(params, made_up(), tmp_path)
-    assert estimates.tuning.num_trials == 6
-    trained = sum(resolve(params, arm, 9, trial).flops for arm in params.arms for trial in trials)
-    drawn = 6 * 500 * params.sampling.num_steps * forward_flops(params)
-    assert estimates.tuning.total.flops == pytest.approx(trained + drawn)
-    table = format_table(estimates, Outlook((GPUS["A100"],), 0.4, "bf16", None))
-    assert [line.split("  ")[0] for line in table.splitlines()[-3:]] == [
-        "all arms and seeds",
-        "tuning: 6 trials",
-        "with tuning",
-    ]
+    found = planned(params)
+    tune = found.shared[-1]
+    runs = [resolve(params, arm, 9, trial) for arm in params.arms for trial in trials]
+    assert tune.flops == pytest.approx(sum(run.flops for run in runs) + 6 * 500 * 50 * forward_flops(params))
+    scored = 6 * (500 * 50 * 0.001 + 500 * 0.004 / 3 + 3)
+    assert tune.seconds == pytest.approx(1e-9 * sum(run.flops for run in runs) + scored)
+    assert tune.disk == 0
+    table = format_table(Plan(params, FP32), Gpus(("A100",), "bf16"))
+    names = [line.split("  ")[0] for line in table.splitlines()[-5:]]
+    assert names == ["features", "scale", "tune: 6 trials", "all arms, seeds", "in all"]
+    assert "a chosen batch size changes them" in words(Plan(params, FP32), Gpus(("A100",), "bf16"), None)[-1]
 
 
-def test_time_of_a_batch_that_was_not_measured_follows_the_nearest() -> None:
-    def of(batch_size: int) -> Training:
-        pretrain = resolve(tiny_params(), "block2-m75", 0).pretrain
-        return replace(pretrain, config=pretrain.config.model_copy(update={"batch_size": batch_size}))
-
-    found = made_up(steps={(8, 4): 0.5, (64, 4): 2.0}, gathers={8: 0.5})
-    assert found.step_seconds(of(16), None) == pytest.approx(1.0 + 1.0)
-    assert found.step_seconds(of(128), 64) == pytest.approx(4.0 + 8.0)
-
-
-def test_gpus_of_equal_rates_share_a_column_and_the_table_is_aligned(tmp_path: Path) -> None:
-    outlook = Outlook(tuple(GPUS.values()), 0.4, "bf16", made_up())
-    lines = format_table(estimates_of(tiny_params(), made_up(), tmp_path), outlook).splitlines()
+def test_gpus_of_equal_rates_share_a_column_and_the_table_is_aligned() -> None:
+    lines = format_table(planned(tiny_params()), Gpus(tuple(GPUS), "bf16")).splitlines()
     assert lines[1].split()[-3:] == ["V100", "A100", "H100/H200"]
     assert "of 16" in lines[1]
     ruler = lines[2]
-    assert {len(line) for line in lines[3:]} == {len(ruler)}
-    assert len(ruler) <= 130
+    assert max(map(len, lines)) == len(ruler) <= 130
     assert lines[3].startswith("scratch ")
-    assert [line.split()[0] for line in lines[4:6]] == ["finetune", "sample"]
+    assert [line.split()[0] for line in lines[4:7]] == ["finetune", "sample", "evaluate"]
 
 
 # --- the command ----------------------------------------------------------------------------------------------
@@ -531,27 +571,31 @@ def test_plan_has_a_row_per_arm_and_stage_and_runs_nothing(tiny: Experiment) -> 
     outcome = tiny.succeed("plan", "--no-calibration")
     rows = rows_of(outcome.out)
     assert "scratch pretrain" not in rows
-    assert len(rows) == 8
+    assert len(rows) == 8 + 3
     assert rows["scratch finetune"][:2] == ["16", "0"]
     assert rows["scratch finetune"][3:6] == ["20", "×", "32"]
     assert rows["patch-m50 pretrain"][:2] == ["8", "0.5"]
     assert rows["block2-m75 pretrain"][:2] == ["4", "0.75"]
+    assert rows["patch-m50 evaluate"] == ["2", "×", "64"]
     assert "This machine was not measured (--no-calibration)." in outcome.out
     assert outcome.err == ""
     assert not tiny.path("results").exists()
+    assert not tiny.path(".work").exists()
 
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each measurement is one repetition."""
-    monkeypatch.setattr(calibration, "LONGEST_SECONDS", 0.0)
+    monkeypatch.setattr(plan, "LONGEST_SECONDS", 0.0)
+    monkeypatch.setattr(plan, "WARM_SECONDS", 0.0)
 
 
 @pytest.mark.usefixtures("hasty")
 def test_plan_measures_this_machine_once(tiny: Experiment) -> None:
     first = tiny.succeed("plan")
-    assert "measuring this machine, once: " in first.err
+    assert first.err == "measuring this machine, once: a few seconds of real work …\n"
     assert "machine" in first.out.splitlines()[1]
+    assert "waiting for images, as nothing is prepared yet" in " ".join(first.out.split())
     second = tiny.succeed("plan")
     assert second.err == ""
     assert rows_of(second.out) == rows_of(first.out)
@@ -560,7 +604,7 @@ def test_plan_measures_this_machine_once(tiny: Experiment) -> None:
 
 @pytest.mark.usefixtures("hasty")
 def test_plan_measures_batches_from_the_prepared_data(prepared: Experiment) -> None:
-    assert "with batches from results/data" in " ".join(prepared.succeed("plan").out.split())
+    assert "waiting for images" not in " ".join(prepared.succeed("plan").out.split())
 
 
 def test_plan_shows_the_window_of_a_crop(tiny: Experiment) -> None:
@@ -617,12 +661,15 @@ def test_help_teaches(tiny: Experiment) -> None:
         assert part in out
 
 
-def test_threads_beyond_the_cores_are_not_measured() -> None:
-    from maskdm.plan.command import _resolve, num_cores
+def test_importing_it_imports_neither_tensors_nor_engines(tiny: Experiment) -> None:
+    (modules,) = run_python("import sys, maskdm.plan; print(*sys.modules)", tiny.folder)
+    assert not {*modules.split()} & {"torch", "numpy", "mlflow", "psutil"}
 
+
+def test_threads_beyond_the_cores_are_not_measured() -> None:
     before = torch.get_num_threads()
     try:
-        compute, missing = _resolve(ComputeConfig(device="cpu", precision="auto", threads=10_000))
-        assert (compute.threads, missing) == (num_cores(), None)
+        compute, missing = plan.resolve_compute(tiny_params(compute={"threads": 10_000}))
+        assert (compute.threads, missing) == (plan.num_cores(), None)
     finally:
         torch.set_num_threads(before)

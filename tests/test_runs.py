@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import pytest
 import yaml
 
 from maskdm.base.checksums import short_hash
 from maskdm.config import Params, Section, load_params, parse_params, resolve
+from maskdm.config.geometry import WITH_BLOCKS, Grid, Mask, Strategy
 from maskdm.config.jobs import ARM_STAGES, Jobs
 from maskdm.config.runs import shared_values
 from tests.conftest import ARM, TINY
@@ -283,6 +284,19 @@ def test_primers_are_scored_with_what_pretraining_has_spent() -> None:
     primed = {"sampling/primer": True}
     before, after = (parse_params(a_content(primed, change)) for change in ({}, {"pretrain/share": 0.2}))
     assert changed(fingerprints(before, ARM), fingerprints(after, ARM)) == {"tune", "pretrain", "finetune", "evaluate"}
+
+
+@pytest.mark.parametrize("strategy", get_args(Strategy))
+def test_a_strategy_is_known_by_its_name_and_the_patches_that_it_leaves(strategy: Strategy) -> None:
+    """Nothing else of config has to know it: neither the schema nor the values that results depend on."""
+    rate = {} if strategy == "none" else {"mask_rate": 0.5}
+    size = {"block_size": 2} if strategy in WITH_BLOCKS else {}
+    run = resolve(parse_params(a_content({"arms/mine": {"strategy": strategy, **rate, **size}})), "mine", 0)
+    asked = {"strategy": strategy, "mask_rate": None, "block_size": None, **rate, **size}
+    assert run.values("evaluate")["mask"] == run.mask == asked
+    assert run.pretrain.mask == Mask(strategy, Grid(4, 4), **rate, **size)
+    if strategy != "none":
+        assert run.values("pretrain")["mask"] == asked
 
 
 # --- scratch

@@ -22,11 +22,11 @@ from PIL import Image
 from torch import Tensor
 
 from maskdm.base import rng
-from maskdm.base.checksums import checked, short_hash
+from maskdm.base.checksums import CHECKSUM, checked, short_hash
 from maskdm.base.publishing import publish_description
 from maskdm.base.tensors import load_tensors
 from maskdm.config import Params, Run, load_params
-from maskdm.method.backbones.building import build_model, count_image_flops
+from maskdm.method.backbones import build_model, count_image_flops
 from maskdm.training.state import StateStore
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ def folder_of(experiment: Experiment, stage: str, arm: str = ARM, seed: int = 0)
 
 
 def json_of(experiment: Experiment, place: str) -> dict[str, Any]:
-    return checked(json.loads(experiment.path(place).read_text(encoding="utf-8")), is_required=False)
+    content = json.loads(experiment.path(place).read_text(encoding="utf-8"))
+    return checked(content) if CHECKSUM in content else content
 
 
 def record_of(experiment: Experiment, stage: str, arm: str = ARM) -> dict[str, Any]:

@@ -343,7 +343,7 @@ def test_a_damaged_manifest_costs_only_the_dataset(store: Store) -> None:
 
 
 def test_stages_and_report_agree_on_a_tuned_arm(store: Store) -> None:
-    chosen = TUNED.with_values(ARM, TRIALS["low"])
+    chosen = resolve(TUNED, ARM, 0, chosen=TRIALS["low"]).params
     assert arm_key(resolve(chosen, ARM, SEED)).fingerprint != arm_key(resolve(TUNED, ARM, SEED)).fingerprint
     log_run("pretrain", ARM, SEED, chosen)
     for arm in TUNED.arms:

@@ -39,7 +39,6 @@ def fresh_state(params: Params, seed: int = 0, device: torch.device = CPU) -> Tr
 
 
 def run_of(params: Params, num_steps: int, arm: str = "patch-m50") -> Training:
-    config = params.arm(arm)
     return Training(
         stage="pretrain",
         params=params,
@@ -47,9 +46,7 @@ def run_of(params: Params, num_steps: int, arm: str = "patch-m50") -> Training:
         seed=0,
         config=params.pretrain,
         num_steps=num_steps,
-        strategy=config.strategy,
-        mask_rate=config.mask_rate or 0.0,
-        block_size=config.block_size,
+        mask=params.mask_of(arm),
     )
 
 

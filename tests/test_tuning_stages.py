@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from maskdm.base.checksums import checked, values_sha256
+from maskdm.base.checksums import CHECKSUM, checked, values_sha256
 from maskdm.base.publishing import publish_description
 from maskdm.config import Run, load_params, paths, resolve
 from maskdm.models.drawing import draw_images, load_model
@@ -37,7 +37,8 @@ WILD = {"pretrain.lr": 1e12, "finetune.lr": 1e12}
 
 
 def read(experiment: Experiment, path: Path) -> dict[str, Any]:
-    return checked(json.loads(experiment.path(str(path)).read_text(encoding="utf-8")), is_required=False)
+    content = json.loads(experiment.path(str(path)).read_text(encoding="utf-8"))
+    return checked(content) if CHECKSUM in content else content
 
 
 def edit(experiment: Experiment, path: Path, **values: Any) -> None:
@@ -86,7 +87,7 @@ def assert_refused(outcome: Outcome, *says: str) -> None:
 @pytest.mark.parametrize(("arm", "trial"), [("scratch", "lr-high"), (ARM, "given"), (ARM, "lr-high")])
 def test_a_trial_is_the_arm_run_by_hand_on_its_seed_and_budget(tuned: Experiment, arm: str, trial: str) -> None:
     result, params = trial_of(tuned, trial, arm), load_params(tuned.file)
-    of_trial = params.for_trial(arm, params.tuning.trials[trial])
+    of_trial = resolve(params, arm, 0, trial).params
     shutil.rmtree(tuned.path("results/tuning"))
     tuned.rewrite(of_trial.model_dump(mode="json", exclude_unset=True)).succeed("choose")
     for stage in ("pretrain", "finetune", "sample", "evaluate"):

@@ -1,15 +1,17 @@
-"""Hashes of files and of plain values, and descriptions that carry their own."""
+"""Plain values and files: hashes, descriptions that carry their own, and where two values differ."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 # Why a file that is whole may be unreadable for now: nothing is to be taken for damaged because of these.
 NOT_NOW = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ENOMEM}
+CHECKSUM = "checksum"  # the key of a description that holds its hash
 
 
 def file_sha256(path: Path) -> str:
@@ -30,10 +32,7 @@ def values_sha256(values: Any) -> str:
 def short_hash(*parts: Any) -> str:
     """A short hash of plain values or sections of params: equal values, equal hash."""
     plain = [part.model_dump(mode="json") if hasattr(part, "model_dump") else part for part in parts]
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
-
-
-CHECKSUM = "checksum"
+    return values_sha256(plain)[:16]
 
 
 def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
@@ -41,21 +40,24 @@ def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
     return {**content, CHECKSUM: values_sha256(json.loads(json.dumps(content)))}
 
 
-def checked(content: Any, is_required: bool = True) -> Any:
+def checked(content: Any) -> Any:
     """The values that `with_checksum` was given.
-
-    Args:
-        content: what was read.
-        is_required: whether content without a checksum is refused.
 
     Raises:
         ValueError: they are others.
     """
     if not isinstance(content, dict) or CHECKSUM not in content:
-        if is_required:
-            raise ValueError(f"it has no {CHECKSUM}: not a file of this version of maskdm")
-        return content
+        raise ValueError(f"it has no {CHECKSUM}: not a file of this version of maskdm")
     plain = {key: value for key, value in content.items() if key != CHECKSUM}
     if values_sha256(plain) != content[CHECKSUM]:
         raise ValueError(f"its content is not what was written: the {CHECKSUM} differs")
     return plain
+
+
+def differing(one: Any, other: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Every place in which they differ, as `pretrain.lr`, with both values there; None where one has no such place."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        for key in sorted({*one, *other}):
+            yield from differing(one.get(key), other.get(key), f"{path}.{key}" if path else str(key))
+    elif one != other:
+        yield path, one, other

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from types import FrameType
 
 # What pre-emption, Ctrl-C and a closed terminal send; one that was ignored from outside (nohup) stays so.
@@ -30,15 +31,11 @@ class Stopped(KeyboardInterrupt):
         return 128 + self.number
 
 
+@dataclass
 class Deferral:
-    """Whether a signal has come while it was to wait.
+    """Whether a signal has come while it was to wait: the first one."""
 
-    Attributes:
-        requested: the first signal, or None.
-    """
-
-    def __init__(self) -> None:
-        self.requested: signal.Signals | None = None
+    requested: signal.Signals | None = None
 
 
 _deferral: Deferral | None = None
@@ -76,5 +73,5 @@ def _handle(number: int, frame: FrameType | None) -> None:
         raise Stopped(number)
     _deferral.requested = signal.Signals(number)
     message = f"maskdm: {_deferral.requested.name}: saving after this step and stopping (once more: at once)\n"
-    with suppress(OSError):  # the terminal, or what Ctrl-C has ended in the same pipe, may be gone
+    with suppress(OSError):  # the terminal, or the next command in a pipe, may have ended
         os.write(2, message.encode())

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from maskdm.base.publishing import cannot_write, explain_refusals
+from maskdm.base.publishing import explain_refusals
 
 NOT_SUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
@@ -32,14 +32,13 @@ def one_writer(lock: Path, what: str) -> Iterator[None]:
     Raises:
         UserError: the place can't be written.
     """
-    try:
+    with explain_refusals(lock):
         lock.parent.mkdir(parents=True, exist_ok=True)
         file = lock.open("a+", encoding="utf-8")
-    except OSError as error:
-        raise cannot_write(lock, error) from error
     with file:
         _acquire(file, what)
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "what": what, "since": _now()}
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "what": what, "since": now}
         with explain_refusals(lock):
             os.ftruncate(file.fileno(), 0)
             os.write(file.fileno(), json.dumps(holder).encode())
@@ -47,19 +46,18 @@ def one_writer(lock: Path, what: str) -> Iterator[None]:
 
 
 def holder_of(lock: Path) -> dict[str, Any] | None:
-    """Who holds a lock, as {"pid", "host", "what", "since"}; empty where it does not say; None where nobody does."""
+    """Who holds a lock, as {"pid", "host", "what", "since"}; empty where it does not say; None where it is free."""
     try:
         with lock.open("r", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return read_holder(lock)
+        return _read(lock)
     except OSError:
         return None
     return None
 
 
-def read_holder(lock: Path) -> dict[str, Any]:
-    """Who holds or held a lock; empty where the file does not say."""
+def _read(lock: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(lock.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError):
@@ -70,7 +68,7 @@ def _acquire(file: TextIO, what: str) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = read_holder(Path(file.name))
+        holder = _read(Path(file.name))
         where = "" if holder.get("host") in (None, socket.gethostname()) else f" on {holder['host']}"
         _say(f"{what}: waiting for process {holder.get('pid', '?')}{where}, which works on it")
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -80,10 +78,6 @@ def _acquire(file: TextIO, what: str) -> None:
         _say(
             f"warning: {file.name} can't be locked ({error.strerror}): make sure that one process at a time runs {what}"
         )
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _say(message: str) -> None:

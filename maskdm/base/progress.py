@@ -1,4 +1,4 @@
-"""Progress with an ETA: a live bar on a terminal, a line now and then in a log file."""
+"""Progress with an ETA: a live bar on a terminal, a line now and then in a log file; and what a tracker gets."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -42,7 +43,7 @@ class Progress:
     def update(self, done: int = 1, note: str = "") -> None:
         """Count `done` more; `note` is shown beside the bar."""
         self._done += done
-        with suppress(OSError):  # nobody looks any more: that is no reason to stop
+        with suppress(OSError):  # a closed terminal or pipe does not stop the work
             if self._live:
                 if note:
                     self._bar.set_postfix_str(note, refresh=False)
@@ -81,3 +82,24 @@ def progress(items: Iterable[T], total: int, description: str, unit: str = "it")
             bar.update()
     finally:
         bar.close()
+
+
+class StageRun:
+    """What a stage reports to MLflow; this one does nothing: `tracking.enabled` is false."""
+
+    def log(self, step: int, **metrics: float) -> None:
+        """Log metrics; costs microseconds.
+
+        Args:
+            step: the optimizer's updates done, or what else the stage counts.
+            metrics: plain numbers by name (`loss`, `lr`, `images_per_second`).
+        """
+
+    def params(self, **params: object) -> None:
+        """Log what the stage was given; MLflow forbids another value later."""
+
+    def tags(self, **tags: object) -> None:
+        """Tag the run."""
+
+    def figure(self, file: Path) -> None:
+        """Attach a file; it is copied now, so the caller may move it afterwards."""

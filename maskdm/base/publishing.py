@@ -43,14 +43,8 @@ def explain_refusals(output: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in REFUSALS:
             raise
-        raise cannot_write(output, error) from error
-
-
-def cannot_write(output: Path, error: OSError) -> UserError:
-    """What to tell a user who may not, or can't, write there."""
-    return UserError(
-        f"cannot write {output}: {error.strerror or error} (free space, or permissions of {output.parent}?)"
-    )
+        reason = f"{error.strerror or error} (free space, or permissions of {output.parent}?)"
+        raise UserError(f"cannot write {output}: {reason}") from error
 
 
 @contextmanager
@@ -127,7 +121,7 @@ def publish_json(output: Path, content: Any) -> None:
 
 
 def publish_description(output: Path, content: dict[str, Any]) -> None:
-    """`publish_json`, with a checksum that whoever reads it checks (`checksums.checked`).
+    """`publish_json`, with a checksum, which readers compare (`checksums.checked`).
 
     Raises:
         UserError: the place can't be written.
@@ -185,7 +179,6 @@ def sync(path: Path) -> None:
 
 def sync_tree(path: Path) -> None:
     """`sync` a file, or a folder and all that is in it."""
-    for inner in sorted(path.rglob("*")) if path.is_dir() else ():
+    for inner in (*(path.rglob("*") if path.is_dir() else ()), path):
         if inner.is_file() or inner.is_dir():
             sync(inner)
-    sync(path)

@@ -22,16 +22,7 @@ Sets = dict[str, dict[str, Tensor]]
 
 
 class DamagedError(UserError):
-    """A file of tensors is not what was written.
-
-    Args:
-        message: for the user.
-        reason: what is wrong with it, alone.
-    """
-
-    def __init__(self, message: str, reason: str) -> None:
-        super().__init__(message)
-        self.reason = reason
+    """A file of tensors is not what was written."""
 
 
 def save_tensors(path: Path, sets: Sets, info: dict[str, Any]) -> None:
@@ -64,7 +55,7 @@ def load_weights(path: Path, which: str, architecture: dict[str, Any]) -> tuple[
     """Read one set of weights.
 
     Args:
-        path: a file of `save_weights`.
+        path: a file of `save_tensors`.
         which: `ema` or `raw`.
         architecture: what the weights must be for.
 
@@ -77,7 +68,13 @@ def load_weights(path: Path, which: str, architecture: dict[str, Any]) -> tuple[
     sets, info = load_tensors(path)
     if "architecture" not in info:
         raise _unreadable(path, "it does not say of which architecture its weights are")
-    _check_architecture(path, info["architecture"], architecture)
+    differing = [  # what the file does not say may be anything: initial weights serve every diffusion
+        f"{key} is {value!r} there and {architecture.get(key)!r} in params.yaml"
+        for key, value in sorted(info["architecture"].items())
+        if value != architecture.get(key)
+    ]
+    if differing:
+        raise UserError(f"{path} holds another architecture: {'; '.join(differing)}. Run its stage again with --force")
     if which not in sets:
         raise _unreadable(path, f"it has no {which} weights")
     return sets[which], info
@@ -90,14 +87,16 @@ def load_tensors(path: Path) -> tuple[Sets, dict[str, Any]]:
         DamagedError: the file is damaged or not ours.
         UserError: it can't be read now.
     """
-    _check_readable(path)
     try:
+        path.open("rb").close()  # safetensors says of a file that may not be read that there is none
         with safe_open(path, framework="pt") as file:
             info = _info(path, file.metadata())
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
             if _digest(tensors, info) != info.pop("sha256", None):
                 raise ValueError("its content is not what was written: the checksum differs")
     except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in NOT_NOW:
+            raise UserError(f"cannot read {path}: {error.strerror}") from error
         raise _unreadable(path, str(error)) from None
     sets: Sets = {}
     for key, tensor in tensors.items():
@@ -117,15 +116,6 @@ def load_into(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"the weights of {path} do not fit the network: {reason}") from None
-
-
-def _check_readable(path: Path) -> None:
-    """Safetensors says of a file that may not be read that there is none."""
-    try:
-        path.open("rb").close()
-    except OSError as error:
-        if error.errno in NOT_NOW:
-            raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _digest(tensors: dict[str, Tensor], info: dict[str, Any]) -> str:
@@ -159,14 +149,3 @@ def _unreadable(path: Path, reason: str) -> DamagedError:
         "Delete it and run the stage that makes it again",
         reason,
     )
-
-
-def _check_architecture(path: Path, got: dict[str, Any], expected: dict[str, Any]) -> None:
-    """What a file does not say may be anything: initial weights serve every diffusion."""
-    differing = [
-        f"{key} is {value!r} there and {expected.get(key)!r} in params.yaml"
-        for key, value in sorted(got.items())
-        if value != expected.get(key)
-    ]
-    if differing:
-        raise UserError(f"{path} holds another architecture: {'; '.join(differing)}. Run its stage again with --force")

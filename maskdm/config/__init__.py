@@ -4,8 +4,8 @@
 `runs` resolves one arm and seed.
 """
 
-from maskdm.config.reading import MAX_BYTES, NOT_PLAIN_YAML, load_params
-from maskdm.config.runs import Run, Spent, Training, resolve
+from maskdm.config.reading import MAX_BYTES, load_params, parse_params
+from maskdm.config.runs import Run, Training, resolve
 from maskdm.config.schema import (
     PARAMS_FILE,
     ArmConfig,
@@ -22,13 +22,10 @@ from maskdm.config.schema import (
     Section,
     StageConfig,
     TrainingConfig,
-    TuningConfig,
-    parse_params,
 )
 
 __all__ = [
     "MAX_BYTES",
-    "NOT_PLAIN_YAML",
     "PARAMS_FILE",
     "ArmConfig",
     "ComputeConfig",
@@ -43,11 +40,9 @@ __all__ = [
     "Run",
     "SamplingConfig",
     "Section",
-    "Spent",
     "StageConfig",
     "Training",
     "TrainingConfig",
-    "TuningConfig",
     "load_params",
     "parse_params",
     "resolve",

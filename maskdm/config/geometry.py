@@ -5,9 +5,12 @@ Nothing here imports torch, so that ``maskdm validate`` can refuse an impossible
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 Strategy = Literal["none", "patch", "block", "crop"]
+WITH_BLOCKS: tuple[Strategy, ...] = ("block",)  # need block_size, the side of a block in patches
 
 
 class Grid(NamedTuple):
@@ -28,9 +31,44 @@ class VisibleShape(NamedTuple):
     num_visible: int
     window: tuple[int, int] | None = None
 
-    def realised_mask_rate(self, grid: Grid) -> float:
-        """The mask rate m = 1 − S/N that is really used."""
-        return 1.0 - self.num_visible / grid.num_patches
+
+@dataclass(frozen=True)
+class Mask:
+    """How M is drawn for an arm, as far as it is known without drawing (see `maskdm.method.masks`).
+
+    Args:
+        strategy: `patch` (uniformly), `block` (block_size × block_size groups together), `crop` (one window stays
+            visible) or `none`.
+        grid: the token grid.
+        mask_rate: the paper's m, in [0, 1).
+        block_size: side of a block in patches; `block` only.
+
+    Raises:
+        ValueError: the mask can't be realised on this grid (see `visible_shape`).
+    """
+
+    strategy: Strategy
+    grid: Grid
+    mask_rate: float = 0.0
+    block_size: int | None = None
+
+    def __post_init__(self) -> None:
+        _ = self.visible
+
+    @cached_property
+    def visible(self) -> VisibleShape:
+        """S, and the window of `crop`."""
+        return visible_shape(self.strategy, self.mask_rate, self.grid, self.block_size)
+
+    @property
+    def num_visible(self) -> int:
+        """S, the number of visible patches of every image."""
+        return self.visible.num_visible
+
+    @property
+    def realised_mask_rate(self) -> float:
+        """1 − S/N, the mask rate that the grid gives."""
+        return 1.0 - self.num_visible / self.grid.num_patches
 
 
 def visible_shape(strategy: Strategy, mask_rate: float, grid: Grid, block_size: int | None = None) -> VisibleShape:
@@ -64,19 +102,14 @@ def visible_shape(strategy: Strategy, mask_rate: float, grid: Grid, block_size: 
             f"mask_rate {mask_rate} leaves no patch visible on a {grid.rows}×{grid.cols} grid; "
             f"the highest possible is {1 - 1 / grid.num_patches:.4g}"
         )
-    if strategy == "block":
-        _check_block(block_size, grid)
+    if strategy in WITH_BLOCKS and (block_size is None or block_size < 1):
+        raise ValueError(f"strategy {strategy!r} needs block_size ≥ 1 (in patches), got {block_size}")
+    if strategy in WITH_BLOCKS and block_size is not None and block_size > min(grid):
+        raise ValueError(f"block_size {block_size} is larger than the {grid.rows}×{grid.cols} token grid")
     shape = _crop_window(num_visible, grid) if strategy == "crop" else VisibleShape(num_visible)
     if mask_rate > 0 and shape.num_visible == grid.num_patches:
         raise ValueError(f"mask_rate {mask_rate} masks nothing on a {grid.rows}×{grid.cols} grid with {strategy}")
     return shape
-
-
-def _check_block(block_size: int | None, grid: Grid) -> None:
-    if block_size is None or block_size < 1:
-        raise ValueError(f"strategy 'block' needs block_size ≥ 1 (in patches), got {block_size}")
-    if block_size > min(grid):
-        raise ValueError(f"block_size {block_size} is larger than the {grid.rows}×{grid.cols} token grid")
 
 
 def _crop_window(num_visible: int, grid: Grid) -> VisibleShape:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from maskdm.base.checksums import checked, file_sha256
 from maskdm.base.errors import UserError
 from maskdm.config import paths
+from maskdm.config.formats import ARM_STAGES as ARM_STAGES  # take --arm and --seed
 from maskdm.config.runs import Run, resolve, shared_values
 from maskdm.config.schema import Params
 from maskdm.config.stamps import Stamp, missing_files, read_stamp
@@ -34,7 +35,20 @@ STAGE_VERSIONS = {
     "evaluate": 5,
     "report": 6,
 }
-ARM_STAGES = ("pretrain", "finetune", "sample", "evaluate")  # take --arm and --seed
+OUTPUTS = {
+    "prepare": paths.DATA,
+    "features": paths.FEATURES,
+    "scale": paths.SCALE,
+    "choose": paths.CHOSEN,
+    "report": paths.REPORT,
+}
+OUTPUTS_OF_A_RUN: dict[str, Callable[[str, Any], Path]] = {  # of an arm, and of its trial or seed
+    "tune": paths.trial,
+    "pretrain": paths.pretrain,
+    "finetune": paths.finetune,
+    "sample": paths.samples,
+    "evaluate": paths.metrics,
+}
 MANIFEST = "manifest.json"
 EVERYTHING = "(or everything: dvc repro)"
 
@@ -47,8 +61,8 @@ class OutdatedError(UserError):
     """
 
     def __init__(self, job: Job) -> None:
-        self.job, self.reason = job.first, job.first.why_outdated()
-        super().__init__(f"{self.reason}; run first: {self.job.command}   {EVERYTHING}")
+        self.job, reason = job.first, job.first.why_outdated()
+        super().__init__(f"{reason}; run first: {self.job.command}   {EVERYTHING}", reason)
 
 
 @dataclass(frozen=True)
@@ -68,7 +82,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Job:
-    """One run of one stage.
+    """One run of one stage. What it finds out about its files it remembers.
 
     Attributes:
         jobs: all of the experiment, to find others.
@@ -89,7 +103,7 @@ class Job:
         """The experiment."""
         return self.jobs.params
 
-    @cached_property
+    @property
     def run(self) -> Run:
         """The arm and seed, or the trial, with the values that were chosen for it.
 
@@ -127,10 +141,7 @@ class Job:
         """The folder or file that it makes."""
         if self.arm is None:
             return OUTPUTS[self.stage]
-        if self.trial is not None:
-            return paths.trial(self.arm, self.trial)
-        assert self.seed is not None
-        return OUTPUTS_OF_A_RUN[self.stage](self.arm, self.seed)
+        return OUTPUTS_OF_A_RUN[self.stage](self.arm, self.seed if self.trial is None else self.trial)
 
     @property
     def record(self) -> Path:
@@ -150,27 +161,56 @@ class Job:
     @cached_property
     def inputs(self) -> list[Input]:
         """What it reads."""
-        return list(INPUTS[self.stage](self))
+        return list(_inputs(self) if self.arm is None else _inputs_of_a_run(self))
 
     def wanted(self) -> Stamp:
         """The stamp that its output would have now, but for what is in it."""
         inputs = {one.name: one.digest() for one in self.inputs}
         return Stamp(self.stage, STAGE_VERSIONS[self.stage], self.values, inputs)
 
+    def require_inputs(self) -> None:
+        """Raises: OutdatedError, if an input is missing or out of date; the report does without what is missing."""
+        for one in self.inputs if self.stage != "report" else ():
+            if one.job is not None and one.job.why_outdated():
+                raise OutdatedError(one.job)
+
     def why_outdated(self) -> str:
         """Why its output is not what params.yaml asks for, with the path; empty where it is."""
-        return self.jobs.why_outdated(self)
+        return self._found[0]
 
     @property
     def first(self) -> Job:
         """What to run first where its output is out of date: this, or what makes an input that is out of date."""
-        return self.jobs.first_of(self)
+        return self._found[1]
 
-    def require_inputs(self) -> None:
-        """Raises: OutdatedError, if an input is missing or out of date; the report does without what is missing."""
-        for one in self.inputs:
-            if one.job is not None and self.stage != "report" and one.job.why_outdated():
-                raise OutdatedError(one.job)
+    @cached_property
+    def _found(self) -> tuple[str, Job]:
+        try:
+            return self._compare(), self
+        except OutdatedError as error:
+            return f"{self.output} is out of date: {error.reason}", error.job
+
+    def _compare(self) -> str:
+        """Raises: OutdatedError, if an input is missing or out of date."""
+        if not self.output.exists():
+            return f"{self.output} is missing"
+        if (stamp := read_stamp(self.output)) is None:
+            return f"{self.output} is damaged or of an older version: no stamp says what it was made from"
+        try:
+            self.require_inputs()
+            wanted = self.wanted()
+        except OutdatedError:
+            raise
+        except UserError as error:
+            return f"{self.output} is out of date: {error}"
+        for one in self.inputs:  # a file of the user's that has gone since is taken for what it was
+            if one.job is None and wanted.inputs[one.name] is None and one.name in stamp.inputs:
+                wanted.inputs[one.name] = stamp.inputs[one.name]
+        if stamp.key != wanted.key:
+            return f"{self.output} is out of date: {stamp.differences(wanted) or 'it was made by another stage'}"
+        if not self.record.is_file() and self.stage != "report":
+            return f"{self.record} is missing"
+        return missing_files(self.output, stamp)
 
 
 class Jobs:
@@ -182,16 +222,13 @@ class Jobs:
 
     def __init__(self, params: Params) -> None:
         self.params = params
-        self._found: dict[tuple[Any, ...], Job] = {}
+        self._jobs: dict[tuple[Any, ...], Job] = {}
         self._runs: dict[tuple[Any, ...], Run] = {}
-        self._outdated: dict[Job, tuple[str, Job]] = {}  # why, and what to run first
 
     def find(self, stage: str, arm: str | None = None, seed: int | None = None, trial: str | None = None) -> Job:
         """The job of a stage."""
         key = (stage, arm, seed, trial)
-        if key not in self._found:
-            self._found[key] = Job(self, *key)
-        return self._found[key]
+        return self._jobs.setdefault(key, Job(self, *key))
 
     def all(self) -> Iterator[Job]:
         """Every job, each behind those that it needs."""
@@ -202,6 +239,10 @@ class Jobs:
         for stage in ARM_STAGES:
             yield from (self.find(stage, arm, seed) for arm in params.arms for seed in params.seeds)
         yield self.find("report")
+
+    def forget(self) -> None:
+        """Look at all files anew."""
+        self._jobs, self._runs = {}, {}
 
     def run_of(self, arm: str, seed: int | None, trial: str | None = None) -> Run:
         """An arm and seed, or a trial, resolved with the values that were chosen for it.
@@ -225,12 +266,12 @@ class Jobs:
         """
         if not self.params.tuning.enabled:
             return None
-        choose = self.find("choose")
-        self._require_choice(choose, arm)
+        self._require_choice(arm)
         try:
             choice = checked(json.loads(paths.chosen(arm).read_bytes()))
         except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{paths.chosen(arm)} is damaged ({error}); run first: {choose.command} --force") from None
+            command = self.find("choose").command
+            raise UserError(f"{paths.chosen(arm)} is damaged ({error}); run first: {command} --force") from None
         if choice["trial"] is None:
             raise UserError(
                 f"every trial of arm {arm} has failed ({choice['failed']}): it can't run; give tuning.trials smaller "
@@ -238,197 +279,98 @@ class Jobs:
             )
         return dict(choice["values"])
 
-    def _require_choice(self, choose: Job, arm: str) -> None:
+    def _require_choice(self, arm: str) -> None:
         """Raises: OutdatedError, if an arm's choice would be another now; other arms' trials do not matter to it."""
-        trials = [self.find("tune", arm, trial=trial) for trial in self.params.tuning.trials]
+        trials = [_output(self.find("tune", arm, trial=trial)) for trial in self.params.tuning.trials]
         for trial in trials:
-            if trial.why_outdated():
-                raise OutdatedError(trial)
+            if trial.job is not None and trial.job.why_outdated():
+                raise OutdatedError(trial.job)
+        choose = self.find("choose")
         made = read_stamp(choose.output)
         if (
             made is None
             or made.version != STAGE_VERSIONS["choose"]
             or made.values["tuning"] != choose.values["tuning"]
-            or any(made.inputs.get(str(trial.output)) != _content(trial) for trial in trials)
+            or any(made.inputs.get(trial.name) != trial.digest() for trial in trials)
             or missing_files(choose.output, made)
         ):
             raise OutdatedError(choose)
 
-    def why_outdated(self, job: Job) -> str:
-        """Why the output of a job is not what params.yaml asks for; empty where it is."""
-        return self._look_at(job)[0]
 
-    def first_of(self, job: Job) -> Job:
-        """What to run first where the output of a job is out of date."""
-        return self._look_at(job)[1]
-
-    def forget(self) -> None:
-        """Look at all files anew."""
-        self._found, self._runs, self._outdated = {}, {}, {}
-
-    def _look_at(self, job: Job) -> tuple[str, Job]:
-        if job not in self._outdated:
-            try:
-                self._outdated[job] = self._compare(job), job
-            except OutdatedError as error:
-                self._outdated[job] = f"{job.output} is out of date: {error.reason}", error.job
-        return self._outdated[job]
-
-    def _compare(self, job: Job) -> str:
-        """Raises: OutdatedError, if an input is missing or out of date."""
-        if not job.output.exists():
-            return f"{job.output} is missing"
-        if (stamp := read_stamp(job.output)) is None:
-            return f"{job.output} is damaged or of an older version: no stamp says what it was made from"
-        try:
-            if job.stage != "report":
-                job.require_inputs()
-            wanted = job.wanted()
-        except OutdatedError:
-            raise
-        except UserError as error:
-            return f"{job.output} is out of date: {error}"
-        if stamp.key != _as_before(wanted, stamp, job).key:
-            return f"{job.output} is out of date: {stamp.differences(wanted) or 'it was made by another stage'}"
-        if not job.record.is_file() and job.stage != "report":
-            return f"{job.record} is missing"
-        return missing_files(job.output, stamp)
+def _inputs(job: Job) -> Iterator[Input]:
+    """What a stage of the whole experiment reads."""
+    find, params = job.jobs.find, job.params
+    match job.stage:
+        case "features":
+            yield _data(job)
+            if params.dataset.held_out:
+                yield _data(job, paths.HELD_OUT)
+            if weights := params.evaluation.weights:
+                yield _file("evaluation.weights", Path(weights))
+        case "scale":
+            yield from (_data(job), _output(find("features")))
+        case "choose":
+            for arm in params.arms:
+                yield from (_output(find("tune", arm, trial=trial)) for trial in params.tuning.trials)
+        case "report":  # shows times, and so reads the records too
+            for other in list(job.jobs.all())[:-1]:
+                yield from (_output(other), _file(str(other.record), other.record, other))
 
 
-def _as_before(wanted: Stamp, stamp: Stamp, job: Job) -> Stamp:
-    """A file of the user's that has gone since is taken for what it was: the output that was made from it is there."""
-    gone = [one.name for one in job.inputs if one.job is None and wanted.inputs[one.name] is None]
-    inputs = wanted.inputs | {name: stamp.inputs[name] for name in gone if name in stamp.inputs}
-    return Stamp(wanted.stage, wanted.version, wanted.values, inputs)
-
-
-def _content(job: Job) -> str | None:
-    """The digest of an output."""
-    stamp = read_stamp(job.output)
-    return None if stamp is None else stamp.content
-
-
-def _output(job: Job) -> Input:
-    return Input(str(job.output), lambda: _content(job), job)
-
-
-def _data(job: Job, folder: Path = paths.DATA) -> Input:
-    """A dataset; its pixels and labels count, not where they came from."""
-
-    def digest() -> str | None:
-        try:
-            return str(json.loads((folder / MANIFEST).read_bytes())["sha256"])
-        except (OSError, ValueError, LookupError, TypeError, RecursionError):
-            return None
-
-    return Input(str(folder), digest, job.jobs.find("prepare"))
-
-
-def _real_images(job: Job) -> Iterator[Input]:
-    yield _data(job)
-    if job.params.dataset.held_out:
-        yield _data(job, paths.HELD_OUT)
+def _inputs_of_a_run(job: Job) -> Iterator[Input]:
+    """What a stage of an arm and a seed, or a trial, reads."""
+    of_all, of_arm = job.jobs.find, partial(job.jobs.find, arm=job.arm, seed=job.seed)
+    match job.stage:
+        case "tune":
+            yield from (_data(job), _output(of_all("features")), *_pretrained_on(job))
+        case "pretrain":
+            yield from _pretrained_on(job)
+        case "finetune":
+            yield from (_data(job), _output(of_arm("pretrain")))
+        case "sample":
+            yield from (_output(of_arm(stage)) for stage in ("finetune", *["pretrain"] * job.run.has_primer))
+        case "evaluate":
+            yield from (_data(job), _output(of_all("features")), _output(of_all("scale")))
+            yield from (_output(of_arm("finetune")), _output(of_arm("sample")))
 
 
 def _pretrained_on(job: Job) -> Iterator[Input]:
     """The images of pretraining, and the weights that it starts from."""
     config = job.run.params.pretrain_of(job.run.arm)
     yield _data(job, paths.DATA if config.dataset is None else paths.pretrain_data(config.dataset))
-    if config.checkpoint is not None:
-        yield _checkpoint(Path(config.checkpoint))
+    if config.checkpoint is not None:  # its config.json has the hash of the weights, which the stage checks
+        description = Path(config.checkpoint) / "config.json"
+        yield Input("pretrain.checkpoint", lambda: _said(description, lambda it: it["weights"][it["which"]]["sha256"]))
 
 
-def _checkpoint(folder: Path) -> Input:
-    """The weights of an exported model; its config.json has their hash, which the stage checks."""
+def _output(job: Job) -> Input:
+    """What a job makes."""
 
     def digest() -> str | None:
-        try:
-            config = json.loads((folder / "config.json").read_bytes())
-            return str(config["weights"][config["which"]]["sha256"])
-        except (OSError, ValueError, LookupError, TypeError, RecursionError):
-            return None
+        stamp = read_stamp(job.output)
+        return None if stamp is None else stamp.content
 
-    return Input("pretrain.checkpoint", digest)
+    return Input(str(job.output), digest, job)
 
 
-def _users_file(name: str, file: Path) -> Input:
+def _data(job: Job, folder: Path = paths.DATA) -> Input:
+    """A dataset; its pixels and labels count, not where they came from."""
+    return Input(str(folder), lambda: _said(folder / MANIFEST, lambda it: it["sha256"]), job.jobs.find("prepare"))
+
+
+def _file(name: str, file: Path, job: Job | None = None) -> Input:
     def digest() -> str | None:
         try:
             return file_sha256(file)
         except OSError:
             return None
 
-    return Input(name, digest)
+    return Input(name, digest, job)
 
 
-def _of_features(job: Job) -> Iterator[Input]:
-    yield from _real_images(job)
-    if job.params.evaluation.weights:
-        yield _users_file("evaluation.weights", Path(job.params.evaluation.weights))
-
-
-def _of_scale(job: Job) -> Iterator[Input]:
-    yield _data(job)
-    yield _output(job.jobs.find("features"))
-
-
-def _of_tune(job: Job) -> Iterator[Input]:
-    yield from _of_scale(job)
-    yield from _pretrained_on(job)
-
-
-def _of_choose(job: Job) -> Iterator[Input]:
-    trials = job.params.tuning.trials
-    return (_output(job.jobs.find("tune", arm, trial=trial)) for arm in job.params.arms for trial in trials)
-
-
-def _of_finetune(job: Job) -> Iterator[Input]:
-    yield _data(job)
-    yield _output(job.jobs.find("pretrain", job.arm, job.seed))
-
-
-def _of_sample(job: Job) -> Iterator[Input]:
-    yield _output(job.jobs.find("finetune", job.arm, job.seed))
-    if job.run.has_primer:
-        yield _output(job.jobs.find("pretrain", job.arm, job.seed))
-
-
-def _of_evaluate(job: Job) -> Iterator[Input]:
-    yield _data(job)
-    yield from (_output(job.jobs.find(stage)) for stage in ("features", "scale"))
-    yield from (_output(job.jobs.find(stage, job.arm, job.seed)) for stage in ("finetune", "sample"))
-
-
-def _of_report(job: Job) -> Iterator[Input]:
-    """All outputs, and their records: the report shows times."""
-    for other in job.jobs.all():
-        if other.stage != "report":
-            yield _output(other)
-            yield Input(str(other.record), _users_file("", other.record).digest, other)
-
-
-INPUTS: dict[str, Callable[[Job], Iterator[Input]]] = {
-    "prepare": lambda job: iter(()),
-    "features": _of_features,
-    "scale": _of_scale,
-    "tune": _of_tune,
-    "choose": _of_choose,
-    "pretrain": _pretrained_on,
-    "finetune": _of_finetune,
-    "sample": _of_sample,
-    "evaluate": _of_evaluate,
-    "report": _of_report,
-}
-OUTPUTS = {
-    "prepare": paths.DATA,
-    "features": paths.FEATURES,
-    "scale": paths.SCALE,
-    "choose": paths.CHOSEN,
-    "report": paths.REPORT,
-}
-OUTPUTS_OF_A_RUN: dict[str, Callable[[str, int], Path]] = {
-    "pretrain": paths.pretrain,
-    "finetune": paths.finetune,
-    "sample": paths.samples,
-    "evaluate": paths.metrics,
-}
+def _said(file: Path, of: Callable[[Any], Any]) -> str | None:
+    """A value in a JSON file; None where there is none."""
+    try:
+        return str(of(json.loads(file.read_bytes())))
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None

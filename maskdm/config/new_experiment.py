@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from maskdm.base.errors import ParamsError, UserError
-from maskdm.base.printable import printable
-from maskdm.base.publishing import replace_file
-from maskdm.config import NOT_PLAIN_YAML, PARAMS_FILE, load_params, parse_params
+from maskdm.base.errors import ParamsError, UserError, printable
+from maskdm.base.publishing import publish_text
+from maskdm.config import PARAMS_FILE, Params, load_params, parse_params
 from maskdm.config.paths import project_root, root_of
+from maskdm.config.reading import read_yaml
+from maskdm.config.schema import EMBEDDED, SOURCES
 
 PIPELINE = "dvc.yaml"
 PATHS = ("root", "weights", "checkpoint")  # keys whose values are paths, seen from the folder of params.yaml
-WITH_FILES = ("mnist", "fashion_mnist", "celeba", "lsun")  # below data/ if no root is given
 WIDE = 4096  # columns: no line is broken
 
 
@@ -41,19 +41,19 @@ def new_experiment(folder: Path, source: Path, changes: Sequence[str], arms: Seq
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already: name a folder that is not")
     pipeline = _project(source) / PIPELINE
-    content = _read(source)
+    content = _yaml().load(source.read_text(encoding="utf-8"))
     _move_paths(content, source.parent, folder, set())
     content["name"] = folder.resolve().name
     for change in changes:
         _change(content, change)
     _keep(content, arms)
     _name_roots(content, source.parent, folder)
-    parse_params(_plain(content), source="the new params.yaml")
-    text = _written(content, source, changes, arms)
+    _checked(content)
+    given = [*changes, *([f"--arms {','.join(arms)}"] if arms else [])]
+    changed = f", changed: {printable(' '.join(given), 2000)}" if given else ""
+    origin = f"# From {printable(str(source))}{changed}; the comment below was written of that one.\n"
+    publish_text(folder / PARAMS_FILE, origin + _dumped(content))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with replace_file(folder / PARAMS_FILE) as building:
-            building.write_text(text, encoding="utf-8")
         (folder / PIPELINE).symlink_to(os.path.relpath(pipeline, folder.resolve()))
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}") from error
@@ -76,7 +76,7 @@ def _project(source: Path) -> Path:
     for folder in (*source.resolve().parents, linked.parent):
         if (folder / PIPELINE).is_file() and (folder / "Snakefile").is_file():
             return folder
-    raise UserError(f"{source} lies in no maskdm project: no folder above it holds {PIPELINE} and a Snakefile")
+    raise UserError(f"{source} does not lie in a maskdm project: no folder above it holds {PIPELINE} and a Snakefile")
 
 
 def _yaml() -> Any:
@@ -87,32 +87,15 @@ def _yaml() -> Any:
     return yaml
 
 
-def _read(source: Path) -> Any:
-    return _yaml().load(source.read_text(encoding="utf-8"))
-
-
-def _plain(content: Any) -> Any:
-    """The content as the commands will read it."""
-    import yaml
-
-    try:
-        return yaml.safe_load(_dumped(content))
-    except NOT_PLAIN_YAML as error:
-        reason = printable(" ".join(str(error).split()))
-        raise ParamsError(f"the new params.yaml would be no plain YAML: {reason}") from None
-
-
 def _dumped(content: Any) -> str:
     out = io.StringIO()
     _yaml().dump(content, out)
     return out.getvalue()
 
 
-def _written(content: Any, source: Path, changes: Sequence[str], arms: Sequence[str]) -> str:
-    """The new params.yaml, with a line that says where it comes from."""
-    given = [*changes, *([f"--arms {','.join(arms)}"] if arms else [])]
-    changed = f", changed: {printable(' '.join(given), 2000)}" if given else ""
-    return f"# From {printable(str(source))}{changed}; the comment below was written of that one.\n{_dumped(content)}"
+def _checked(content: Any) -> Params:
+    """The params as the commands will read them."""
+    return parse_params(read_yaml(_dumped(content).encode(), "the new params.yaml"), source="the new params.yaml")
 
 
 def _move_paths(content: Any, before: Path, after: Path, seen: set[int]) -> None:
@@ -131,11 +114,11 @@ def _move_paths(content: Any, before: Path, after: Path, seen: set[int]) -> None
 
 def _name_roots(content: Any, before: Path, after: Path) -> None:
     """Say where the files of a dataset are if they are looked for beside params.yaml because it does not say."""
-    params = parse_params(_plain(content), source="the new params.yaml")
+    params = _checked(content)
     datasets = [(content["dataset"], params.dataset)]
     datasets += [(content["datasets"][name], dataset) for name, dataset in params.datasets.items()]
     for own, dataset in datasets:
-        if dataset.source in WITH_FILES and dataset.root is None:
+        if dataset.root is None and dataset.source in {*SOURCES} - {*EMBEDDED}:
             own["root"] = os.path.relpath((before / root_of(dataset)).resolve(), after.resolve())
 
 
@@ -150,7 +133,7 @@ def _change(content: Any, change: str) -> None:
     try:
         value = _yaml().load(text)
     except (YAMLError, ValueError, AttributeError):
-        raise ParamsError(f"--set {path}: {printable(text)!r} is no YAML value") from None
+        raise ParamsError(f"--set {path}: {printable(text)!r} is not a YAML value") from None
     for section in sections:
         content = content.setdefault(section, {})
         if not isinstance(content, dict):

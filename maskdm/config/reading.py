@@ -1,45 +1,155 @@
-"""From the file params.yaml to validated `Params`."""
+"""From the file params.yaml to `Params` that are possible as a whole."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from maskdm.base.errors import ParamsError
-from maskdm.base.printable import printable
-from maskdm.config.schema import PARAMS_FILE, Params, parse_params
+from maskdm.base.checksums import short_hash
+from maskdm.base.errors import ParamsError, printable
+from maskdm.config.runs import Run, resolve
+from maskdm.config.schema import PARAMS_FILE, Params, validated
 
 MAX_BYTES = 2**18  # of params.yaml: a thousand arms; YAML is read at 100 kB a second
+MAX_MISTAKES = 20  # shown at once
+KEY = re.compile(r"[a-z0-9][a-z0-9-]*")  # of an arm, a trial, a dataset: it names files and stages
 # What PyYAML raises for values that can't be what their tags say, such as a date with a thirteenth month.
 NOT_PLAIN_YAML = (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, OverflowError)
 
 
 def load_params(path: Path = PARAMS_FILE) -> Params:
-    """Read and validate params.yaml, which may come from anybody: no tag is obeyed, and its size is bounded.
+    """Read and validate params.yaml, wherever it comes from: no tag is obeyed, and its size is bounded.
 
     Raises:
-        ParamsError: it is missing, no YAML, too large, or does not satisfy the schema; one line per mistake.
+        ParamsError: it is missing, not plain YAML, too large, or does not satisfy the schema; one line per mistake.
     """
     if not path.is_file():
-        what = f"{path} is no file" if path.exists() else f"no {path}"
+        what = f"{path} is not a file" if path.exists() else f"no {path}"
         raise ParamsError(
             f"{what} in {Path.cwd()}: run this where a params.yaml is (the project's root or experiments/<name>)"
         )
     try:
         with path.open("rb") as file:
             text = file.read(MAX_BYTES + 1)
-        if len(text) > MAX_BYTES:
-            raise ParamsError(f"{path} is larger than {MAX_BYTES} bytes: is it another file?")
-        content = yaml.load(text.decode("utf-8"), _Loader)
     except OSError as error:
         raise ParamsError(f"cannot read {path}: {error.strerror}") from None
+    if len(text) > MAX_BYTES:
+        raise ParamsError(f"{path} is larger than {MAX_BYTES} bytes: is it another file?")
+    return parse_params(read_yaml(text, str(path)), source=str(path))
+
+
+def read_yaml(text: bytes, source: str) -> Any:
+    """The plain values of a YAML text.
+
+    Raises:
+        ParamsError: it is not plain YAML; the message begins with `source`.
+    """
+    try:
+        return yaml.load(text.decode("utf-8"), _Loader)
     except RecursionError:
-        raise ParamsError(f"{path} is nested too deeply") from None
+        raise ParamsError(f"{source} is nested too deeply") from None
     except NOT_PLAIN_YAML as error:
-        raise ParamsError(f"{path} is not plain YAML: {printable(' '.join(str(error).split()))}") from None
-    return parse_params(content, source=str(path))
+        raise ParamsError(f"{source} is not plain YAML: {printable(' '.join(str(error).split()))}") from None
+
+
+def parse_params(content: Any, source: str = "params.yaml") -> Params:
+    """Validate the content of a params.yaml.
+
+    Raises:
+        ParamsError: one line per mistake, each begins with `source`.
+    """
+    if not isinstance(content, dict):
+        raise ParamsError(f"{source}: expected a mapping of sections, got {type(content).__name__}")
+    try:
+        params = validated(content)
+        _check_sections(params)
+        for arm in params.arms:
+            if not KEY.fullmatch(arm):
+                raise ParamsError(
+                    f"arms.{arm}: an arm's key may hold only a-z, 0-9 and '-', and not start with '-' "
+                    "(it names files and stages)"
+                )
+            resolve(params, arm, params.seeds[0])
+        _check_trials(params)
+    except ParamsError as error:
+        lines = str(error).splitlines()
+        more = [f"and {len(lines) - MAX_MISTAKES} more mistakes"] if len(lines) > MAX_MISTAKES else []
+        shown = [f"{source}: {printable(line)}" for line in (*lines[:MAX_MISTAKES], *more)]
+        raise ParamsError("\n".join(shown)) from None
+    return params
+
+
+def _check_sections(params: Params) -> None:
+    """What the sections demand of each other, the arms and trials aside.
+
+    Raises:
+        ParamsError: a combination is not possible.
+    """
+    if len(set(params.seeds)) != len(params.seeds):
+        raise ParamsError(f"seeds: expected different numbers, got {params.seeds}")
+    named = {"dataset": params.dataset, **{f"datasets.{name}": each for name, each in params.datasets.items()}}
+    for where, dataset in named.items():
+        if dataset.height % params.model.patch_size or dataset.width % params.model.patch_size:
+            raise ParamsError(
+                f"model.patch_size {params.model.patch_size} does not divide {where}.image_size {dataset.image_size}"
+            )
+        if dataset.channels != params.dataset.channels:
+            raise ParamsError(
+                f"{where}.channels {dataset.channels} must be those of dataset, {params.dataset.channels}: "
+                "the same network sees both"
+            )
+    for name in params.datasets:
+        if not KEY.fullmatch(name):
+            raise ParamsError(f"datasets.{name}: a dataset's name may hold only a-z, 0-9 and '-'")
+    if params.evaluation.reference == "held_out" and not params.dataset.held_out:
+        raise ParamsError("evaluation.reference: held_out needs dataset.held_out, the part of the images held out")
+    if params.sampling.num_steps > params.diffusion.num_timesteps:
+        raise ParamsError(
+            f"sampling.num_steps {params.sampling.num_steps} is more than diffusion.num_timesteps "
+            f"{params.diffusion.num_timesteps}"
+        )
+    if shortage := params.evaluation.shortage(params.sampling.num_samples, "samples"):
+        raise ParamsError(f"sampling.num_samples: {shortage}; draw more, or lower kid_subset_size")
+
+
+def _check_trials(params: Params) -> None:
+    """Whether every arm gets the same number of different trials, each of which could be run and be chosen.
+
+    Raises:
+        ParamsError: that is not so.
+    """
+    tuning = params.tuning
+    if tuning.seed in params.seeds:
+        raise ParamsError(f"tuning.seed {tuning.seed} is one of seeds {params.seeds}: tune on a seed of its own")
+    for trial in tuning.trials:
+        if not KEY.fullmatch(trial):
+            raise ParamsError(f"tuning.trials.{trial}: a trial's name may hold only a-z, 0-9 and '-'")
+    runs = {(arm, trial): _resolve_trial(params, arm, trial) for trial in tuning.trials for arm in params.arms}
+    for arm in params.arms:
+        tried: dict[str, str] = {}
+        for trial in tuning.trials:
+            run = runs[arm, trial]
+            effective = short_hash(run.pretrain.config, run.finetune.config, run.params.training)
+            if (twin := tried.setdefault(effective, trial)) != trial:
+                raise ParamsError(
+                    f"tuning.trials: {twin} and {trial} are the same for arm {arm}; every arm must get the same "
+                    "number of different trials (an arm without pretraining ignores pretrain.*)"
+                )
+
+
+def _resolve_trial(params: Params, arm: str, trial: str) -> Run:
+    """The run of a trial, of an arm that could also run with its values."""
+    try:
+        resolve(params, arm, params.seeds[0], chosen=params.tuning.trials[trial])
+        return resolve(params, arm, params.tuning.seed, trial)
+    except ParamsError as error:
+        lines = [f"tuning.trials.{trial}: {line}" for line in str(error).splitlines()]
+        if "budget.unmasked_steps" in lines[-1]:
+            lines[-1] += f", or raise tuning.budget_fraction (now {params.tuning.budget_fraction:g})"
+        raise ParamsError("\n".join(lines)) from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -59,7 +169,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Refuse a key that is given twice: otherwise the last one wins in silence."""
+        """Refuse a key that is given twice: PyYAML takes the last one and says nothing."""
         seen = set()
         for key_node, _ in node.value:
             is_merge = key_node.tag == "tag:yaml.org,2002:merge"

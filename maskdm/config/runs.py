@@ -5,20 +5,22 @@ Everything that runs, plans, reports or tracks an arm reads a `Run`; nothing com
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from typing import Any, Literal
 
 from maskdm.base.checksums import short_hash
 from maskdm.base.errors import ParamsError
-from maskdm.config.geometry import Grid, Strategy, VisibleShape, visible_shape
-from maskdm.config.schema import Params, Section, StageConfig
+from maskdm.config.flops import Split, split_budget
+from maskdm.config.formats import ARM_STAGES
+from maskdm.config.geometry import Grid, Mask
+from maskdm.config.schema import Params, Section, StageConfig, suggestion, validated
 
 # Values that change rounding alone: no result is made again for them.
 ROUNDING = {"micro_batch_size"}
 # What a classifier or another extractor computes on the real images; the rest of `evaluation` is about samples.
 OF_FEATURES = {"features", "reference", "batch_size", "prc_neighborhood", "classifier_epochs"}
+OF_A_MASK = ("strategy", "mask_rate", "block_size")  # the grid follows from the dataset and the patches
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Spent:
 
     def as_dict(self) -> dict[str, int]:
         """Plain values."""
-        return {"images_seen": self.images_seen, "tokens_seen": self.tokens_seen, "flops": self.flops}
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,7 @@ class Training:
         seed: of the run.
         trial: of tuning, if it is one.
         config: learning rate, batch size, warm-up.
-        strategy: how masks are drawn.
-        mask_rate: the paper's m.
-        block_size: side of a block in patches, of strategy `block`.
+        mask: how masks are drawn; `none` in finetuning.
         num_steps: optimizer updates.
         milestones: steps whose weights are kept.
         before: compute spent before this stage.
@@ -64,11 +64,9 @@ class Training:
     arm: str
     seed: int
     config: StageConfig
+    mask: Mask
     num_steps: int
     trial: str | None = None
-    strategy: Strategy = "none"
-    mask_rate: float = 0.0
-    block_size: int | None = None
     milestones: tuple[int, ...] = ()
     before: Spent = Spent()
 
@@ -80,22 +78,17 @@ class Training:
     @property
     def grid(self) -> Grid:
         """The token grid."""
-        return self.params.grid
-
-    @cached_property
-    def visible(self) -> VisibleShape:
-        """S, and the window of `crop`."""
-        return visible_shape(self.strategy, self.mask_rate, self.grid, self.block_size)
+        return self.mask.grid
 
     @property
     def num_visible(self) -> int:
         """S, the tokens of an image that enter the network."""
-        return self.visible.num_visible
+        return self.mask.num_visible
 
     @property
     def realised_mask_rate(self) -> float:
         """1 − S/N, the mask rate that the grid gives."""
-        return self.visible.realised_mask_rate(self.grid)
+        return self.mask.realised_mask_rate
 
     @property
     def batch_size(self) -> int:
@@ -133,7 +126,7 @@ class Training:
             "diffusion": _plain(self.params.diffusion),
             "training": _plain(self.params.training),
             self.stage: _plain(self.config, ROUNDING | {"share", "steps", "dataset", "checkpoint"}),
-            "mask": {"strategy": self.strategy, "mask_rate": self.mask_rate, "block_size": self.block_size},
+            "mask": {key: getattr(self.mask, key) for key in OF_A_MASK},
             "compute": _machine(self.params),
         }
 
@@ -168,24 +161,104 @@ class Run:
     @property
     def has_primer(self) -> bool:
         """Whether the pretrained weights are sampled too: if `sampling.primer` asks for it, and there are some."""
-        return self.params.sampling.primer and self.pretrain.strategy != "none"
+        return self.params.sampling.primer and self.pretrain.mask.strategy != "none"
 
     @property
     def mask(self) -> dict[str, Any]:
         """The mask as params.yaml gives it."""
-        config = self.params.arm(self.arm)
-        return {"strategy": config.strategy, "mask_rate": config.mask_rate, "block_size": config.block_size}
+        return self.params.arm(self.arm).model_dump(include={*OF_A_MASK})
 
     def values(self, stage: str) -> dict[str, Any]:
         """Exactly the values that the result of a stage depends on, beside its inputs; in clear."""
-        return OF_A_RUN[stage](self)
+        params, spent = self.params, self.finetune.before.as_dict()
+        arm_and_seed = {"arm": self.arm, "seed": self.seed}
+        scored = {"sampling": _plain(params.sampling, {"grid_images", "primer"}), "evaluation": _evaluation(params)}
+        match stage:
+            case "tune":
+                pretrain, finetune = (_flat(training) for training in (self.pretrain, self.finetune))
+                return {"trial": self.trial, "pretrain": pretrain, "finetune": finetune, **scored}
+            case "pretrain":
+                return self.pretrain.values
+            case "finetune":
+                return {**self.finetune.values, "budget": params.budget.milestones, "before": spent}
+            case "sample":
+                return {
+                    **arm_and_seed,
+                    **_network(params),
+                    "diffusion": _plain(params.diffusion),
+                    "sampling": _plain(params.sampling, {"primer"}),
+                    "primer": self.has_primer,
+                    "compute": _machine(params),
+                }
+            case "evaluate":
+                return {
+                    **arm_and_seed,
+                    "mask": self.mask,
+                    "realised_mask_rate": self.pretrain.realised_mask_rate,
+                    "flip": params.training.flip,
+                    **scored,
+                    "primer": spent if self.has_primer else None,
+                    "compute": {"device": params.compute.device},
+                }
+        raise AssertionError(stage)
 
     def fingerprint(self, stage: str | None = None) -> str:
         """A short hash of the values of a stage; without one, of all that this run's scores depend on."""
         if stage is not None:
             return short_hash(self.values(stage))
-        every = {name: values(self) for name, values in OF_A_RUN.items() if name != "tune"}
+        every = {name: self.values(name) for name in ARM_STAGES}
         return short_hash(shared_values("prepare", self.params), every)
+
+
+def shared_values(stage: str, params: Params) -> dict[str, Any]:
+    """Exactly the values that the result of a stage of the whole experiment depends on, beside its inputs."""
+    match stage:
+        case "prepare":
+            datasets = {name: _plain(dataset) for name, dataset in params.datasets.items()}
+            return {"dataset": _plain(params.dataset), "datasets": datasets}
+        case "features":
+            evaluation = params.evaluation.model_dump(mode="json", include=OF_FEATURES)
+            return {"evaluation": evaluation, "compute": {"device": params.compute.device}}
+        case "scale":
+            return {
+                **_network(params),
+                "diffusion": _plain(params.diffusion),
+                "sampling": _plain(params.sampling, {"grid_images", "primer"}),
+                "evaluation": _evaluation(params),
+                "compute": _machine(params),
+            }
+        case "choose":
+            return {"arms": list(params.arms), "trials": list(params.tuning.trials), "tuning": _plain(params.tuning)}
+        case "report":
+            unseen = dict.fromkeys(("compute", "data", "saving", "tracking"), True)
+            unread = {**unseen, "pretrain": ROUNDING, "finetune": ROUNDING}
+            return {**_plain(params, unread), "order": list(params.arms)}
+    raise AssertionError(stage)
+
+
+def _plain(section: Section, exclude: set[str] | dict[str, Any] | None = None) -> dict[str, Any]:
+    """A section as plain values, without what is not given."""
+    return section.model_dump(mode="json", exclude=exclude, exclude_none=True)
+
+
+def _network(params: Params) -> dict[str, Any]:
+    """What describes the network, the classes of the dataset aside."""
+    return {"image_shape": list(params.dataset.shape), "model": _plain(params.model)}
+
+
+def _machine(params: Params) -> dict[str, Any]:
+    return {"device": params.compute.device, "precision": params.compute.precision}
+
+
+def _evaluation(params: Params) -> dict[str, Any]:
+    return _plain(params.evaluation, {"weights"})
+
+
+def _flat(training: Training) -> dict[str, Any]:
+    """Its values, those of its own section not below one: people read `finetune.lr was …` of a trial too."""
+    values = training.values
+    own = values.pop(training.stage, {})
+    return {**values, **own}
 
 
 def resolve(params: Params, arm: str, seed: int, trial: str | None = None, chosen: dict[str, Any] | None = None) -> Run:
@@ -205,33 +278,28 @@ def resolve(params: Params, arm: str, seed: int, trial: str | None = None, chose
         ParamsError: there is no such arm, a value is not possible, or the budget is too small for it.
     """
     if trial is not None:
-        params, seed = params.for_trial(arm, params.tuning.trials[trial]), params.tuning.seed
+        params, seed = for_trial(params, arm, params.tuning.trials[trial]), params.tuning.seed
     elif chosen:
-        params = params.with_values(arm, chosen)
-    config = params.arm(arm)
+        params = with_values(params, arm, chosen)
+    _check_stages(params, arm)
     try:
-        split = params.split_of(arm)
+        mask = params.mask_of(arm)
+        split = _split(params, arm, mask.num_visible)
     except ValueError as error:
         raise ParamsError(f"arms.{arm}: {error}") from None
-    pretrain = Training(
+    of_run = partial(Training, arm=arm, seed=seed, trial=trial)
+    pretrain = of_run(
         stage="pretrain",
         params=params.for_pretraining(arm),
-        arm=arm,
-        seed=seed,
-        trial=trial,
         config=params.pretrain_of(arm),
-        strategy=config.strategy,
-        mask_rate=config.mask_rate or 0.0,
-        block_size=config.block_size,
+        mask=mask,
         num_steps=split.pretrain_steps,
     )
-    finetune = Training(
+    finetune = of_run(
         stage="finetune",
         params=params,
-        arm=arm,
-        seed=seed,
-        trial=trial,
         config=params.finetune_of(arm),
+        mask=Mask("none", params.grid),
         num_steps=split.finetune_steps,
         milestones=split.milestone_steps,
         before=pretrain.spent_after(split.pretrain_steps),
@@ -240,120 +308,104 @@ def resolve(params: Params, arm: str, seed: int, trial: str | None = None, chose
     return Run(params, arm, seed, trial, pretrain, finetune, milestones)
 
 
-def shared_values(stage: str, params: Params) -> dict[str, Any]:
-    """Exactly the values that the result of a stage of the whole experiment depends on, beside its inputs."""
-    return OF_AN_EXPERIMENT[stage](params)
+def _split(params: Params, arm: str, num_visible: int) -> Split:
+    """An arm's budget in steps.
+
+    The budget is the cost of `budget.unmasked_steps` finetuning steps as `finetune` describes them, whatever the arm's
+    own batch size is; `budget.match` says what cost means.
+
+    Raises:
+        ValueError: the budget is too small for it.
+    """
+    pretrain, num_patches = params.pretrain_of(arm), params.grid.num_patches
+
+    def cost(stage: StageConfig, num_visible: int) -> int:
+        if params.budget.match == "steps":
+            return 1
+        return stage.batch_size * (params.image_flops(num_visible) if params.budget.match == "flops" else 1)
+
+    return split_budget(
+        params.budget.unmasked_steps * cost(params.finetune, num_patches),
+        pretrain.share,
+        pretrain.steps,
+        cost(pretrain, num_visible),
+        cost(params.finetune_of(arm), num_patches),
+        params.budget.milestones,
+    )
 
 
-def _plain(section: Section, exclude: set[str] | dict[str, Any] | None = None) -> dict[str, Any]:
-    """A section as plain values, without what is not given."""
-    return section.model_dump(mode="json", exclude=exclude, exclude_none=True)
+def _check_stages(params: Params, arm: str) -> None:
+    """Whether an arm can be trained as its own values and the shared ones say.
+
+    Raises:
+        ParamsError: a value of its own is not possible, or does not fit the rest of params.yaml.
+    """
+    devices = params.compute.devices
+    for section, stage in (("pretrain", params.pretrain_of(arm)), ("finetune", params.finetune_of(arm))):
+        where, micro = f"arms.{arm}: {section}", stage.micro_batch_size
+        if stage.batch_size % devices:
+            raise ParamsError(f"{where}.batch_size {stage.batch_size} can't be shared by compute.devices {devices}")
+        if isinstance(micro, int) and stage.batch_size // devices % micro:
+            raise ParamsError(
+                f"{where}.micro_batch_size {micro} does not divide the {stage.batch_size // devices} images of each "
+                f"of compute.devices {devices}"
+            )
+    named = params.pretrain_of(arm).dataset
+    if named is not None and named not in params.datasets:
+        hint = suggestion(named, list(params.datasets)) if params.datasets else ", which is empty"
+        raise ParamsError(f"arms.{arm}: pretrain.dataset {named!r} is not a key of `datasets`{hint}")
+    here, there = params.dataset, params.for_pretraining(arm).dataset
+    if named is not None and here.held_out and here.may_share_images_with(there):
+        raise ParamsError(
+            f"arms.{arm}: pretrain.dataset {named!r} may hold images that dataset.held_out keeps from training: "
+            "give it another source or root, or classes that `dataset` has not"
+        )
+    if params.sampling.primer and there.shape != here.shape:
+        raise ParamsError(
+            f"sampling.primer: arms.{arm} is pretrained on images of {there.shape}, which can't be compared with those "
+            f"of dataset, {here.shape}"
+        )
 
 
-def _network(params: Params) -> dict[str, Any]:
-    """What describes the network, the classes of the dataset aside."""
-    return {"image_shape": list(params.dataset.shape), "model": _plain(params.model)}
+def with_values(params: Params, arm: str, values: dict[str, Any]) -> Params:
+    """The params with a trial's values in the place of an arm's own, and nothing left to tune.
+
+    Args:
+        params: the experiment.
+        arm: its key.
+        values: by dotted path; those of `pretrain` mean nothing to an arm without pretraining.
+
+    Raises:
+        ParamsError: a path or a value is not possible.
+    """
+    content = params.model_dump(mode="json", exclude_unset=True)
+    content["tuning"]["trials"] = {}
+    own = content["arms"][arm]
+    for path, value in values.items():
+        section, _, key = path.partition(".")
+        if section == "training":
+            content["training"][key] = value
+        elif section not in ("pretrain", "finetune"):
+            raise ParamsError(f"{path}: a trial may change pretrain.*, finetune.* and training.*")
+        elif section == "finetune" or params.arm(arm).strategy != "none":
+            own.setdefault(section, {})[key] = value
+    changed = validated(content)
+    _check_stages(changed, arm)
+    return changed
 
 
-def _machine(params: Params) -> dict[str, Any]:
-    return {"device": params.compute.device, "precision": params.compute.precision}
+def for_trial(params: Params, arm: str, values: dict[str, Any]) -> Params:
+    """The params of a trial: its values, on the tuning seed, at its fraction of the budget.
 
-
-def _prepare(params: Params) -> dict[str, Any]:
-    datasets = {name: _plain(dataset) for name, dataset in params.datasets.items()}
-    return {"dataset": _plain(params.dataset), "datasets": datasets}
-
-
-def _features(params: Params) -> dict[str, Any]:
-    evaluation = params.evaluation.model_dump(mode="json", include=OF_FEATURES)
-    return {"evaluation": evaluation, "compute": {"device": params.compute.device}}
-
-
-def _scale(params: Params) -> dict[str, Any]:
-    return {
-        **_network(params),
-        "diffusion": _plain(params.diffusion),
-        "sampling": _plain(params.sampling, {"grid_images", "primer"}),
-        "evaluation": _plain(params.evaluation, {"weights"}),
-        "compute": _machine(params),
-    }
-
-
-def _choose(params: Params) -> dict[str, Any]:
-    return {"arms": list(params.arms), "trials": list(params.tuning.trials), "tuning": _plain(params.tuning)}
-
-
-def _report(params: Params) -> dict[str, Any]:
-    unseen = {
-        **dict.fromkeys(("compute", "data", "saving", "tracking"), True),
-        "pretrain": ROUNDING,
-        "finetune": ROUNDING,
-    }
-    return {**_plain(params, unseen), "order": list(params.arms)}
-
-
-def _pretrain(run: Run) -> dict[str, Any]:
-    return run.pretrain.values
-
-
-def _finetune(run: Run) -> dict[str, Any]:
-    return {**run.finetune.values, "budget": run.params.budget.milestones, "before": run.finetune.before.as_dict()}
-
-
-def _tune(run: Run) -> dict[str, Any]:
-    return {
-        "trial": run.trial,
-        "pretrain": _flat(run.pretrain),
-        "finetune": _flat(run.finetune),
-        "sampling": _plain(run.params.sampling, {"grid_images", "primer"}),
-        "evaluation": _plain(run.params.evaluation, {"weights"}),
-    }
-
-
-def _flat(training: Training) -> dict[str, Any]:
-    """Its values, those of its own section not below one: people read `finetune.lr was …` of a trial too."""
-    values = training.values
-    own = values.pop(training.stage, {})
-    return {**values, **own}
-
-
-def _sample(run: Run) -> dict[str, Any]:
-    return {
-        "arm": run.arm,
-        "seed": run.seed,
-        **_network(run.params),
-        "diffusion": _plain(run.params.diffusion),
-        "sampling": _plain(run.params.sampling, {"primer"}),
-        "primer": run.has_primer,
-        "compute": _machine(run.params),
-    }
-
-
-def _evaluate(run: Run) -> dict[str, Any]:
-    return {
-        "arm": run.arm,
-        "seed": run.seed,
-        "mask": run.mask,
-        "realised_mask_rate": run.pretrain.realised_mask_rate,
-        "flip": run.params.training.flip,
-        "sampling": _plain(run.params.sampling, {"grid_images", "primer"}),
-        "primer": run.finetune.before.as_dict() if run.has_primer else None,
-        "evaluation": _plain(run.params.evaluation, {"weights"}),
-        "compute": {"device": run.params.compute.device},
-    }
-
-
-OF_AN_EXPERIMENT: dict[str, Callable[[Params], dict[str, Any]]] = {
-    "prepare": _prepare,
-    "features": _features,
-    "scale": _scale,
-    "choose": _choose,
-    "report": _report,
-}
-OF_A_RUN: dict[str, Callable[[Run], dict[str, Any]]] = {
-    "tune": _tune,
-    "pretrain": _pretrain,
-    "finetune": _finetune,
-    "sample": _sample,
-    "evaluate": _evaluate,
-}
+    Raises:
+        ParamsError: a path or a value is not possible.
+    """
+    given, fraction = with_values(params, arm, values), params.tuning.budget_fraction
+    own, steps = given.arm(arm), given.pretrain_of(arm).steps
+    if steps is not None:
+        own = own.model_copy(update={"pretrain": {**own.pretrain, "steps": max(1, round(fraction * steps))}})
+    unmasked_steps = max(1, round(fraction * params.budget.unmasked_steps))
+    budget = given.budget.model_copy(update={"unmasked_steps": unmasked_steps, "milestones": [1.0]})
+    tuning = given.tuning.model_copy(update={"seed": params.tuning.seed + 1})  # not the run's: a valid params.yaml
+    changes = {"arms": {arm: own}, "seeds": [params.tuning.seed], "budget": budget, "tuning": tuning}
+    return given.model_copy(update=changes)

@@ -1,7 +1,7 @@
 """params.yaml: the one schema, used by the commands, by Snakemake and by the tests.
 
-Every knob is declared here, with its default and its meaning; an unknown key, a wrong type or an impossible
-combination is a `ParamsError` that says where and what would be right. `reading` opens the file.
+Every knob is declared here, with its default and its meaning; an unknown key or a wrong type is a `ParamsError` that
+says where and what would be right. `reading` opens the file and checks what sections demand of each other.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -22,22 +22,26 @@ from pydantic import (
     model_validator,
 )
 
-from maskdm.base.checksums import short_hash
 from maskdm.base.errors import ParamsError
-from maskdm.base.printable import printable
-from maskdm.config.flops import Split, split_budget, training_flops
-from maskdm.config.geometry import Grid, Strategy, VisibleShape, visible_shape
+from maskdm.config.flops import training_flops
+from maskdm.config.geometry import WITH_BLOCKS, Grid, Mask, Strategy
 
 PARAMS_FILE = Path("params.yaml")
-MAX_MISTAKES = 20  # shown at once
-ARM_KEY = re.compile(r"[a-z0-9][a-z0-9-]*")
 
 EMBEDDED = ("digits", "swissroll")
 HUGGING_FACE = re.compile(r"huggingface:(?!\.)[\w.-]+(/(?!\.)[\w.-]+)?(:[\w.-]+)?")  # owner/name:configuration
-SOURCES = (*EMBEDDED, "mnist", "fashion_mnist", "celeba", "lsun", "image_folder")
-SPLITS: dict[str, tuple[str, ...]] = dict.fromkeys(("mnist", "fashion_mnist"), ("train", "test", "all"))
-SPLITS["celeba"] = ("train", "valid", "test", "all")
-CELEBA_CROP = [57, 25, 128]  # top row, left column, side
+SPLITS = {
+    "mnist": ("train", "test", "all"),
+    "fashion_mnist": ("train", "test", "all"),
+    "svhn": ("train", "test", "extra"),
+}
+SOURCES = (*EMBEDDED, *SPLITS, "lsun", "image_folder")
+FORMER_SOURCES = {
+    "cifar10": "huggingface:uoft-cs/cifar10, split train or test, which needs pip install 'maskdm[datasets]'",
+    "celeba": "huggingface:nielsr/CelebA-faces, all 202,599 images as split train, which needs pip install "
+    "'maskdm[datasets]', or image_folder with root: the authors' img_align_celeba.zip; the usual crop is crop: box, "
+    "crop_box: [57, 25, 128]",
+}
 LSUN_SCENES = (
     *("bedroom", "bridge", "church_outdoor", "classroom", "conference_room", "dining_room", "kitchen"),
     *("living_room", "restaurant", "tower"),
@@ -48,6 +52,10 @@ LSUN_OBJECTS = (
 )
 LSUN_CATEGORIES = (*LSUN_SCENES, *LSUN_OBJECTS, "test")  # the test images of all scenes are one database
 
+# Where a name is added: here, and where it is computed (`maskdm.method`); masks have theirs in `geometry`.
+Schedule = Literal["linear", "cosine"]
+Prediction = Literal["epsilon", "x_0", "v"]
+Sampler = Literal["ddim", "ddpm", "dpmsolver++", "unipc"]
 # The one that is trained on the dataset's own labels, the pixels as they are, and torch-fidelity's by name.
 Extractor = Literal[
     "classifier",
@@ -95,18 +103,15 @@ def _side_or_sides(size: Any) -> Any:
 def _known_source(source: str) -> str:
     if source in SOURCES or HUGGING_FACE.fullmatch(source):
         return source
-    if source == "cifar10":
-        raise ValueError(
-            "there is no source cifar10 any more: write huggingface:uoft-cs/cifar10, split train or test, which needs "
-            "pip install 'maskdm[datasets]'"
-        )
+    if source in FORMER_SOURCES:
+        raise ValueError(f"there is no source {source} any more: write {FORMER_SOURCES[source]}")
     raise ValueError(
-        f"unknown dataset {source!r}{_suggest(source, [*SOURCES])}, or huggingface:NAME for a dataset there"
+        f"unknown dataset {source!r}{suggestion(source, [*SOURCES])}, or huggingface:NAME for a dataset there"
     )
 
 
 def _check_lsun_category(split: str | None) -> None:
-    """Raises: ValueError, if it is no name of a category, of its database or of that one's folder."""
+    """Raises: ValueError, if it names neither a category nor its database or folder."""
     if split is None:
         raise ValueError("source lsun needs split: its category, such as church_outdoor or bedroom")
     category = re.sub(r"(_train|_val)?(_lmdb)?$", "", split)
@@ -121,6 +126,7 @@ Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
+Natural = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -134,7 +140,7 @@ class DatasetConfig(Section):
     """What `prepare` turns into arrays."""
 
     source: Annotated[str, AfterValidator(_known_source)] = Field(
-        description="digits and swissroll are embedded; mnist, fashion_mnist, celeba: downloaded, or their original "
+        description="digits and swissroll are embedded; mnist, fashion_mnist, svhn: downloaded, or their original "
         "files in root; lsun: its databases in root; image_folder: your own; huggingface:NAME[:CONFIGURATION]"
     )
     root: str | None = Field(
@@ -150,9 +156,9 @@ class DatasetConfig(Section):
     )
     channels: Literal[1, 3]
     crop: Literal["none", "center", "box"] = Field(
-        default="center", description="largest centred square; none stretches; celeba: the usual box if not given"
+        default="center", description="largest centred square; none stretches"
     )
-    crop_box: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=3, max_length=3)] | None = Field(
+    crop_box: Annotated[list[Natural], Field(min_length=3, max_length=3)] | None = Field(
         default=None, description="crop box: top row, left column and side of the square, in pixels"
     )
     resize_filter: Literal["lanczos", "bicubic"] = Field(default="lanczos", description="antialiased, never nearest")
@@ -168,7 +174,7 @@ class DatasetConfig(Section):
     held_out: Fraction = Field(
         default=0.0, description="part of the images used that is never trained on, drawn by seed"
     )
-    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="of limit, fraction and held_out")
+    seed: Natural = Field(default=0, description="of limit, fraction and held_out")
     shard_images: Count = Field(default=8192, description="images per array file")
 
     @property
@@ -191,14 +197,6 @@ class DatasetConfig(Section):
         if (self.source, self.root, self.split) != (other.source, other.root, other.split):
             return False
         return self.classes is None or other.classes is None or not set(self.classes).isdisjoint(other.classes)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _celeba_has_a_usual_crop(cls, content: Any) -> Any:
-        """128×128 around row 121, column 89 of the 218×178 images, as every paper on CelebA 64×64 takes it."""
-        if isinstance(content, dict) and content.get("source") == "celeba" and "crop" not in content:
-            return {**content, "crop": "box", "crop_box": content.get("crop_box", CELEBA_CROP)}
-        return content
 
     @model_validator(mode="after")
     def _source_is_complete(self) -> Self:
@@ -252,30 +250,13 @@ class ModelConfig(Section):
             raise ValueError(f"depth {self.depth} is even; U-ViT's long skips pair blocks around one in the middle")
         return self
 
-    def training_flops(self, num_visible: int, patch_dim: int) -> int:
-        """FLOPs of forward and backward of one image (see `flops.training_flops`).
-
-        Args:
-            num_visible: S.
-            patch_dim: P.
-        """
-        return training_flops(
-            num_visible,
-            patch_dim,
-            self.dim,
-            self.depth,
-            int(self.dim * self.mlp_ratio),
-            num_tokens=num_visible + 1 + self.class_conditional,
-            mlp_time_embed=self.mlp_time_embed,
-        )
-
 
 class DiffusionConfig(Section):
     """The forward process and what the network predicts."""
 
     num_timesteps: Annotated[int, Field(ge=2)] = 1000
-    schedule: Literal["linear", "cosine"] = "linear"
-    prediction: Literal["epsilon", "x_0", "v"] = "epsilon"
+    schedule: Schedule = "linear"
+    prediction: Prediction = "epsilon"
 
     @model_validator(mode="after")
     def _schedule_keeps_signal(self) -> Self:
@@ -317,7 +298,7 @@ class StageConfig(Section):
     micro_batch_size: Count | Literal["auto"] | None = Field(
         default=None, description="accumulate gradients over chunks of this size; auto: the largest that fits in memory"
     )
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Natural = 0
     lr_decay: Literal["constant", "cosine"] = "constant"
 
     @model_validator(mode="after")
@@ -325,6 +306,9 @@ class StageConfig(Section):
         if isinstance(self.micro_batch_size, int) and self.batch_size % self.micro_batch_size:
             raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
         return self
+
+
+Stage = TypeVar("Stage", bound=StageConfig)
 
 
 class PretrainConfig(StageConfig):
@@ -365,15 +349,16 @@ class ArmConfig(Section):
             raise ValueError("strategy none has no pretraining: remove mask_rate and pretrain")
         if self.strategy != "none" and self.mask_rate is None:
             raise ValueError(f"strategy {self.strategy} needs mask_rate, in [0, 1)")
-        if (self.strategy == "block") != (self.block_size is not None):
-            raise ValueError("block_size (in patches) belongs to strategy block, and strategy block needs it")
+        if (self.strategy in WITH_BLOCKS) != (self.block_size is not None):
+            name = self.strategy if self.strategy in WITH_BLOCKS else " or ".join(WITH_BLOCKS)
+            raise ValueError(f"block_size (in patches) belongs to strategy {name}, and strategy {name} needs it")
         return self
 
 
 class SamplingConfig(Section):
     """How images are drawn from the EMA weights."""
 
-    sampler: Literal["ddim", "ddpm", "dpmsolver++", "unipc"] = "ddim"
+    sampler: Sampler = "ddim"
     num_steps: Count = Field(default=50, description="network evaluations per image")
     eta: NonNegative = Field(default=0.0, description="ddim only: 0 is deterministic, 1 is ddpm's variance")
     num_samples: Count = 1000
@@ -417,11 +402,13 @@ class EvaluationConfig(Section):
 
     @model_validator(mode="after")
     def _weights_are_for_a_pretrained_extractor(self) -> Self:
-        if self.features == "classifier" and self.weights:
+        if not self.weights:
+            return self
+        if self.features == "classifier":
             raise ValueError("the classifier is trained on the dataset's labels and takes no weights")
-        if self.features == "pixels" and self.weights:
+        if self.features == "pixels":
             raise ValueError("features: pixels takes no weights: it compares pixel values")
-        if self.weights and self.features.startswith("dinov2"):
+        if self.features.startswith("dinov2"):
             raise ValueError(
                 f"{self.features} takes no local weights: remove weights, and copy torch.hub's folder where there is "
                 "no network"
@@ -456,7 +443,7 @@ class ComputeConfig(Section):
 class TuningConfig(Section):
     """Every arm tries the same trials, at the same compute each, before it runs with the values of the best."""
 
-    seed: Annotated[int, Field(ge=0)] = Field(description="of the trials; not one of `seeds`")
+    seed: Natural = Field(description="of the trials; not one of `seeds`")
     budget_fraction: Annotated[Number, Field(gt=0, le=1)] = Field(description="of the budget that each trial spends")
     metric: Literal["kid", "fid"] = Field(default="kid", description="the trial with the lowest one is chosen")
     trials: dict[str, dict[str, Any]] = Field(
@@ -502,7 +489,7 @@ class Params(Section):
     """The whole of params.yaml."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    seeds: Annotated[list[Natural], Field(min_length=1)]
     dataset: DatasetConfig
     datasets: dict[str, DatasetConfig] = Field(description="by name, others to pretrain on; {}: none")
     model: ModelConfig
@@ -523,15 +510,24 @@ class Params(Section):
     @property
     def grid(self) -> Grid:
         """The token grid."""
-        return self._grid_of(self.dataset)
-
-    def _grid_of(self, dataset: DatasetConfig) -> Grid:
-        return Grid(dataset.height // self.model.patch_size, dataset.width // self.model.patch_size)
+        return Grid(self.dataset.height // self.model.patch_size, self.dataset.width // self.model.patch_size)
 
     @property
     def patch_dim(self) -> int:
         """P, the pixels of a patch: p·p·C."""
         return self.model.patch_size**2 * self.dataset.channels
+
+    def image_flops(self, num_visible: int) -> int:
+        """FLOPs of training on one image with S visible patches, forward and backward (see `training_flops`)."""
+        return training_flops(
+            num_visible,
+            self.patch_dim,
+            self.model.dim,
+            self.model.depth,
+            int(self.model.dim * self.model.mlp_ratio),
+            num_tokens=num_visible + 1 + self.model.class_conditional,
+            mlp_time_embed=self.model.mlp_time_embed,
+        )
 
     def arm(self, key: str) -> ArmConfig:
         """The arm of that key.
@@ -540,37 +536,46 @@ class Params(Section):
             ParamsError: there is none.
         """
         if key not in self.arms:
-            raise ParamsError(f"there is no arm {key!r} in {PARAMS_FILE}{_suggest(key, list(self.arms))}")
+            raise ParamsError(f"there is no arm {key!r} in {PARAMS_FILE}{suggestion(key, list(self.arms))}")
         return self.arms[key]
 
     def pretrain_of(self, key: str) -> PretrainConfig:
-        """The pretraining of an arm; a share of 0 for strategy `none`, which has none."""
+        """The pretraining of an arm; a share of 0 for strategy `none`, which has none.
+
+        Raises:
+            ParamsError: there is no such arm, or a value of its own is not possible; also of `finetune_of`.
+        """
         arm = self.arm(key)
         own = {"share": 0.0, "dataset": None, "checkpoint": None} if arm.strategy == "none" else arm.pretrain
-        shared = self.pretrain.model_dump(exclude_unset=True, exclude={"share", "steps"} if _splits(own) else None)
-        return PretrainConfig.model_validate({**shared, **own})
+        splits = not {"share", "steps"}.isdisjoint(own)  # it says itself how its budget is split
+        shared = self.pretrain.model_dump(exclude_unset=True, exclude={"share", "steps"} if splits else None)
+        return _merged(PretrainConfig, {**shared, **own}, f"arms.{key}.pretrain")
 
     def finetune_of(self, key: str) -> FinetuneConfig:
         """The finetuning of an arm."""
-        return FinetuneConfig.model_validate({**self.finetune.model_dump(), **self.arm(key).finetune})
+        own = self.arm(key).finetune
+        return _merged(FinetuneConfig, {**self.finetune.model_dump(), **own}, f"arms.{key}.finetune")
 
-    def visible_of(self, key: str) -> VisibleShape:
+    def for_pretraining(self, key: str) -> Params:
+        """The params with the dataset that an arm is pretrained on in the place of `dataset`."""
+        name = self.pretrain_of(key).dataset
+        return self if name is None else self.model_copy(update={"dataset": self.datasets[name]})
+
+    def mask_of(self, key: str) -> Mask:
         """How many patches an arm's pretraining sees."""
         arm = self.arm(key)
-        return visible_shape(arm.strategy, arm.mask_rate or 0.0, self.pretrain_grid_of(key), arm.block_size)
+        return Mask(arm.strategy, self.for_pretraining(key).grid, arm.mask_rate or 0.0, arm.block_size)
 
-    def realised_mask_rate_of(self, key: str) -> float:
-        """The mask rate that an arm's pretraining really has."""
-        return self.visible_of(key).realised_mask_rate(self.pretrain_grid_of(key))
-
-    def pretrain_grid_of(self, key: str) -> Grid:
-        """The token grid of an arm's pretraining: that of its own dataset, if it names one."""
-        return self._grid_of(self.pretrain_dataset_of(key))
-
-    def pretrain_dataset_of(self, key: str) -> DatasetConfig:
-        """What an arm is pretrained on."""
-        name = self.pretrain_of(key).dataset
-        return self.dataset if name is None else self.datasets[name]
+    def checkpoints(self) -> Iterator[tuple[str, str, str]]:
+        """The folders of weights that training starts from, each with its dotted path and its arm."""
+        for key, arm in self.arms.items():
+            if arm.strategy == "none":
+                continue
+            if checkpoint := self.pretrain_of(key).checkpoint:
+                yield f"arms.{key}.pretrain.checkpoint", key, checkpoint
+            for trial, values in self.tuning.trials.items():
+                if checkpoint := values.get("pretrain.checkpoint"):
+                    yield f"tuning.trials.{trial}.pretrain.checkpoint", key, checkpoint
 
     def missing_files(self) -> list[str]:
         """What params name that is not there, each with where it was looked for; nothing here is read."""
@@ -583,240 +588,33 @@ class Params(Section):
             if path and not Path(path).exists()
         ]
 
-    def checkpoints(self) -> Iterator[tuple[str, str, str]]:
-        """The folders of weights that training starts from, each with its dotted path and its arm."""
-        named = {trial: values for trial, values in self.tuning.trials.items() if "pretrain.checkpoint" in values}
-        for arm in self.arms:
-            if checkpoint := self.pretrain_of(arm).checkpoint:
-                yield f"arms.{arm}.pretrain.checkpoint", arm, checkpoint
-            for trial, values in named.items():
-                if checkpoint := self.with_values(arm, values).pretrain_of(arm).checkpoint:
-                    yield f"tuning.trials.{trial}.pretrain.checkpoint", arm, checkpoint
 
-    def for_pretraining(self, key: str) -> Params:
-        """The params with the dataset that an arm is pretrained on in the place of `dataset`."""
-        return self.model_copy(update={"dataset": self.pretrain_dataset_of(key)})
-
-    def image_flops(self, num_visible: int) -> int:
-        """FLOPs of training on one image with S visible patches: forward and backward."""
-        return self.model.training_flops(num_visible, self.patch_dim)
-
-    def split_of(self, key: str) -> Split:
-        """An arm's budget in steps.
-
-        The budget is the cost of `budget.unmasked_steps` finetuning steps as `finetune` describes them, whatever the
-        arm's own batch size is; `budget.match` says what cost means.
-
-        Raises:
-            ValueError: the budget is too small for it.
-        """
-        pretrain, finetune, num_patches = self.pretrain_of(key), self.finetune_of(key), self.grid.num_patches
-
-        def cost(stage: StageConfig, num_visible: int) -> int:
-            if self.budget.match == "steps":
-                return 1
-            return stage.batch_size * (self.image_flops(num_visible) if self.budget.match == "flops" else 1)
-
-        return split_budget(
-            self.budget.unmasked_steps * cost(self.finetune, num_patches),
-            pretrain.share,
-            pretrain.steps,
-            cost(pretrain, self.visible_of(key).num_visible),
-            cost(finetune, num_patches),
-            self.budget.milestones,
-        )
-
-    @model_validator(mode="after")
-    def _combinations_are_possible(self) -> Self:
-        if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds: expected different numbers, got {self.seeds}")
-        self._datasets_fit()
-        if self.sampling.num_steps > self.diffusion.num_timesteps:
-            raise ValueError(
-                f"sampling.num_steps {self.sampling.num_steps} is more than diffusion.num_timesteps "
-                f"{self.diffusion.num_timesteps}"
-            )
-        self._samples_suffice()
-        for key in self.arms:
-            self._arm_is_possible(key)
-        self._trials_are_possible()
-        return self
-
-    def _datasets_fit(self) -> None:
-        for where, dataset in (("dataset", self.dataset), *((f"datasets.{k}", d) for k, d in self.datasets.items())):
-            if dataset.height % self.model.patch_size or dataset.width % self.model.patch_size:
-                raise ValueError(
-                    f"model.patch_size {self.model.patch_size} does not divide {where}.image_size {dataset.image_size}"
-                )
-            if dataset.channels != self.dataset.channels:
-                raise ValueError(
-                    f"{where}.channels {dataset.channels} must be those of dataset, {self.dataset.channels}: "
-                    "the same network sees both"
-                )
-            if where != "dataset" and not ARM_KEY.fullmatch(where.removeprefix("datasets.")):
-                raise ValueError(f"{where}: a dataset's name may hold only a-z, 0-9 and '-'")
-        if self.evaluation.reference == "held_out" and not self.dataset.held_out:
-            raise ValueError("evaluation.reference: held_out needs dataset.held_out, the part of the images held out")
-
-    def _samples_suffice(self) -> None:
-        if shortage := self.evaluation.shortage(self.sampling.num_samples, "samples"):
-            raise ValueError(f"sampling.num_samples: {shortage}; draw more, or lower kid_subset_size")
-
-    def _arm_is_possible(self, key: str) -> None:
-        if not ARM_KEY.fullmatch(key):
-            raise ValueError(
-                f"arms.{key}: an arm's key may hold only a-z, 0-9 and '-', and not start with '-' "
-                "(it names files and stages)"
-            )
-        for section, model, merge in (
-            ("pretrain", PretrainConfig, self.pretrain_of),
-            ("finetune", FinetuneConfig, self.finetune_of),
-        ):
-            try:
-                merge(key)
-            except ValidationError as error:
-                first = error.errors()[0]
-                where = f"arms.{key}.{section}" + ("." if first["loc"] else ": ")
-                raise ValueError(f"{where}{_message(first, model)}") from None
-            self._batch_is_shared_evenly(f"arms.{key}: {section}", merge(key))
-        self._pretrain_dataset_is_there(key)
-        self._primer_is_comparable(key)
-        try:
-            self.visible_of(key)
-            self.split_of(key)
-        except ValueError as error:
-            raise ValueError(f"arms.{key}: {error}") from None
-
-    def _primer_is_comparable(self, key: str) -> None:
-        there, here = self.pretrain_dataset_of(key).shape, self.dataset.shape
-        if self.sampling.primer and there != here:
-            raise ValueError(
-                f"sampling.primer: arms.{key} is pretrained on images of {there}, which can't be compared with those "
-                f"of dataset, {here}"
-            )
-
-    def _pretrain_dataset_is_there(self, key: str) -> None:
-        named = self.pretrain_of(key).dataset
-        if named is not None and named not in self.datasets:
-            hint = _suggest(str(named), list(self.datasets)) if self.datasets else ", which is empty"
-            raise ValueError(f"arms.{key}: pretrain.dataset {named!r} is no key of `datasets`{hint}")
-        if named is not None and self.dataset.held_out and self.dataset.may_share_images_with(self.datasets[named]):
-            raise ValueError(
-                f"arms.{key}: pretrain.dataset {named!r} may hold images that dataset.held_out keeps from training: "
-                "give it another source or root, or classes that `dataset` has not"
-            )
-
-    def _batch_is_shared_evenly(self, where: str, stage: StageConfig) -> None:
-        """Every device gets as many images, in whole micro-batches."""
-        devices, micro = self.compute.devices, stage.micro_batch_size
-        if stage.batch_size % devices:
-            raise ValueError(f"{where}.batch_size {stage.batch_size} can't be shared by compute.devices {devices}")
-        if isinstance(micro, int) and stage.batch_size // devices % micro:
-            raise ValueError(
-                f"{where}.micro_batch_size {micro} does not divide the {stage.batch_size // devices} images of each "
-                f"of compute.devices {devices}"
-            )
-
-    def _trials_are_possible(self) -> None:
-        tuning = self.tuning
-        if tuning.seed in self.seeds:
-            raise ValueError(f"tuning.seed {tuning.seed} is one of seeds {self.seeds}: tune on a seed of its own")
-        for trial in tuning.trials:
-            if not ARM_KEY.fullmatch(trial):
-                raise ValueError(f"tuning.trials.{trial}: a trial's name may hold only a-z, 0-9 and '-'")
-        possible = {(arm, trial): self._try(arm, trial, v) for trial, v in tuning.trials.items() for arm in self.arms}
-        for arm in self.arms:
-            tried: dict[str, str] = {}
-            for trial in tuning.trials:
-                given = possible[arm, trial]
-                effective = short_hash(given.pretrain_of(arm), given.finetune_of(arm), given.training)
-                if (twin := tried.setdefault(effective, trial)) != trial:
-                    raise ValueError(
-                        f"tuning.trials: {twin} and {trial} are the same for arm {arm}; every arm must get the same "
-                        "number of different trials (an arm without pretraining ignores pretrain.*)"
-                    )
-
-    def _try(self, arm: str, trial: str, values: dict[str, Any]) -> Params:
-        try:
-            return self.for_trial(arm, values)
-        except ParamsError as error:
-            lines = [f"tuning.trials.{trial}: {line}" for line in str(error).splitlines()]
-            if "budget.unmasked_steps" in lines[-1]:
-                lines[-1] += f", or raise tuning.budget_fraction (now {self.tuning.budget_fraction:g})"
-            raise ValueError("\n".join(lines)) from None
-
-    def with_values(self, arm: str, values: dict[str, Any]) -> Params:
-        """These params with a trial's values in the place of an arm's own, and nothing left to tune.
-
-        Args:
-            arm: its key.
-            values: by dotted path; those of `pretrain` mean nothing to an arm without pretraining.
-
-        Raises:
-            ParamsError: a path or a value is not possible.
-        """
-        content = self.model_dump(mode="json", exclude_unset=True)
-        content["tuning"]["trials"] = {}
-        own = content["arms"][arm]
-        for path, value in values.items():
-            section, _, key = path.partition(".")
-            if section == "training":
-                content["training"][key] = value
-            elif section not in ("pretrain", "finetune"):
-                raise ParamsError(f"{path}: a trial may change pretrain.*, finetune.* and training.*")
-            elif section == "finetune" or self.arm(arm).strategy != "none":
-                own.setdefault(section, {})[key] = value
-        return parse_params(content, source="")
-
-    def for_trial(self, arm: str, values: dict[str, Any]) -> Params:
-        """The params of a trial: its values, on the tuning seed, at its fraction of the budget.
-
-        Raises:
-            ParamsError: a path or a value is not possible, or the fraction is too small.
-        """
-        given, fraction = self.with_values(arm, values), self.tuning.budget_fraction
-        content = given.model_dump(mode="json", exclude_unset=True)
-        content["arms"] = {arm: content["arms"][arm]}  # the others' budgets are not this trial's
-        content["seeds"], content["tuning"]["seed"] = [self.tuning.seed], self.tuning.seed + 1
-        content["budget"] |= {
-            "unmasked_steps": max(1, round(fraction * self.budget.unmasked_steps)),
-            "milestones": [1.0],
-        }
-        if (steps := given.pretrain_of(arm).steps) is not None:
-            content["arms"][arm].setdefault("pretrain", {})["steps"] = max(1, round(fraction * steps))
-        return parse_params(content, source="")
-
-
-def _splits(own: dict[str, Any]) -> bool:
-    """Whether an arm says itself how its budget is split."""
-    return not {"share", "steps"}.isdisjoint(own)
-
-
-def parse_params(content: Any, source: str = "params.yaml") -> Params:
-    """Validate the content of a params.yaml.
+def validated(content: Any) -> Params:
+    """The params of plain values, each section for itself; what they demand of each other `reading` checks.
 
     Raises:
         ParamsError: one line per mistake.
     """
-    if not isinstance(content, dict):
-        raise ParamsError(f"{source}: expected a mapping of sections, got {type(content).__name__}")
     try:
         return Params.model_validate(content)
     except ValidationError as error:
-        where = f"{source}: " if source else ""
-        lines = [line for e in error.errors() for line in _message(e).splitlines()]
-        shown = lines[:MAX_MISTAKES]
-        if len(lines) > MAX_MISTAKES:
-            shown.append(f"and {len(lines) - MAX_MISTAKES} more mistakes")
-        raise ParamsError("\n".join(f"{where}{printable(line)}" for line in shown)) from None
+        raise ParamsError("\n".join(_mistake(one, Params) for one in error.errors())) from None
 
 
-def _message(error: Any, root: type[BaseModel] = Params) -> str:
+def _merged(model: type[Stage], content: dict[str, Any], where: str) -> Stage:
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ParamsError(f"{where}{'.' if first['loc'] else ': '}{_mistake(first, model)}") from None
+
+
+def _mistake(error: Any, root: type[BaseModel]) -> str:
     """One validation error of pydantic's as one line: where, what, what would be right."""
     loc = [str(part) for part in error["loc"]]
     where = ".".join(loc)
     if error["type"] == "extra_forbidden":
-        return f"{where}: unknown key{_suggest(loc[-1], _sibling_keys(loc, root))}"
+        return f"{where}: unknown key{suggestion(loc[-1], _sibling_keys(loc, root))}"
     if error["type"] == "missing":
         return f"{where}: is missing"
     message = error["msg"].removeprefix("Value error, ")
@@ -827,18 +625,18 @@ def _message(error: Any, root: type[BaseModel] = Params) -> str:
 
 def _sibling_keys(loc: list[str], root: type[BaseModel]) -> list[str]:
     """The keys that the schema knows where `loc` points, starting from `root`."""
-    model = root
+    model, is_key = root, False
     for part in loc[:-1]:
-        if part in model.model_fields:  # else the key of an arm
-            annotation = model.model_fields[part].annotation
-            model = next(m for m in (annotation, *get_args(annotation)) if _is_model(m))
+        if is_key:  # of an arm or a dataset, whatever its name
+            is_key = False
+            continue
+        annotation = model.model_fields[part].annotation
+        kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
+        model, is_key = next(kind for kind in kinds if issubclass(kind, BaseModel)), get_origin(annotation) is dict
     return list(model.model_fields)
 
 
-def _is_model(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
-
-
-def _suggest(word: str, known: list[str]) -> str:
+def suggestion(word: str, known: list[str]) -> str:
+    """The end of a message about a word that is not known: the nearest known one, or all of them."""
     close = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; expected one of: {', '.join(sorted(set(known)))}"

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from maskdm.base.checksums import CHECKSUM, checked, file_sha256, short_hash, values_sha256
-from maskdm.base.differences import differing
+from maskdm.base.checksums import NOT_NOW, checked, differing, file_sha256, short_hash, values_sha256
+from maskdm.base.errors import UserError
 from maskdm.base.publishing import publish_description
 
 STAMP = "stamp"
@@ -48,13 +48,8 @@ class Stamp:
 
     def differences(self, other: Stamp) -> str:
         """What `other` is made from that this one is not, for people: `pretrain.lr was 0.002, is 0.004`."""
-        mine, theirs = asdict(self), asdict(other)
-        found = [
-            f"{path.removeprefix('values.')} was {_short(before)}, is {_short(now)}"
-            for path, before, now in differing(
-                {key: mine[key] for key in ("version", "values")}, {key: theirs[key] for key in ("version", "values")}
-            )
-        ]
+        mine, theirs = ({**stamp.values, "version": stamp.version} for stamp in (self, other))
+        found = [f"{path} was {_short(before)}, is {_short(now)}" for path, before, now in differing(mine, theirs)]
         found += [
             f"{name} {'is missing or damaged' if now is None else 'has changed'}"
             for name, _, now in differing(self.inputs, other.inputs)
@@ -84,8 +79,8 @@ def read_stamp(output: Path) -> Stamp | None:
     """The stamp of an output; None where there is none, or none that is whole."""
     try:
         if output.is_dir():
-            return Stamp(**_without_checksum(checked(json.loads((output / FILE).read_bytes()))))
-        content = _without_checksum(checked(json.loads(output.read_bytes())))
+            return Stamp(**checked(json.loads((output / FILE).read_bytes())))
+        content = checked(json.loads(output.read_bytes()))
         stamp = Stamp(**content.pop(STAMP))
         return stamp if values_sha256(content) == stamp.content else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -105,17 +100,22 @@ def missing_files(output: Path, stamp: Stamp) -> str:
 
 
 def damaged_files(output: Path, stamp: Stamp) -> Iterator[str]:
-    """Hash every file of an output; a line for each that is not the one that was written."""
+    """Hash every file of an output; a line for each that is not the one that was written.
+
+    Raises:
+        UserError: a file may not be read now.
+    """
     for name, entry in stamp.files.items():
         file = output / name
-        if not file.is_file():
+        try:
+            if file_sha256(file) != entry["sha256"]:
+                yield f"{file} is not the file that was written: its sha256 differs"
+        except FileNotFoundError:
             yield f"{file} is missing"
-        elif file_sha256(file) != entry["sha256"]:
-            yield f"{file} is not the file that was written: its sha256 differs"
-
-
-def _without_checksum(content: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in content.items() if key != CHECKSUM}
+        except OSError as error:
+            if error.errno in NOT_NOW:
+                raise UserError(f"cannot read {file}: {error.strerror}") from error
+            yield f"{file} can't be read: {error.strerror}"
 
 
 def _short(value: Any) -> str:

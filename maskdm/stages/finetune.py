@@ -13,10 +13,9 @@ from maskdm.base.tensors import load_weights
 from maskdm.config import Run, paths
 from maskdm.config.architecture import architecture_of
 from maskdm.data.inputs import open_training_data
-from maskdm.method.backbones.building import build_model
+from maskdm.method.backbones import build_model
 from maskdm.stages.pretrain import account
 from maskdm.stages.runner import Task
-from maskdm.tracking import publish_arm
 from maskdm.training.ranks import sharing
 from maskdm.training.trainer import Trainer
 from maskdm.training.transfer import carried_over
@@ -40,11 +39,6 @@ def run(task: Task, folder: Path) -> None:
             publish_description(folder / paths.MILESTONES, _describe(arm))
             trainer.save_curve(folder / paths.CURVE)
             task.record.update(account(task, trainer))
-
-
-def after(task: Task) -> None:
-    """Bring the arm's run in MLflow up to date."""
-    publish_arm(task.run, through="finetune")
 
 
 def pretrained_weights(run: Run, checkpoint: Path, num_classes: int) -> dict[str, Tensor]:

@@ -44,7 +44,7 @@ def starting_weights(training: Training, num_classes: int) -> dict[str, Tensor] 
         return None
     from maskdm.models.exported import weights_for
 
-    return weights_for(Path(checkpoint), training.params, num_classes)[0]
+    return weights_for(Path(checkpoint), training.params, num_classes)
 
 
 def account(task: Task, trainer: Trainer, prefix: str = "") -> dict[str, Any]:

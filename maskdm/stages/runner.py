@@ -32,6 +32,7 @@ from maskdm.base.checksums import checked
 from maskdm.base.errors import UserError
 from maskdm.base.locks import holder_of, one_writer
 from maskdm.base.machine import is_follower, launched
+from maskdm.base.progress import StageRun
 from maskdm.base.publishing import (
     BUILDING,
     explain_refusals,
@@ -46,10 +47,10 @@ from maskdm.config import Params, Run, paths
 from maskdm.config.jobs import Job
 from maskdm.config.stamps import Stamp, missing_files, read_stamp, stamp_folder, stamped
 from maskdm.stages.records import measured
-from maskdm.tracking import StageRun, flat, stage_run, trial_params
 
 BEGUN, FAILED, OUTPUT, RECORD, PREVIOUS = "begun.json", "failed.json", "output", "record.json", "previous"
 SHARED = ("tune", "pretrain", "finetune", "sample")  # stages that several processes may share
+PUBLISHED = ("finetune", "sample", "evaluate")  # stages after which the arm's run in MLflow says more
 KEYS_KEPT = 2  # unfinished work of so many different values is kept for an output
 # `choose` reads the folder of all trials. Where nothing is tuned nobody else makes it, and DVC wants it there.
 TRIALS_NOTE = "One file for every trial of every arm: what it changed, and its scores. Empty where nothing is tuned.\n"
@@ -183,6 +184,7 @@ def _making_output(job: Job) -> Iterator[tuple[ModuleType, Task, Path]]:
                 _make_extras(job)
             tracked.log(0, wall_seconds=record["wall_seconds"], peak_memory_gib=record["peak_memory_gib"])
             tracked.tags(**_origin(record))
+        _publish_arm(job)
         if hasattr(stage, "after"):
             stage.after(task)
     except (Exception, SystemExit) as error:
@@ -335,6 +337,12 @@ def _make_extras(job: Job) -> None:
 
 @contextmanager
 def _tracked(job: Job, key: str) -> Iterator[StageRun]:
+    """The run of the stage in MLflow, which is imported by no stage that is not tracked."""
+    if not job.params.tracking.enabled:
+        yield StageRun()
+        return
+    from maskdm.tracking import flat, stage_run, trial_params
+
     run = None if job.arm is None else job.run
     with stage_run(job.params, job.stage, run, key=key) as tracked:
         if job.arm is not None and job.trial is not None:
@@ -342,6 +350,14 @@ def _tracked(job: Job, key: str) -> Iterator[StageRun]:
         elif job.stage != "report":  # it shows all that there is
             tracked.params(**dict(flat(job.values)))
         yield tracked
+
+
+def _publish_arm(job: Job) -> None:
+    """Bring the run of the job's arm in MLflow up to date."""
+    if job.params.tracking.enabled and job.stage in PUBLISHED:
+        from maskdm.tracking import publish_arm
+
+        publish_arm(job.run, through=job.stage)
 
 
 def _origin(record: dict[str, Any]) -> dict[str, Any]:

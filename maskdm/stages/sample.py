@@ -14,7 +14,6 @@ from maskdm.data.grids import save_grid
 from maskdm.data.inputs import open_training_data
 from maskdm.models.drawing import draw_images, load_model
 from maskdm.stages.runner import Task
-from maskdm.tracking import publish_arm
 from maskdm.training import devices
 from maskdm.training.ranks import Ranks, sharing
 from maskdm.training.state import Pieces
@@ -51,11 +50,6 @@ def run(task: Task, folder: Path) -> None:
             task.record.update(compute.describe(), num_images=num_images, devices=ranks.num_ranks)
             for key in files:
                 task.tracked.figure(folder / f"{name_of(key)}.png")
-
-
-def after(task: Task) -> None:
-    """Bring the arm's run in MLflow up to date."""
-    publish_arm(task.run, through="sample")
 
 
 def weights_of(run: Run) -> dict[str, Path]:

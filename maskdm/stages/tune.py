@@ -15,18 +15,17 @@ from maskdm.base.publishing import replace_file
 from maskdm.config import Training
 from maskdm.config.formats import ORIGIN_KEYS
 from maskdm.data.inputs import open_training_data
-from maskdm.method.backbones.building import build_model
+from maskdm.method.backbones import build_model
 from maskdm.models.drawing import draw_images, load_model
+from maskdm.scoring.headline import SCORE_KEYS
+from maskdm.scoring.scorer import Scorer
 from maskdm.stages.finetune import pretrained_weights
 from maskdm.stages.pretrain import account, starting_weights
 from maskdm.stages.runner import Task
-from maskdm.stages.scoring import Scorer
 from maskdm.training import devices
 from maskdm.training.ranks import Ranks, sharing
 from maskdm.training.state import Pieces
 from maskdm.training.trainer import Trainer
-
-SCORES = ("fid", "kid", "kid_std", "precision", "recall", "num_samples")
 
 
 def run(task: Task, _: Path) -> dict[str, Any]:
@@ -48,7 +47,7 @@ def run(task: Task, _: Path) -> dict[str, Any]:
         "seed": trial.seed,
         "budget_fraction": tuning.budget_fraction,
         "failed": None,
-        **dict.fromkeys((*SCORES, *ORIGIN_KEYS, "protocol")),
+        **dict.fromkeys((*SCORE_KEYS, *ORIGIN_KEYS, "protocol")),
         **trial.finetune.spent_after(trial.finetune.num_steps).as_dict(),
         **scorer.origin,
     }

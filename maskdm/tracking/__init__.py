@@ -12,13 +12,12 @@ models (`logged_model`, `drawing_model`). `saved_view` is how MLflow's UI shows 
 from maskdm.tracking.arm_content import flat
 from maskdm.tracking.background import flush, sync, unsent_note
 from maskdm.tracking.publishing import publish_arm, publish_report
-from maskdm.tracking.stage_runs import StageRun, stage_run
+from maskdm.tracking.stage_runs import stage_run
 from maskdm.tracking.store import store_uri
 from maskdm.tracking.trial_content import trial_params
 from maskdm.tracking.views import chart_url, compare_url, trials_url
 
 __all__ = [
-    "StageRun",
     "chart_url",
     "compare_url",
     "flat",

@@ -9,15 +9,14 @@ from typing import Any
 
 from maskdm.config import Run, paths
 from maskdm.config.formats import ARM_STAGES, TRAINING_STAGES
-from maskdm.scoring.headline import DISTANCE, HEADLINES, flat_scores
+from maskdm.scoring.headline import DISTANCE, HEADLINES, SCALE_KEYS, SCORES, flat_scores
 from maskdm.tracking.dataset import read_dataset
 from maskdm.tracking.run_content import Points, RunContent, finite, only_numbers, read_json, read_rows
 
 REPORT = "report"  # not of an arm, but the last that says something of it
 SECTIONS = {"dataset", "model", "diffusion", "budget", "training", "sampling", "evaluation"}
 OF_COMPUTE = {"device", "precision"}  # all else there changes rounding alone, and MLflow's params can't change
-SCORES = ("fid", "kid", "precision", "recall", "flops", "images_seen", "tokens_seen")
-SCALES = ("fid_floor", "kid_floor", "fid_untrained", "kid_untrained")
+AT_MILESTONES = (*(score.key for score in SCORES), "flops", "images_seen", "tokens_seen")
 # What only the report knows of an arm: it compares with scratch, over all seeds, by the headline of the experiment.
 OF_A_SCORE = ("delta_{}", "flops_at_equal_{}", "device_seconds_at_equal_{}")
 VERDICTS = ("compute_ratio", *(name.format(headline.key) for headline in HEADLINES for name in OF_A_SCORE))
@@ -59,7 +58,7 @@ def arm_params(run: Run) -> dict[str, str]:
         "arm": run.arm,
         "seed": run.seed,
         **run.mask,
-        "mask_rate": pretrain.mask_rate,  # a number, so that charts can place `none`
+        "mask_rate": pretrain.mask.mask_rate,  # a number, so that charts can place `none`
         "realised_mask_rate": pretrain.realised_mask_rate,
         "num_visible": pretrain.num_visible,
         **params.model_dump(mode="json", include=SECTIONS),
@@ -102,10 +101,10 @@ def _add_metrics(content: RunContent, metrics: dict[str, Any]) -> None:
         percent = round(100 * float(fraction))
         flat = flat_scores(scores)
         of_points = [key for key in flat if key.startswith(DISTANCE)]
-        found = only_numbers({key: flat.get(key) for key in (*SCORES, *of_points)})
+        found = only_numbers({key: flat.get(key) for key in (*AT_MILESTONES, *of_points)})
         content.points |= {(key, percent): value for key, value in found.items()}
         content.status = "FINISHED"
-    scales = only_numbers({key: metrics.get(key) for key in SCALES})
+    scales = only_numbers({key: metrics.get(key) for key in SCALE_KEYS})
     content.points |= {(key, 0): value for key, value in scales.items()}
     content.params |= {key: str(metrics[key]) for key in ("num_samples", "extractor") if metrics.get(key)}
     content.add_protocol(metrics)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from maskdm.base.progress import StageRun
 from maskdm.config import Params, Run, paths
 from maskdm.tracking.background import wake_sender, warn_if_unsent
 from maskdm.tracking.dataset import read_dataset
@@ -17,27 +18,6 @@ from maskdm.tracking.store import TrialKey, arm_key, store_uri
 
 TRAINING = ("tune", "pretrain", "finetune")  # the stages whose runs name the data
 WAKE_EVERY_SECONDS = 600.0  # in a stage of days, a server may be away for hours, and its sender give up
-
-
-class StageRun:
-    """The run of a stage, as the stage sees it; this one does nothing: `tracking.enabled` is false."""
-
-    def log(self, step: int, **metrics: float) -> None:
-        """Log metrics; costs microseconds.
-
-        Args:
-            step: the optimizer's updates done, or what else the stage counts.
-            metrics: plain numbers by name (`loss`, `lr`, `images_per_second`).
-        """
-
-    def params(self, **params: object) -> None:
-        """Log what the stage was given; MLflow forbids another value later."""
-
-    def tags(self, **tags: object) -> None:
-        """Tag the run."""
-
-    def figure(self, file: Path) -> None:
-        """Attach a file; it is copied now, so the caller may move it afterwards."""
 
 
 class SpooledStageRun(StageRun):

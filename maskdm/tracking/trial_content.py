@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from maskdm.config import Params, Section, paths
+from maskdm.config import Params, Section, paths, resolve
+from maskdm.scoring.headline import SCORE_KEYS
 from maskdm.tracking.dataset import read_dataset
 from maskdm.tracking.run_content import RunContent, only_numbers, read_json
 
-SCORES = ("fid", "kid", "kid_std", "precision", "recall")  # no key that training logs by step as well
+SCORES = [key for key in SCORE_KEYS if key != "num_samples"]  # no key that training logs by step as well
 FINAL = 100  # percent of the trial's budget, as in arm runs
 
 
@@ -25,10 +26,10 @@ def trial_params(params: Params, arm: str, trial: str) -> dict[str, str]:
         arm: the arm's key.
         trial: the trial's name.
     """
-    tried = params.with_values(arm, params.tuning.trials[trial])
-    sections: dict[str, Section] = {"training": tried.training, "finetune": tried.finetune_of(arm)}
+    tried = resolve(params, arm, seed=0, chosen=params.tuning.trials[trial])
+    sections: dict[str, Section] = {"training": tried.params.training, "finetune": tried.finetune.config}
     if params.arm(arm).strategy != "none":
-        sections["pretrain"] = tried.pretrain_of(arm)
+        sections["pretrain"] = tried.pretrain.config
     values = {path: path.partition(".") for path in tuned_paths(params)}
     used = {path: getattr(sections[at], key) for path, (at, _, key) in values.items() if at in sections}
     return {"arm": arm, "trial": trial, **{path: str(value) for path, value in used.items()}}

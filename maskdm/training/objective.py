@@ -44,7 +44,7 @@ class Objective:
         self.model, self.run, self.compute, self.ranks = model, run, compute, ranks
         config = run.params.diffusion
         diffusion = Diffusion(config.num_timesteps, config.schedule, config.prediction, compute.device)
-        self._masking = Masking(run.strategy, run.grid, run.mask_rate, run.block_size)
+        self._masking = Masking(run.mask.strategy, run.grid, run.mask.mask_rate, run.mask.block_size)
         self._generator = torch.Generator(compute.device)
         self._keeps_gradients = compute.uses_cuda_graphs and ranks.num_ranks == 1
         self._net: Any = ranks.replicated(model)

@@ -21,7 +21,7 @@ from maskdm.config.architecture import architecture_of
 from maskdm.config.formats import CURVE_COLUMNS
 from maskdm.data.arrays import ImageArrays
 from maskdm.data.batches import Batches, is_resident
-from maskdm.method.backbones.building import build_model
+from maskdm.method.backbones import build_model
 from maskdm.method.backbones.uvit import Block, uses_plain_attention
 from maskdm.training import devices
 from maskdm.training.loop import Watcher, train
@@ -223,7 +223,7 @@ class Trainer:
             f"{training.stage}.micro_batch_size below {micro} (the result is the same)",
             "compute.precision: bf16",
         ]
-        if training.strategy != "none":
+        if training.mask.strategy != "none":
             advice.append("a higher mask_rate")
         return f"{training.title}: batches of {size}, {tokens}, did not fit; try {', or '.join(advice)}"
 
