@@ -65,7 +65,7 @@ def read_record(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the record {path}: {error}") from None
     if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise UserError(f"{path} is no record of the benchmarks ({FORMAT}); `python -m benchmarks` writes them")
+        raise UserError(f"{path} is not a record of the benchmarks ({FORMAT}); `python -m benchmarks` writes them")
     return record
 
 
@@ -114,7 +114,7 @@ def _text(record: Mapping[str, Any]) -> str:
 
 
 def _without_nan(value: Any) -> Any:
-    """The same with null for what is no number: JSON has no word for it."""
+    """The same with null for what is not a number: JSON has no word for it."""
     if isinstance(value, Mapping):
         return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, list):

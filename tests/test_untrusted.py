@@ -747,7 +747,7 @@ def test_a_dataset_does_not_name_files_elsewhere(prepared: Experiment, what: str
     manifest["sha256"] = dataset_sha256(manifest)
     del manifest[CHECKSUM]
     file.write_text(json.dumps(with_checksum(manifest)), encoding="utf-8")
-    with pytest.raises(UserError, match=r"manifest\.json is no complete .* manifest \(.* is not the name of a file"):
+    with pytest.raises(UserError, match=r"manifest\.json is not a complete .* manifest \(.* is not the name of a file"):
         ImageArrays.open(file.parent)
 
 

@@ -13,7 +13,7 @@ from maskdm.config.image_counts import most_real
 def check(params: Params) -> None:
     """Look at what params alone do not tell: known numbers of images, and the folders that training starts from.
 
-    A folder that is not there yet is none of its business (`Params.missing_files`).
+    A folder that is not there yet is not looked at (`Params.missing_files` names it).
 
     Raises:
         ParamsError: one line per mistake.

@@ -320,7 +320,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _damaged(path, f"is no complete {FORMAT} manifest ({error})") from None
+        raise _damaged(path, f"is not a complete {FORMAT} manifest ({error})") from None
     return manifest
 
 

@@ -31,10 +31,12 @@ class Masking(Mask):
             return all_visible(batch_size, self.grid, generator.device)
         if self.visible.window is not None:
             return _draw_window(batch_size, self.visible.window, self.grid, generator)
-        if self.strategy == "block" and self.block_size is not None:
+        if self.strategy == "patch":
+            order = _patch_order(batch_size, self.grid, generator)
+        elif self.strategy == "block" and self.block_size is not None:
             order = _block_order(batch_size, self.block_size, self.grid, generator)
         else:
-            order = _patch_order(batch_size, self.grid, generator)
+            raise NotImplementedError(f"strategy {self.strategy!r} has a size, but no way to be drawn")
         return order[:, : self.num_visible].sort(dim=1).values
 
 

@@ -69,7 +69,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """The content of a JSON file; empty where there is none.
 
     Raises:
-        ValueError: it is no JSON object.
+        ValueError: it is not a JSON object.
     """
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 

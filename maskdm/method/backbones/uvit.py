@@ -23,7 +23,7 @@ from maskdm.config import ModelConfig
 
 AttentionChoice = Literal["auto", "plain", "fused"]
 # Up to so many tokens plain attention is the faster one on a CPU (`python -m benchmarks --only attention`).
-MOST_PLAIN_TOKENS = {torch.bfloat16: 512, torch.float32: 100}
+MAX_PLAIN_TOKENS = {torch.bfloat16: 512, torch.float32: 100}
 BF16_LANES, FP32_LANES = 32, 16  # numbers in a register of AVX-512, which CPUs with bfloat16 have
 
 
@@ -184,7 +184,7 @@ def uses_plain_attention(choice: AttentionChoice, device_type: str, dtype: torch
     """
     if choice != "auto":
         return choice == "plain"
-    return device_type == "cpu" and num_tokens <= MOST_PLAIN_TOKENS.get(dtype, 0)
+    return device_type == "cpu" and num_tokens <= MAX_PLAIN_TOKENS.get(dtype, 0)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
