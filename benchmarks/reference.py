@@ -26,7 +26,7 @@ from benchmarks.shapes import Shape
 from maskdm.base.torchvision_compat import declare_missing_operators
 from maskdm.method.backbones.uvit import timestep_embedding, uses_plain_attention
 from maskdm.method.diffusion import Diffusion
-from maskdm.method.patches import patchify
+from maskdm.method.masks import patchify
 
 
 class TimmUViT(nn.Module):

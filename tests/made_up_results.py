@@ -15,8 +15,8 @@ from maskdm.base.checksums import CHECKSUM
 from maskdm.base.errors import UserError
 from maskdm.base.publishing import publish_description
 from maskdm.config import Params, parse_params
-from maskdm.config.formats import GIVEN
 from maskdm.config.jobs import STAGE_VERSIONS, Jobs
+from maskdm.config.paths import GIVEN
 from maskdm.config.stamps import FILE, STAMP, Stamp, stamp_folder, stamped
 from maskdm.report.comparison import Findings, compare_arms
 from maskdm.report.results import Choice, Missing, Results, Run, Trial, milestone_key

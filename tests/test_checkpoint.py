@@ -17,11 +17,10 @@ from torch import Tensor
 from maskdm.base.checksums import file_sha256
 from maskdm.base.errors import UserError
 from maskdm.base.tensors import FORMAT, load_into, load_tensors, load_weights, save_tensors
-from maskdm.config.architecture import architecture_of
 from tests.factories import tiny_model, tiny_params
 
 States = dict[str, dict[str, Tensor]]
-ARCHITECTURE = architecture_of(tiny_params(), num_classes=10)
+ARCHITECTURE = tiny_params().architecture(num_classes=10)
 INFO: dict[str, Any] = {"architecture": ARCHITECTURE, "step": 12, "curve": [{"step": 1, "loss": 0.1 + 0.2}]}
 
 
@@ -161,7 +160,7 @@ def test_weights_of_another_architecture_are_refused_with_every_difference(file:
         "another architecture",
         "dim is 16 there and 32 in params.yaml",
         "schedule is 'cosine' there and 'linear' in params.yaml",
-        expected=architecture_of(params, 10),
+        expected=params.architecture(10),
     )
 
 
@@ -181,12 +180,12 @@ def test_weights_of_another_architecture_are_refused_with_every_difference(file:
 def test_an_architecture_is_what_weights_depend_on(
     changes: dict[str, Any], num_classes: int, is_the_same: bool
 ) -> None:
-    assert (architecture_of(tiny_params(**changes), num_classes) == ARCHITECTURE) == is_the_same
+    assert (tiny_params(**changes).architecture(num_classes) == ARCHITECTURE) == is_the_same
 
 
 def test_another_number_of_classes_is_another_architecture_of_a_conditional_network() -> None:
     params = tiny_params(model={"class_conditional": True})
-    assert architecture_of(params, 10) != architecture_of(params, 11)
+    assert params.architecture(10) != params.architecture(11)
 
 
 def test_a_pickle_with_a_safetensors_name_is_refused_unread(tmp_path: Path) -> None:

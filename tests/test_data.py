@@ -126,7 +126,10 @@ def _cut(path: Path) -> None:
     [
         (lambda f: _cut(f / "manifest.json"), "manifest.json is not a complete .* manifest .*Expecting"),
         (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json is not a complete"),
-        (lambda f: _edit(f, format="maskdm-arrays/9"), "manifest.json is not a complete .*its format is maskdm-arrays/9"),
+        (
+            lambda f: _edit(f, format="maskdm-arrays/9"),
+            "manifest.json is not a .*its format is maskdm-arrays/9",
+        ),
         (lambda f: _edit(f, shards=[{}]), "manifest.json is not a complete .*'file'"),
         (lambda f: _edit(f, shape=[2, 3]), r"images-00000.npy holds uint8 of shape \(4, 2, 3, 3\)"),
         (lambda f: (f / "images-00001.npy").unlink(), "images-00001.npy is missing"),

@@ -12,8 +12,7 @@ from torch import Tensor
 from maskdm.config.geometry import Grid
 from maskdm.method.backbones.uvit import UViT
 from maskdm.method.diffusion import Denoiser, Diffusion, Draws, Prediction, draw_step, make_betas, masked_dsm_loss
-from maskdm.method.masks import Masking, to_mask
-from maskdm.method.patches import patchify, unpatchify
+from maskdm.method.masks import Masking, patchify, to_mask, unpatchify
 from maskdm.method.sampling import on_images
 from tests.factories import tiny_model, tiny_params
 

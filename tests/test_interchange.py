@@ -30,10 +30,10 @@ from maskdm.base.errors import ParamsError, UserError
 from maskdm.base.publishing import publish_description
 from maskdm.base.tensors import load_tensors, save_tensors
 from maskdm.config import load_params, parse_params
-from maskdm.config.formats import WeightSet
+from maskdm.config.paths import WeightSet
 from maskdm.method.backbones.uvit import UViT
 from maskdm.method.diffusion import make_betas
-from maskdm.method.patches import gather_patches, patchify
+from maskdm.method.masks import gather_patches, patchify
 from maskdm.models import commands
 from maskdm.models.exported import publish_exported, weights_for
 from maskdm.models.loading import open_model

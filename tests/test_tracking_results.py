@@ -17,7 +17,6 @@ from maskdm.base import publishing
 from maskdm.base.errors import UserError
 from maskdm.base.tensors import save_tensors
 from maskdm.config import Params, load_params, paths, resolve
-from maskdm.config.architecture import architecture_of
 from maskdm.config.jobs import Jobs
 from maskdm.tracking import saved_view
 from maskdm.tracking.store import Store, arm_key
@@ -441,7 +440,7 @@ def write_weights(arm: str = ARM, params: Params = ONE_SEED, seed: int = 0) -> N
 def save_checkpoint(file: Path, params: Params = ONE_SEED, seed: int = 0) -> None:
     """Raw and averaged weights, as stages write them."""
     states = {which: dict(tiny_model(params, seed).state_dict()) for which in ("raw", "ema")}
-    save_tensors(file, states, {"architecture": architecture_of(params, 10)})
+    save_tensors(file, states, {"architecture": params.architecture(10)})
 
 
 def versions(store: Store) -> dict[int, str]:

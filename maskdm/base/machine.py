@@ -1,14 +1,35 @@
-"""The machine and the working tree: processor, memory, commit."""
+"""The machine and the working tree; time, memory and provenance of a piece of work."""
 
 from __future__ import annotations
 
+import datetime
 import os
 import platform
 import resource
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from importlib import metadata
 from pathlib import Path
+from typing import Any
+
+from maskdm import __version__
+from maskdm.base.checksums import short_hash
+
+PACKAGES = (
+    "torch",
+    "torch-fidelity",
+    "numpy",
+    "pandas",
+    "pillow",
+    "scikit-learn",
+    "mlflow",
+    "dvc",
+    "snakemake",
+)
 
 
 @cache
@@ -57,3 +78,32 @@ def launched() -> tuple[int, int] | None:
 def is_follower() -> bool:
     """Whether another process is the first of those that share this stage's batches."""
     return (launched() or (0, 1))[0] > 0
+
+
+@contextmanager
+def measured(params: object, record: dict[str, Any]) -> Iterator[None]:
+    """Time the block; add its time, memory and provenance to `record` when it ends well."""
+    started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
+    yield
+    record.update(provenance(params))
+    record["started"] = started.isoformat(timespec="seconds")
+    record["wall_seconds"] = round(time.perf_counter() - clock, 3)
+    record["peak_memory_gib"] = round(peak_memory_gib(), 3)
+
+
+def provenance(params: object) -> dict[str, Any]:
+    """What produced a number: commit, params, versions, machine."""
+    commit, dirty = git_state()
+    return {
+        "maskdm": __version__,
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "params_fingerprint": short_hash(params),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"},
+    }
+
+
+@cache
+def _versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in PACKAGES}

@@ -17,8 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from maskdm.base.errors import UserError, printable
 from maskdm.config import Params, parse_params
-from maskdm.config.architecture import architecture_of
-from maskdm.config.formats import WeightSet
+from maskdm.config.paths import WeightSet
 
 FORMAT = "maskdm-model/2"
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -96,8 +95,8 @@ def check_fits(folder: Path, params: Params, num_classes: int | None = None) -> 
         UserError: it is not such a folder, of another network or diffusion, or its weights are missing or cut off.
     """
     config, own = read_config(folder)
-    there = architecture_of(own, config.num_classes)
-    here = architecture_of(params, config.num_classes if num_classes is None else num_classes)
+    there = own.architecture(config.num_classes)
+    here = params.architecture(config.num_classes if num_classes is None else num_classes)
     differing = [f"{key} is {there[key]!r} there and {here[key]!r} here" for key in here if there[key] != here[key]]
     if differing:
         raise UserError(f"the model in {folder} does not fit the experiment: {'; '.join(differing)}")

@@ -16,7 +16,7 @@ from typing import Any
 from maskdm.base.checksums import checked, file_sha256
 from maskdm.base.errors import UserError
 from maskdm.config import paths
-from maskdm.config.formats import ARM_STAGES as ARM_STAGES  # take --arm and --seed
+from maskdm.config.paths import ARM_STAGES as ARM_STAGES  # take --arm and --seed
 from maskdm.config.runs import Run, resolve, shared_values
 from maskdm.config.schema import Params
 from maskdm.config.stamps import Stamp, missing_files, read_stamp

@@ -1,9 +1,12 @@
-"""Where every stage reads and writes, relative to the folder of params.yaml: one place, for code and engines."""
+"""Where every stage reads and writes, relative to the folder of params.yaml: one place, for code and engines.
+
+Names that the files of results/ have in common stand here as well.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from maskdm.config.schema import DatasetConfig
@@ -23,6 +26,13 @@ MILESTONES = "milestones.json"  # of finetune: what is spent by each
 FEATURES_INFO, CLASSIFIER, REAL_FEATURES = "features.json", "classifier.safetensors", "reference.npy"  # of features
 DOWNLOADED = Path("data")  # beside params.yaml
 MARKERS = WORK / "done"  # empty files that Snakemake takes for outputs
+
+WeightSet = Literal["raw", "ema"]  # of the two sets of weights that training keeps
+
+TRAINING_STAGES = ("pretrain", "finetune")
+ARM_STAGES = (*TRAINING_STAGES, "sample", "evaluate")  # of an arm and a seed, in their order
+GIVEN = "given"  # the trial that was chosen for every arm where nothing is tuned
+ORIGIN_KEYS = ("extractor", "extractor_sha256", "data_sha256")  # scores may be compared only where these agree
 
 
 def milestone_name(fraction: float) -> str:

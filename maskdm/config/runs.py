@@ -12,8 +12,8 @@ from typing import Any, Literal
 from maskdm.base.checksums import short_hash
 from maskdm.base.errors import ParamsError
 from maskdm.config.flops import Split, split_budget
-from maskdm.config.formats import ARM_STAGES
 from maskdm.config.geometry import Grid, Mask
+from maskdm.config.paths import ARM_STAGES
 from maskdm.config.schema import Params, Section, StageConfig, suggestion, validated
 
 # Values that change rounding alone: no result is made again for them.

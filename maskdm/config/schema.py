@@ -566,6 +566,20 @@ class Params(Section):
         arm = self.arm(key)
         return Mask(arm.strategy, self.for_pretraining(key).grid, arm.mask_rate or 0.0, arm.block_size)
 
+    def architecture(self, num_classes: int) -> dict[str, Any]:
+        """What two networks must share so that weights of the one can be put into the other.
+
+        Args:
+            num_classes: of the dataset; counts only for a class-conditional network.
+        """
+        return {
+            **self.model.model_dump(),
+            "image_size": self.dataset.image_size,
+            "channels": self.dataset.channels,
+            "num_classes": num_classes if self.model.class_conditional else 0,
+            **self.diffusion.model_dump(),
+        }
+
     def checkpoints(self) -> Iterator[tuple[str, str, str]]:
         """The folders of weights that training starts from, each with its dotted path and its arm."""
         for key, arm in self.arms.items():

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from maskdm.config.schema import Prediction
-from maskdm.method.masks import Masking
-from maskdm.method.patches import gather_patches, patchify
+from maskdm.method.masks import Masking, gather_patches, patchify
 
 # The contract of a network: (noised visible patches (B, S, P), t (B,), visible_idx (B, S), labels) → (B, S, P).
 Denoiser = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]

@@ -18,8 +18,7 @@ from maskdm.base import rng
 from maskdm.config import SamplingConfig
 from maskdm.config.geometry import Grid
 from maskdm.method.diffusion import Denoiser, Diffusion
-from maskdm.method.masks import all_visible
-from maskdm.method.patches import patchify, unpatchify
+from maskdm.method.masks import all_visible, patchify, unpatchify
 
 # What a sampler needs of a network: (x_t (B, C, H, W), t (B,)) → prediction (B, C, H, W).
 ImageDenoiser = Callable[[Tensor, Tensor], Tensor]

@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from maskdm.base.errors import printable
 from maskdm.config import Params
-from maskdm.config.formats import WeightSet
+from maskdm.config.paths import WeightSet
 
 
 def model_card(name: str, params: Params, num_classes: int, which: WeightSet, **facts: Any) -> str:

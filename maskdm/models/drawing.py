@@ -13,7 +13,6 @@ from torch import nn
 from maskdm.base.progress import Progress
 from maskdm.base.tensors import load_into, load_weights
 from maskdm.config import Params
-from maskdm.config.architecture import architecture_of
 from maskdm.data.batches import to_uint8
 from maskdm.method.backbones import build_model
 from maskdm.method.backbones.uvit import UViT
@@ -37,7 +36,7 @@ def load_model(params: Params, weights: Path, num_classes: int, compute: Compute
     Raises:
         UserError: the weights are missing, damaged or do not fit.
     """
-    state, _ = load_weights(weights, "ema", architecture_of(params, num_classes))
+    state, _ = load_weights(weights, "ema", params.architecture(num_classes))
     model = build_model(params, num_classes)
     load_into(model, state, weights)
     return model.eval().to(compute.device)

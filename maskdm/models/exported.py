@@ -22,7 +22,7 @@ from maskdm.base.publishing import publish_folder
 from maskdm.base.tensors import Sets
 from maskdm.config import Params, parse_params
 from maskdm.config.exported_config import CARD, CONFIG, FORMAT, SECOND, WEIGHTS, Config, check_fits, read_config
-from maskdm.config.formats import WeightSet
+from maskdm.config.paths import WeightSet
 from maskdm.method.backbones import build_model
 from maskdm.method.backbones.uvit import UViT
 

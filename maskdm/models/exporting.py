@@ -13,9 +13,8 @@ from maskdm.base.checksums import file_sha256
 from maskdm.base.errors import UserError
 from maskdm.base.tensors import load_weights
 from maskdm.config import Params, Run, load_params, parse_params, paths
-from maskdm.config.architecture import architecture_of
-from maskdm.config.formats import WeightSet
 from maskdm.config.jobs import EVERYTHING, Job, Jobs
+from maskdm.config.paths import WeightSet
 from maskdm.config.stamps import read_stamp
 from maskdm.data.arrays import ImageArrays
 from maskdm.data.inputs import open_training_data, read_json
@@ -69,7 +68,7 @@ def run(options: argparse.Namespace) -> None:
     params, num_classes = job.run.params if milestone else _of_pretraining(job.run.params, arm), 0
     if params.model.class_conditional:
         num_classes = open_training_data(job.run.finetune if milestone else job.run.pretrain).num_classes
-    weights, _ = load_weights(file, which, architecture_of(params, num_classes))
+    weights, _ = load_weights(file, which, params.architecture(num_classes))
     source = {"file": file.as_posix(), "sha256": file_sha256(file), "arm": arm, "seed": seed}
     known = {"what": what, "arm": arm, **_trained(job.run, milestone), **_scored(jobs, job, milestone, which)}
     card = model_card(out.name, params, num_classes, which, **known)

@@ -12,7 +12,7 @@ import torch
 from maskdm.base.checksums import file_sha256
 from maskdm.base.errors import ParamsError, UserError, printable
 from maskdm.config import DiffusionConfig, Params, parse_params
-from maskdm.config.formats import WeightSet
+from maskdm.config.paths import WeightSet
 from maskdm.method.backbones import build_model
 from maskdm.method.diffusion import make_betas
 from maskdm.models.card import model_card

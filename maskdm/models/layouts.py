@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from maskdm.base.errors import printable
-from maskdm.config.formats import WeightSet
+from maskdm.config.paths import WeightSet
 from maskdm.method.backbones.uvit import UViT
 from maskdm.models.exported import misfit, times
 

@@ -12,7 +12,7 @@ from maskdm.base.errors import UserError
 from maskdm.base.tensors import load_tensors
 from maskdm.config import PARAMS_FILE, Params, load_params, parse_params, paths
 from maskdm.config.exported_config import CONFIG
-from maskdm.config.formats import WeightSet
+from maskdm.config.paths import WeightSet
 from maskdm.config.stamps import read_stamp
 from maskdm.method.backbones.uvit import UViT
 from maskdm.models.drawing import draw_images, load_model

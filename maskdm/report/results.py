@@ -20,8 +20,8 @@ import pandas as pd
 from maskdm.base.checksums import checked, file_sha256
 from maskdm.base.errors import UserError
 from maskdm.config import Params, paths
-from maskdm.config.formats import ARM_STAGES, GIVEN
 from maskdm.config.jobs import EVERYTHING, MANIFEST, Job, Jobs, OutdatedError
+from maskdm.config.paths import ARM_STAGES, GIVEN
 from maskdm.config.stamps import read_stamp
 from maskdm.scoring.headline import DISTANCE, flat_scores
 from maskdm.scoring.protocol import Protocol

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from maskdm.config import Params
-from maskdm.config.formats import ORIGIN_KEYS
+from maskdm.config.paths import ORIGIN_KEYS
 from maskdm.report.comparison import Comparison, Findings
 from maskdm.report.numbers import decimals, number_text, rate_text, signed
 from maskdm.report.results import Results, milestone_key

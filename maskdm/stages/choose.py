@@ -8,7 +8,7 @@ from typing import Any
 
 from maskdm.base.publishing import publish_description
 from maskdm.config import paths
-from maskdm.config.formats import GIVEN
+from maskdm.config.paths import GIVEN
 from maskdm.data.inputs import read_json
 from maskdm.stages.runner import Task
 

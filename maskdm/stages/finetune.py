@@ -11,7 +11,6 @@ from maskdm.base.machine import is_follower
 from maskdm.base.publishing import link_or_copy, publish_description
 from maskdm.base.tensors import load_weights
 from maskdm.config import Run, paths
-from maskdm.config.architecture import architecture_of
 from maskdm.data.inputs import open_training_data
 from maskdm.method.backbones import build_model
 from maskdm.stages.pretrain import account
@@ -55,8 +54,8 @@ def pretrained_weights(run: Run, checkpoint: Path, num_classes: int) -> dict[str
     params, there = run.params, run.pretrain.params
     which, other = params.finetune_of(run.arm).init_from, params.pretrain_of(run.arm).dataset
     if other is None:
-        return load_weights(checkpoint, which, architecture_of(params, num_classes))[0]
-    architecture = architecture_of(there, open_training_data(run.pretrain).num_classes)
+        return load_weights(checkpoint, which, params.architecture(num_classes))[0]
+    architecture = there.architecture(open_training_data(run.pretrain).num_classes)
     state, _ = load_weights(checkpoint, which, architecture)
     fresh = build_model(params, num_classes)
     fresh.initialise(rng.generator(run.seed, "init"))

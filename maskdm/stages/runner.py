@@ -31,7 +31,7 @@ from typing import Any
 from maskdm.base.checksums import checked
 from maskdm.base.errors import UserError
 from maskdm.base.locks import holder_of, one_writer
-from maskdm.base.machine import is_follower, launched
+from maskdm.base.machine import is_follower, launched, measured
 from maskdm.base.progress import StageRun
 from maskdm.base.publishing import (
     BUILDING,
@@ -46,7 +46,6 @@ from maskdm.base.publishing import (
 from maskdm.config import Params, Run, paths
 from maskdm.config.jobs import Job
 from maskdm.config.stamps import Stamp, missing_files, read_stamp, stamp_folder, stamped
-from maskdm.stages.records import measured
 
 BEGUN, FAILED, OUTPUT, RECORD, PREVIOUS = "begun.json", "failed.json", "output", "record.json", "previous"
 SHARED = ("tune", "pretrain", "finetune", "sample")  # stages that several processes may share

@@ -13,7 +13,7 @@ from maskdm.base.errors import NonFiniteLossError
 from maskdm.base.machine import is_follower
 from maskdm.base.publishing import replace_file
 from maskdm.config import Training
-from maskdm.config.formats import ORIGIN_KEYS
+from maskdm.config.paths import ORIGIN_KEYS
 from maskdm.data.inputs import open_training_data
 from maskdm.method.backbones import build_model
 from maskdm.models.drawing import draw_images, load_model

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from maskdm.config import Run, paths
-from maskdm.config.formats import ARM_STAGES, TRAINING_STAGES
+from maskdm.config.paths import ARM_STAGES, TRAINING_STAGES
 from maskdm.scoring.headline import DISTANCE, HEADLINES, SCALE_KEYS, SCORES, flat_scores
 from maskdm.tracking.dataset import read_dataset
 from maskdm.tracking.run_content import Points, RunContent, finite, only_numbers, read_json, read_rows

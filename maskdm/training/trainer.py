@@ -17,8 +17,6 @@ from maskdm.base.progress import Progress
 from maskdm.base.publishing import replace_file
 from maskdm.base.tensors import DamagedError, Sets, load_tensors, save_tensors
 from maskdm.config import DiffusionConfig, Training
-from maskdm.config.architecture import architecture_of
-from maskdm.config.formats import CURVE_COLUMNS
 from maskdm.data.arrays import ImageArrays
 from maskdm.data.batches import Batches, is_resident
 from maskdm.method.backbones import build_model
@@ -31,6 +29,7 @@ from maskdm.training.ranks import ALONE, Ranks
 from maskdm.training.state import ProgressNote, StateStore, TrainState, put_aside
 
 DOES_NOT_FIT = "or images kept on the device (data.device_resident), did not fit; try data.device_resident: false"
+CURVE_COLUMNS = ("step", "loss", "lr", "images_seen", "tokens_seen", "flops")
 Log = Callable[[dict[str, float]], None]
 
 
@@ -67,7 +66,7 @@ class Trainer:
             raise UserError("model.class_conditional needs a dataset with labels (class folders); this one has none")
         self.training, self.folder, self.ranks = training, folder, ranks
         self.compute = devices.resolve(params.compute, params.compute.devices)
-        self.architecture = architecture_of(params, images.num_classes)
+        self.architecture = params.architecture(images.num_classes)
         if not training.num_steps:  # initial weights serve every diffusion
             self.architecture = {k: v for k, v in self.architecture.items() if k not in DiffusionConfig.model_fields}
         self.store = StateStore(folder, params.saving.every_seconds, params.saving.every_steps)
