@@ -852,3 +852,16 @@ def test_every_strategy_goes_through_training(prepared: Experiment, strategy: st
     for stage in ("pretrain", "finetune"):
         prepared.succeed(stage, *OF_ARM)
     assert curve_of(prepared, "finetune")["flops"].iloc[-1] == run_of(prepared).flops
+
+
+@pytest.mark.parametrize(("given", "used"), [("auto", 8), (16, 16)])
+def test_resuming_takes_the_micro_batches_of_before_only_where_they_were_found_automatically(
+    stopped: Experiment, given: str | int, used: int
+) -> None:
+    (file,) = work_of(stopped, "pretrain").glob("*/state-0000000020.safetensors")
+    store = StateStore(file.parent, 60.0)
+    saved = store.load()
+    assert saved is not None
+    store.save(saved[0], {**saved[1], "micro_batch_size": 8})
+    stopped.change(pretrain={"micro_batch_size": given}).succeed("pretrain", *OF_ARM)
+    assert record_of(stopped, "pretrain")["micro_batch_size"] == used

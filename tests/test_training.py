@@ -20,7 +20,7 @@ from maskdm.config import ComputeConfig, Params, StageConfig, Training
 from maskdm.data.batches import Batches
 from maskdm.training.devices import Compute, resolve
 from maskdm.training.loop import Watcher, train
-from maskdm.training.objective import Objective, next_smaller
+from maskdm.training.objective import Objective
 from maskdm.training.optimizer import Ema, clip_gradients, lr_at, make_optimizer
 from maskdm.training.state import StateStore, TrainState
 from tests.factories import BF16, CPU, FP32, digits, tiny_model, tiny_params
@@ -144,7 +144,7 @@ def test_training_in_micro_batches_follows_training_in_big_ones() -> None:
 
 
 def test_micro_batches_found_automatically_shrink_to_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device that runs out of memory above two images at a time; on several ranks, the smallest that fits on all."""
+    """A device that runs out of memory above two images at a time."""
     params = tiny_params(pretrain={"lr": 1e-3, "batch_size": 8, "micro_batch_size": "auto"})
     run, state = run_of(params, num_steps=2), fresh_state(params)
     objective, sizes = Objective(state.model, run, FP32), list[int]()
@@ -167,9 +167,14 @@ def test_micro_batches_found_automatically_shrink_to_what_fits(monkeypatch: pyte
     assert losses(state) == losses(train_quietly(fresh_state(params), given))
 
 
-@pytest.mark.parametrize(("size", "smaller"), [(8, 4), (6, 3), (9, 3), (7, 1), (2, 1)])
-def test_the_next_smaller_micro_batch_divides_the_batch(size: int, smaller: int) -> None:
-    assert next_smaller(size) == smaller
+@pytest.mark.parametrize(("size", "used"), [(12, 12), (99, 12), (11, 6), (5, 4), (1, 1)])
+def test_micro_batches_divide_the_batch(size: int, used: int) -> None:
+    params = tiny_params(pretrain={"lr": 1e-3, "batch_size": 12})
+    objective = Objective(tiny_model(params), run_of(params, num_steps=1), FP32)
+    objective.micro_batch_size = size
+    assert objective.micro_batch_size == used
+    assert [part.stop - part.start for part in objective.micro_batches] == [used] * (12 // used)
+    assert objective.share == used / 12
 
 
 # --- resuming and determinism

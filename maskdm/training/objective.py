@@ -57,13 +57,13 @@ class Objective:
 
     @property
     def micro_batch_size(self) -> int:
-        """Images of this rank that enter the network at once; a divisor of its part of a batch."""
+        """Images of this rank that enter the network at once; setting it takes the next divisor of its part of a batch."""
         return self.micro_batches[0].stop
 
     @micro_batch_size.setter
     def micro_batch_size(self, size: int) -> None:
         own = self.run.batch_size // self.ranks.num_ranks
-        size = min(size, own)
+        size = max(divisor for divisor in range(1, min(size, own) + 1) if own % divisor == 0)
         self.micro_batches = [slice(start, start + size) for start in range(0, own, size)]
         self.share = size / own
 
@@ -121,7 +121,7 @@ class Objective:
             while self.finds_size and not self.ranks.all(self._fits(step, batches)):
                 self.zero_grad(optimizer)
                 torch.cuda.empty_cache()
-                self.micro_batch_size = next_smaller(self.micro_batch_size)
+                self.micro_batch_size -= 1  # the next smaller divisor
             for _ in range(STEPS_TO_RECORD if self._keeps_gradients else 1):
                 self._add_gradients(step, batches, self.micro_batches)
                 self.zero_grad(optimizer)
@@ -146,8 +146,3 @@ class Objective:
                 with self.averaging_gradients(part):
                     loss = self.masked_dsm_loss(x_0[part], draws.chunk(part), labels=own_labels) * self.share
                     loss.backward()
-
-
-def next_smaller(size: int) -> int:
-    """The largest divisor of a size that is smaller than it."""
-    return max(divisor for divisor in range(1, size) if size % divisor == 0)

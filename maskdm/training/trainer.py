@@ -191,7 +191,8 @@ class Trainer:
         saved = self.store.load(accept=self._milestones_are_kept) if self.ranks.is_first else None
         if (shared := self.ranks.shared(saved)) is not None:
             self.state.restore(*shared)
-            self.objective.micro_batch_size = shared[1].get("micro_batch_size", self.objective.micro_batch_size)
+            if self.training.config.micro_batch_size == "auto":  # as before, so that resuming is exact
+                self.objective.micro_batch_size = shared[1]["micro_batch_size"]
             if self.ranks.is_first:
                 print(f"{self.training.title}: going on from step {self.state.step}", flush=True)
 
