@@ -57,7 +57,7 @@ class Objective:
 
     @property
     def micro_batch_size(self) -> int:
-        """Images of this rank that enter the network at once; setting it takes the next divisor of its part of a batch."""
+        """Images of this rank that enter the network at once; a divisor of its part of a batch, so a size is rounded down."""
         return self.micro_batches[0].stop
 
     @micro_batch_size.setter
