@@ -195,7 +195,7 @@ def test_missing_key_is_named(path: str) -> None:
         ("arms", {}, "arms", "at least 1 item"),
         ("arms/scratch", "none", "arms.scratch", "valid dictionary"),
         ("arms/patch-m50/pretrain", None, "arms.patch-m50.pretrain", "valid dictionary"),
-        ("arms/patch-m50/strategy", "patches", "arms.patch-m50.strategy", "'none', 'patch', 'block' or 'crop'"),
+        ("arms/patch-m50/strategy", "patches", "arms.patch-m50.strategy", "input should be 'none', 'patch', 'block'"),
         ("arms/patch-m50/mask_rate", 1.0, "arms.patch-m50.mask_rate", "less than 1"),
         ("arms/patch-m50/mask_rate", -0.1, "arms.patch-m50.mask_rate", "greater than or equal to 0"),
     ],

@@ -57,7 +57,7 @@ class Objective:
 
     @property
     def micro_batch_size(self) -> int:
-        """Images of this rank that enter the network at once; a divisor of its part of a batch, so a size is rounded down."""
+        """Images of this rank that enter the network at once; rounded down to a divisor of its part of a batch."""
         return self.micro_batches[0].stop
 
     @micro_batch_size.setter
