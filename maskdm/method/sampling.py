@@ -105,7 +105,9 @@ def _step(
         return ddpm_step(diffusion, now.x_0, now.x_t, now.t, t_next, noise)
     if config.sampler == "ddim":
         return ddim_step(diffusion, now.x_0, now.x_t, now.t, t_next, config.eta, noise)
-    return dpmsolver_step(diffusion, now, t_next, past)
+    if config.sampler in ("dpmsolver++", "unipc"):
+        return dpmsolver_step(diffusion, now, t_next, past)
+    raise NotImplementedError(f"sampler {config.sampler!r} has a name, but no step")
 
 
 class ImageNoise:
