@@ -40,9 +40,6 @@ ABOUT = {
 }
 
 
-needs_timm = pytest.mark.skipif(not reference.is_installed(), reason="timm is not installed")
-
-
 @pytest.fixture(autouse=True)
 def _threads_restored() -> Iterator[None]:
     before = torch.get_num_threads()
@@ -170,7 +167,6 @@ def test_time_must_fall_as_flops_do(seconds: float, are_met: list[bool]) -> None
     assert train_step.rate_targets("tiny", rounds, {}, "bf16") == []
 
 
-@needs_timm
 @pytest.mark.parametrize("shape", [NANO, TINY, SMALL], ids=["nano", "tiny", "small"])
 def test_the_reference_does_our_flops(shape: Shape) -> None:
     assert count_image_flops(shape.params(0.0, threads=1), shape.num_patches) == reference.count_flops(shape)
@@ -252,7 +248,6 @@ def test_the_update_alone_moves_weights_and_averages(settings: Settings) -> None
     assert all(not torch.equal(averages[name], tensor) for name, tensor in state.ema.state_dict().items())
 
 
-@needs_timm
 @pytest.mark.parametrize("is_tuned", [False, True])
 def test_the_reference_trains(is_tuned: bool, settings: Settings) -> None:
     images = torch.from_numpy(random_arrays(settings.folder, 8, 1, 16).all())
@@ -262,7 +257,6 @@ def test_the_reference_trains(is_tuned: bool, settings: Settings) -> None:
     assert all(not torch.equal(old, new) for old, new in zip(before, steps.model.parameters(), strict=True))
 
 
-@needs_timm
 @pytest.mark.parametrize("is_plain", [False, True])
 def test_the_reference_attends_as_it_is_told(is_plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel, calls = torch.nn.functional.scaled_dot_product_attention, []

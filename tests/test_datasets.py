@@ -323,7 +323,8 @@ CHURCH = "data/lsun/church_outdoor_train_lmdb"
 
 def make_lsun(number: int = 40, folder: str = CHURCH, kind: str = "WEBP", **environment: Any) -> list[bytes]:
     """A database as LSUN's authors export it, by the lmdb package; its values in the order of their keys."""
-    lmdb = pytest.importorskip("lmdb")
+    import lmdb
+
     entries = {}
     for i in range(number):
         side = 16 if i % 3 else 64  # small values lie in the tree's own pages, large ones in pages apart
@@ -417,7 +418,8 @@ def test_without_the_package_the_user_of_lsun_is_told_how_to_get_it(monkeypatch:
 
 
 def test_a_bad_image_of_a_database_is_named_by_its_key() -> None:
-    lmdb = pytest.importorskip("lmdb")
+    import lmdb
+
     make_lsun(5)
     with lmdb.open(CHURCH, map_size=2**26) as database, database.begin(write=True) as transaction:
         transaction.put(b"0" * 40, b"no image")
@@ -433,7 +435,8 @@ def test_a_bad_image_of_a_database_is_named_by_its_key() -> None:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The package `datasets`, with its cache in the test's folder and without a network."""
-    package = pytest.importorskip("datasets")
+    import datasets as package
+
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / ".work" / "cache")
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     return package
@@ -441,7 +444,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def make_hub_cifar(folder: str) -> None:
     """CIFAR-10's first images as the hub has them: their files in the column img, their classes in label."""
-    hub = pytest.importorskip("datasets")
+    import datasets as hub
+
     names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     features = hub.Features({"img": hub.Image(), "label": hub.ClassLabel(names=names)})
     for start, split in ((0, "train"), (20, "test")):
@@ -454,7 +458,8 @@ def make_hub_cifar(folder: str) -> None:
 
 def make_hub_celeba(folder: str) -> None:
     """CelebA's first images as the hub has them: their files in the column image, and no other column."""
-    hub = pytest.importorskip("datasets")
+    import datasets as hub
+
     cells = [{"bytes": encode(pixels(1, i, (218, 178, 3))[0]), "path": None} for i in range(6)]
     Path(folder).mkdir(parents=True, exist_ok=True)
     table = hub.Dataset.from_dict({"image": cells}, features=hub.Features({"image": hub.Image()}))

@@ -162,7 +162,7 @@ def _decoded(loaded: Loaded, collection: Collection, dataset: DatasetConfig) -> 
 
 @contextmanager
 def _opened(content: bytes, max_pixels: int) -> Iterator[Image.Image]:
-    """An image file, open; whatever its decoder raises in the block is told as a bad image."""
+    """Open an image file; any error of its decoder in the block becomes a `BadImageError`."""
     if not content:
         raise BadImageError("the file is empty")
     if content[:4] == b"RIFF" and content[8:16] == b"WEBPVP8X":  # its decoder begins with two canvases

@@ -86,7 +86,7 @@ def _datasets(params: Params) -> dict[Path, DatasetConfig]:
 
 @contextmanager
 def _named(place: Path) -> Iterator[None]:
-    """Errors, which speak of `dataset`, are told to be about one of `datasets`."""
+    """Make errors about `dataset` name the entry of `datasets` that is being prepared."""
     try:
         yield
     except UserError as error:

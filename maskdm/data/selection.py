@@ -51,7 +51,7 @@ def select(collection: Collection, dataset: DatasetConfig) -> Selection:
     class_names, labels = _of_classes(collection, dataset.classes)
     everything = np.arange(len(collection)) if labels is None else np.flatnonzero(labels >= 0)
     if not len(everything):
-        raise UserError(f"dataset.classes: there is no image of {', '.join(dataset.classes or ())}")
+        raise UserError(f"dataset.classes: no image belongs to {', '.join(dataset.classes or ())}")
     used = everything[_drawn(len(everything), num_used(dataset, len(everything)), dataset.seed, USED)]
     number = num_held_out(dataset, len(used))
     if dataset.held_out and not 0 < number < len(used):

@@ -77,7 +77,7 @@ def open_svhn(dataset: DatasetConfig) -> Iterator[Collection]:
 
 @contextmanager
 def _torchvision(dataset: DatasetConfig, folder: Path, files: Sequence[str]) -> Iterator[Any]:
-    """Its datasets; what they raise in the block is told as an error of these files in that folder."""
+    """Give torchvision's datasets; their errors in the block become a `UserError` that names these files."""
     from maskdm.base.torchvision_compat import declare_missing_operators  # imports torch, as torchvision does
 
     declare_missing_operators()

@@ -117,12 +117,15 @@ def kept_at(key: str) -> Path:
 
 
 def bring_back(key: str, folder: Path, neighborhood: int) -> Reference | None:
-    """Put a kept entry's files into a folder and open them; None where there are none, or damaged ones, which is told.
+    """Put a kept entry's files into a folder and open them.
 
     Args:
         key: of `key_of`.
         folder: an existing one, without them.
         neighborhood: of the key.
+
+    Returns:
+        None where nothing is kept, or what is kept is damaged; damage is reported on stderr.
     """
     entry = kept_at(key)
     if not entry.is_dir():
