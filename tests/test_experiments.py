@@ -12,7 +12,7 @@ from maskdm.config import Params, load_params
 from maskdm.config.new_experiment import new_experiment
 from maskdm.plan import run
 from tests.conftest import Experiment
-from tests.test_datasets import encode, make_hub_celeba, make_hub_cifar, make_lsun, make_mnist, pixels, put
+from tests.data.test_datasets import encode, make_hub_celeba, make_hub_cifar, make_lsun, make_mnist, pixels, put
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted(file.parent.name for file in (ROOT / "experiments").glob("*/params.yaml"))

@@ -3,8 +3,8 @@
 A new source is a small file beside this one: a context manager that takes a `DatasetConfig` and gives a `Collection`,
 or raises a `UserError` that says what is missing and what to do. It imports the package that it needs inside of it.
 `digits` is one in memory, `lsun` one that reads image by image. Name it in `OPENERS` here and in `SOURCES` of
-`maskdm.config.schema` (or in `SPLITS` there, if it has parts), and test it in tests/test_datasets.py with small files
-in its original format.
+`maskdm.config.schema` (or in `SPLITS` there, if it has parts). Test it in tests/data/test_datasets.py with
+small files in its original format.
 """
 
 from __future__ import annotations

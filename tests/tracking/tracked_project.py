@@ -11,7 +11,7 @@ import pytest
 from maskdm import tracking
 from maskdm.tracking import background
 from maskdm.tracking.store import Store, open_store
-from tests.tracked import stop_sender
+from tests.tracking.tracked import stop_sender
 
 START_SENDER = background.start_sender
 

@@ -18,9 +18,9 @@ from maskdm.config import Params, load_params
 from maskdm.config.jobs import Jobs
 from maskdm.tracking.store import Store
 from tests.conftest import TINY
-from tests.tracked import free_port, run_ui, send, stamp, write_data, write_results, write_verdicts
+from tests.tracking.tracked import free_port, run_ui, send, stamp, write_data, write_results, write_verdicts
 
-pytest_plugins = ["tests.tracked_project"]
+pytest_plugins = ["tests.tracking.tracked_project"]
 # SQLAlchemy's pool closes its connections only when the process ends; Python 3.13 notices.
 pytestmark = [pytest.mark.filterwarnings("ignore:unclosed database:ResourceWarning"), pytest.mark.workflow]
 

@@ -19,7 +19,7 @@ from maskdm.base.errors import ParamsError
 from maskdm.config import ArmConfig, Params, load_params, parse_params, schema
 from maskdm.config.runs import for_trial, with_values
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PARAMS_FILES = [ROOT / "params.yaml", *sorted((ROOT / "experiments").glob("*/params.yaml"))]
 TINY: dict[str, Any] = yaml.safe_load((ROOT / "experiments" / "tiny" / "params.yaml").read_text(encoding="utf-8"))
 SECTIONS = sorted(

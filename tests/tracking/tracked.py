@@ -27,7 +27,7 @@ from maskdm.tracking import arm_content, background
 from maskdm.tracking.sender import Sender
 from maskdm.tracking.spool import tracking_folder
 from maskdm.tracking.store import Store
-from tests.made_up_results import stamp_outputs
+from tests.report.made_up_results import stamp_outputs
 
 ARM, SEED = "patch-m50", 0
 IMAGES = 12800  # from one row of a curve to the next

@@ -39,7 +39,7 @@ from maskdm.models.exported import publish_exported, weights_for
 from maskdm.models.loading import open_model
 from tests import factories
 from tests.conftest import ARM, Experiment
-from tests.made_up_results import stamp_outputs
+from tests.report.made_up_results import stamp_outputs
 
 State = dict[str, Tensor]
 

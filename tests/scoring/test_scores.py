@@ -40,7 +40,7 @@ from maskdm.scoring.scores import (
 from maskdm.stages.score.export import write_pngs
 from maskdm.stages.score.sets import Wanted, open_set
 from tests.factories import CPU, digits
-from tests.fidelity import fidelity, write_inception_weights
+from tests.scoring.fidelity import fidelity, write_inception_weights
 
 NUM_CLASSES = 10
 

@@ -40,8 +40,8 @@ from maskdm.report.verdicts import answer, judge_arms
 from maskdm.scoring import points
 from maskdm.scoring.headline import FID
 from maskdm.stages.sample import PatchesAlone
-from tests.made_up_results import findings, make_params, make_results
-from tests.test_figures import assert_is_printed_whole
+from tests.report.made_up_results import findings, make_params, make_results
+from tests.report.test_figures import assert_is_printed_whole
 
 if TYPE_CHECKING:
     from tests.conftest import Experiment
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 ROLL = {"source": "swissroll", "image_size": [1, 2], "channels": 1}
 ARMS: dict[str, dict[str, Any]] = {"scratch": {"strategy": "none"}, "primer": {"strategy": "patch", "mask_rate": 0.5}}
 STEP = 1 / 127.5  # of 8 bits
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def pixels(**more: Any) -> np.ndarray:

@@ -9,7 +9,7 @@ from maskdm.base.errors import ParamsError, UserError
 from maskdm.config import load_params
 from maskdm.config.new_experiment import new_experiment, next_steps
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = ROOT / "experiments" / "tiny"
 
 

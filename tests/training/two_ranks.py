@@ -1,6 +1,6 @@
-"""What the ranks of a group compute, as a program of its own: tests/test_parallel.py starts it in several processes.
+"""What the ranks of a group compute, as a program of its own: test_ranks.py starts it in several processes.
 
-Usage: python tests/two_ranks.py FOLDER     in the folder of a prepared experiment, with RANK, WORLD_SIZE, … set
+Usage: python two_ranks.py FOLDER     in the folder of a prepared experiment, with RANK, WORLD_SIZE, … set
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ from maskdm.report.report import render
 from maskdm.report.statistics import estimate
 from maskdm.report.verdicts import Verdict
 from tests.factories import protocol
-from tests.made_up_results import (
+from tests.report.made_up_results import (
     SCRATCH,
     findings,
     make_params,
@@ -43,8 +43,8 @@ from tests.made_up_results import (
     thirteen_arms,
 )
 
-OF_IMAGES = [kind for kind in FIGURES if kind is not POINTS]  # tests/test_swissroll.py has that one
-ROOT = Path(__file__).parents[1]
+OF_IMAGES = [kind for kind in FIGURES if kind is not POINTS]  # tests/data/test_swissroll.py has that one
+ROOT = Path(__file__).parents[2]
 TRIALS = {"given": {}, "slow": {"finetune.lr": 1e-3}, "fast": {"finetune.lr": 8e-3}}
 SMALLEST_PRINT = 8.0  # points
 

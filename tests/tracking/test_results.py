@@ -22,7 +22,7 @@ from maskdm.tracking import saved_view
 from maskdm.tracking.store import Store, arm_key
 from tests.conftest import Experiment
 from tests.factories import protocol, tiny_model
-from tests.tracked import (
+from tests.tracking.tracked import (
     ARM,
     CONTENT,
     PARAMS,
@@ -43,7 +43,7 @@ from tests.tracked import (
     write_verdicts,
 )
 
-pytest_plugins = ["tests.tracked_project"]
+pytest_plugins = ["tests.tracking.tracked_project"]
 # SQLAlchemy's pool closes its connections only when the process ends; Python 3.13 notices.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed database:ResourceWarning")
 

@@ -32,8 +32,8 @@ from maskdm.stages.score import command, export, sets
 from maskdm.stages.score.options import add_export_images, add_score
 from tests.conftest import ARM, Experiment
 from tests.factories import CPU, digits, protocol, tiny_model, tiny_params
-from tests.fidelity import write_inception_weights
-from tests.made_up_results import stamp_outputs
+from tests.report.made_up_results import stamp_outputs
+from tests.scoring.fidelity import write_inception_weights
 
 SCORES = ("fid", "kid", "kid_std", "precision", "recall", "num_samples")
 SMALL = ["--kid-subsets", "10", "--kid-subset-size", "50", "--threads", "1"]  # as the tiny experiment

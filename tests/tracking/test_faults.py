@@ -20,7 +20,7 @@ from maskdm.tracking import background, spool, stage_runs
 from maskdm.tracking.sender import Sender
 from maskdm.tracking.spool import SpoolReader, spools
 from maskdm.tracking.store import Store, open_store
-from tests.tracked import (
+from tests.tracking.tracked import (
     ARM,
     CONTENT,
     PARAMS,
@@ -45,7 +45,7 @@ from tests.tracked import (
     write_results,
 )
 
-pytest_plugins = ["tests.tracked_project"]
+pytest_plugins = ["tests.tracking.tracked_project"]
 # SQLAlchemy's pool closes its connections only when the process ends; Python 3.13 notices.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed database:ResourceWarning")
 

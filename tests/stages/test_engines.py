@@ -25,7 +25,7 @@ from maskdm.config.jobs import STAGE_VERSIONS
 from maskdm.stages import markers
 from tests.conftest import Once
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ENGINE_FILES = ("dvc.yaml", "params.yaml", "Snakefile", "workflow", "profiles", ".dvcignore", ".gitignore")
 TINY = "experiments/tiny"
 REPRO = ("dvc", "repro", f"{TINY}/dvc.yaml")

@@ -20,7 +20,7 @@ from maskdm.tracking import background, sender, ui
 from maskdm.tracking.sender import Sender
 from maskdm.tracking.spool import EVENTS, Spool, SpoolReader, spools, tracking_folder
 from maskdm.tracking.store import Store, arm_key, open_store, shown
-from tests.tracked import (
+from tests.tracking.tracked import (
     ARM,
     CONTENT,
     IMAGES,
@@ -43,7 +43,7 @@ from tests.tracked import (
     write_results,
 )
 
-pytest_plugins = ["tests.tracked_project"]
+pytest_plugins = ["tests.tracking.tracked_project"]
 # SQLAlchemy's pool closes its connections only when the process ends; Python 3.13 notices.
 START_SENDER = background.start_sender
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed database:ResourceWarning")
@@ -575,7 +575,7 @@ def test_no_stage_imports_mlflow(project: Path) -> None:
         assert cli.main(["prepare"]) == 0
         print([name for name in sys.modules if name.split(".")[0] in ("mlflow", "sqlalchemy", "alembic")])
     """
-    shutil.copy(Path(__file__).parents[1] / "experiments" / "tiny" / "params.yaml", project)
+    shutil.copy(Path(__file__).parents[2] / "experiments" / "tiny" / "params.yaml", project)
     assert run_python(code).communicate(timeout=60) == ("[]\n", "")
     assert [spool.name.split("-")[2] for spool in spools(project)] == ["prepare"]
 

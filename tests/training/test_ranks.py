@@ -23,7 +23,7 @@ from torch import Tensor
 
 from maskdm.base.tensors import load_tensors
 from maskdm.training.ranks import ALONE
-from tests import two_ranks
+from tests.training import two_ranks
 
 if TYPE_CHECKING:
     from tests.conftest import Experiment

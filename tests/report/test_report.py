@@ -27,7 +27,7 @@ from maskdm.report.results import read_results
 from maskdm.report.tables import SUMMARY_COLUMNS, format_table, verdict_columns
 from maskdm.scoring.headline import FID
 from tests.factories import protocol
-from tests.made_up_results import stamp_outputs
+from tests.report.made_up_results import stamp_outputs
 
 ARMS = {
     "scratch": {"strategy": "none"},
