@@ -61,5 +61,4 @@ format: $(INSTALLED)  ## rewrite the code in the project's format
 
 .PHONY: clean
 clean:  ## remove results, logs and saved training states of the default experiment (DVC's cache stays)
-	rm -rf results/* logs
-	find .work -mindepth 1 -maxdepth 1 ! -name tracking -exec rm -rf {} + 2>/dev/null || true
+	rm -rf results/* logs .work

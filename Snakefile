@@ -60,6 +60,19 @@ OF_AN_ARM = {
 }
 
 
+# Short stages do not open MLflow. The report publishes everything; where it did not run, this does.
+TRACK = "maskdm track || true" if PARAMS.tracking.enabled else "true"
+
+
+onsuccess:
+    if Jobs(PARAMS).find("report").why_outdated():
+        shell(TRACK)
+
+
+onerror:
+    shell(TRACK)
+
+
 wildcard_constraints:
     arm="[a-z0-9-]+",
     trial="[a-z0-9-]+",

@@ -66,6 +66,12 @@ examples:
 
 GOES_ON = "what was finished is kept; the same command goes on from there"
 
+TRACK_DESCRIPTION = """\
+Make MLflow say what results/ says: every arm, stage and trial that is up to date or has failed, and the final models.
+The stage `report` and every stage of more than a minute do this by themselves at their end; type it after a clone, or
+when MLflow could not be reached. A second time it changes nothing.
+"""
+
 STATUS_DESCRIPTION = """\
 Where every stage of every arm stands, and what is in the way. Looks only: nothing is changed or computed.
 
@@ -171,7 +177,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_score(_add(commands, "score", "FID, KID, precision and recall between two sets of images", _score))
     add_export_images(_add(commands, "export-images", "a set of images as PNG files", _export_images))
     _add(commands, "summary", "print the result table of a finished experiment", _summary)
-    _add(commands, "sync", "send to MLflow what is still kept on disk", _sync)
+    _add(commands, "track", "make MLflow say what results/ says", _track).description = TRACK_DESCRIPTION
     _add_status(commands)
     _add_verify(commands)
     ui = _add(commands, "ui", "open MLflow's UI on the arms of this experiment", _ui)
@@ -362,10 +368,14 @@ def _summary(options: argparse.Namespace) -> None:
     print_summary(params)
 
 
-def _sync(options: argparse.Namespace) -> None:
-    from maskdm.tracking import sync
+def _track(options: argparse.Namespace) -> None:
+    params = load_params()
+    from maskdm.tracking.publishing import track
+    from maskdm.tracking.store import shown, store_uri
 
-    sync()
+    done = track(Jobs(params))
+    where = f"MLflow at {shown(store_uri())}"
+    print(f"{where} has {done.runs} runs of experiment {params.name!r}; {done.written} of them were written now")
 
 
 def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

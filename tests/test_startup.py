@@ -23,7 +23,7 @@ SCORING = {"torch_fidelity", "torchvision"}
 PLOTTING = {"matplotlib", "pandas"}
 ENGINES = {"dvc", "snakemake", "mlflow"}
 TENSORS = {"torch", "numpy"}
-NEVER = COMPILER | SCORING | ENGINES  # the classifier scores, and MLflow is the sender's
+NEVER = COMPILER | SCORING | ENGINES  # the classifier scores, and MLflow is for stages of minutes, and the report
 TRAINING = NEVER | PLOTTING | {"sklearn", "scipy", "PIL"}
 
 NOT_IMPORTED = {

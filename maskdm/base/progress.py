@@ -1,4 +1,4 @@
-"""Progress with an ETA: a live bar on a terminal, a line now and then in a log file; and what a tracker gets."""
+"""Progress with an ETA: a live bar on a terminal, a line now and then in a log file; and what is logged."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -84,22 +83,13 @@ def progress(items: Iterable[T], total: int, description: str, unit: str = "it")
         bar.close()
 
 
-class StageRun:
-    """What a stage reports to MLflow; this one does nothing: `tracking.enabled` is false."""
+class Log:
+    """Takes the rows of a training curve while a stage works; this one drops them: `tracking.enabled` is false."""
 
-    def log(self, step: int, **metrics: float) -> None:
+    def add(self, step: int, values: dict[str, float]) -> None:
         """Log metrics; costs microseconds.
 
         Args:
-            step: the optimizer's updates done, or what else the stage counts.
-            metrics: plain numbers by name (`loss`, `lr`, `images_per_second`).
+            step: the optimizer's updates so far.
+            values: plain numbers by name (`loss`, `lr`, `images_per_second`).
         """
-
-    def params(self, **params: object) -> None:
-        """Log what the stage was given; MLflow forbids another value later."""
-
-    def tags(self, **tags: object) -> None:
-        """Tag the run."""
-
-    def figure(self, file: Path) -> None:
-        """Attach a file; it is copied now, so the caller may move it afterwards."""

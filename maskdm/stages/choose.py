@@ -19,7 +19,7 @@ def run(task: Task, folder: Path) -> None:
     chosen = {arm: _choose(task, arm) for arm in params.arms}
     for arm, choice in chosen.items():
         publish_description(folder / paths.chosen(arm).name, choice)
-    task.tracked.tags(**{f"chosen.{arm}": choice["trial"] or "none: all failed" for arm, choice in chosen.items()})
+    task.record["chosen"] = {arm: choice["trial"] or "none: all failed" for arm, choice in chosen.items()}
     task.record["num_trials"] = max(1, len(params.tuning.trials))
 
 

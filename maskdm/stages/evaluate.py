@@ -10,7 +10,7 @@ import numpy as np
 from maskdm.config import Run, paths
 from maskdm.data.inputs import read_array, read_json
 from maskdm.scoring import points
-from maskdm.scoring.headline import SCORE_KEYS, flat_scores, scale_scores
+from maskdm.scoring.headline import SCORE_KEYS, scale_scores
 from maskdm.scoring.scorer import Scorer
 from maskdm.stages import sample
 from maskdm.stages.runner import Task
@@ -34,9 +34,6 @@ def run(task: Task, _: Path) -> dict[str, Any]:
     for key, sha256 in read_json(samples / sample.INFO, "sample")["samples_sha256"].items():
         drawn = read_array(samples / f"{name_of(key)}.npy", "sample", sha256)
         scored[key] = {**spent[key], **_score(arm, scorer, drawn, kept, key)}
-        if key not in PRIMERS:
-            flat = flat_scores(scored[key])
-            task.tracked.log(round(100 * float(key)), **{k: v for k, v in flat.items() if k != "step"})
     task.record.update(compute.describe_device())
     primers = {key: scored.pop(key) for key in PRIMERS if key in scored}
     last, scale = scored[max(scored, key=float)], read_json(paths.SCALE, "scale")

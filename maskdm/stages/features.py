@@ -49,8 +49,6 @@ def run(task: Task, folder: Path) -> None:
     }
     publish_description(folder / paths.FEATURES_INFO, info)
     task.record.update(info, threads=compute.threads)
-    task.tracked.tags(extractor=info["extractor"], extractor_sha256=info["extractor_sha256"])
-    task.tracked.log(0, **{k: v for k, v in info.items() if isinstance(v, float)})
 
 
 def _train_classifier(params: Params, images: StoredImages, path: Path) -> float:

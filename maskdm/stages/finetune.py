@@ -37,7 +37,7 @@ def run(task: Task, folder: Path) -> None:
                 link_or_copy(trainer.milestone(step), folder / paths.milestone_file(fraction))
             publish_description(folder / paths.MILESTONES, _describe(arm))
             trainer.save_curve(folder / paths.CURVE)
-            task.record.update(account(task, trainer))
+            task.record.update(account(trainer))
 
 
 def pretrained_weights(run: Run, checkpoint: Path, num_classes: int) -> dict[str, Tensor]:

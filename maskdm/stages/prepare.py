@@ -11,7 +11,7 @@ from maskdm.config import Params, paths
 from maskdm.config.image_counts import most_real
 from maskdm.config.preflight import check_num_real
 from maskdm.data.arrays import ImageArrays
-from maskdm.data.prepare import PREVIEW, check_apart, prepare
+from maskdm.data.prepare import check_apart, prepare
 from maskdm.data.selection import Selection
 from maskdm.stages.runner import Task
 
@@ -28,8 +28,6 @@ def run(task: Task, folder: Path) -> None:
     manifest = prepare(params, folder, check=partial(_check_selection, params))
     facts = {"num_images": manifest["count"], "shape": manifest["shape"]}
     task.record.update(facts)
-    task.tracked.params(**facts)
-    task.tracked.figure(folder / PREVIEW)
     _warn_of_too_few(params, folder)
 
 

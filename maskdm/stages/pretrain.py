@@ -30,7 +30,7 @@ def run(task: Task, folder: Path) -> None:
         if ranks.is_first:
             trainer.save_weights(folder / paths.CHECKPOINT)
             trainer.save_curve(folder / paths.CURVE)
-            task.record.update(account(task, trainer))
+            task.record.update(account(trainer))
 
 
 def starting_weights(training: Training, num_classes: int) -> dict[str, Tensor] | None:
@@ -47,19 +47,13 @@ def starting_weights(training: Training, num_classes: int) -> dict[str, Tensor] 
     return weights_for(Path(checkpoint), training.params, num_classes)
 
 
-def account(task: Task, trainer: Trainer, prefix: str = "") -> dict[str, Any]:
-    """What a training was and took, for the record; tracks what the rows of the curve do not say.
+def account(trainer: Trainer) -> dict[str, Any]:
+    """What a training was and took, for the record.
 
     Args:
-        task: whose.
         trainer: after its run.
-        prefix: of what is tracked.
     """
     training, facts, how = trainer.training, trainer.facts(), trainer.how_it_ran()
     if "compile_seconds" in how:
         print(f"{training.title}: compiled in {how['compile_seconds']:.1f} s, before the first step", flush=True)
-    in_curve = {*training.before.as_dict(), "device_seconds", "data_wait_seconds"}
-    once = {prefix + name: fact for name, fact in facts.items() if fact is not None and name not in in_curve}
-    task.tracked.tags(**trainer.compute.describe())
-    task.tracked.log(training.num_steps, **once)
     return {**facts, "timings": trainer.state.timings, **how}

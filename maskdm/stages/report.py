@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from maskdm.base.errors import UserError
 from maskdm.config.jobs import Jobs
 from maskdm.report import Report, print_report, write_report
 from maskdm.stages.runner import Task
-from maskdm.tracking import flush, publish_report, unsent_note
+
+MAX_SECONDS = 60.0  # of publishing: with a slow server it may take longer, and is left to `maskdm track`
 
 
 def run(task: Task, folder: Path) -> Report:
@@ -17,16 +19,16 @@ def run(task: Task, folder: Path) -> Report:
     Raises:
         UserError: no arm has results that can be shown.
     """
-    report = write_report(task.params, folder)
-    for file in sorted(folder.iterdir()):
-        task.tracked.figure(file)
-    return report
+    return write_report(task.params, folder)
 
 
 def after(task: Task) -> None:
     """Bring MLflow up to date with results/, and print the table."""
-    params = task.params
-    publish_report(Jobs(params))
-    if params.tracking.enabled and not flush():
-        print(f"warning: tracking: {unsent_note()}", file=sys.stderr)
+    if task.params.tracking.enabled:
+        from maskdm.tracking.publishing import LATER, track
+
+        try:
+            track(Jobs(task.params), MAX_SECONDS)
+        except UserError as error:
+            print(f"warning: tracking: {error}; {LATER}", file=sys.stderr, flush=True)
     print_report(task.result)

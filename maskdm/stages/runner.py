@@ -32,7 +32,7 @@ from maskdm.base.checksums import checked
 from maskdm.base.errors import UserError
 from maskdm.base.locks import holder_of, one_writer
 from maskdm.base.machine import is_follower, launched, measured
-from maskdm.base.progress import StageRun
+from maskdm.base.progress import Log
 from maskdm.base.publishing import (
     BUILDING,
     explain_refusals,
@@ -46,10 +46,10 @@ from maskdm.base.publishing import (
 from maskdm.config import Params, Run, paths
 from maskdm.config.jobs import Job
 from maskdm.config.stamps import Stamp, missing_files, read_stamp, stamp_folder, stamped
+from maskdm.tracking.live import live_log
 
 BEGUN, FAILED, OUTPUT, RECORD, PREVIOUS = "begun.json", "failed.json", "output", "record.json", "previous"
 SHARED = ("tune", "pretrain", "finetune", "sample")  # stages that several processes may share
-PUBLISHED = ("finetune", "sample", "evaluate")  # stages after which the arm's run in MLflow says more
 KEYS_KEPT = 2  # unfinished work of so many different values is kept for an output
 # `choose` reads the folder of all trials. Where nothing is tuned nobody else makes it, and DVC wants it there.
 TRIALS_NOTE = "One file for every trial of every arm: what it changed, and its scores. Empty where nothing is tuned.\n"
@@ -62,7 +62,7 @@ class Task:
     Attributes:
         job: what to do.
         work: the folder for what a killed process goes on from; gone when the stage is done.
-        tracked: the MLflow run of the stage.
+        log: takes rows of a training curve, for MLflow.
         record: plain values that the stage adds to its record.
         inputs: digests of what it reads, by name.
         result: what the stage has returned: the content of an output that is one JSON file.
@@ -70,7 +70,7 @@ class Task:
 
     job: Job
     work: Path
-    tracked: StageRun = field(default_factory=StageRun)
+    log: Log = field(default_factory=Log)
     record: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, str | None] = field(default_factory=dict)
     result: Any = None
@@ -87,7 +87,7 @@ class Task:
 
     def log_row(self, row: dict[str, float], prefix: str = "") -> None:
         """Track a row of a training curve."""
-        self.tracked.log(int(row["step"]), **{prefix + name: value for name, value in row.items() if name != "step"})
+        self.log.add(int(row["step"]), {prefix + name: value for name, value in row.items() if name != "step"})
 
 
 def run_stage(job: Job, force: bool = False) -> None:
@@ -169,8 +169,8 @@ def _making_output(job: Job) -> Iterator[tuple[ModuleType, Task, Path]]:
     try:
         stage = _load(job.stage)
         remove(building)
-        with _tracked(job, begun["id"]) as tracked:
-            task = Task(job, work, tracked, inputs=stamp.inputs)
+        with live_log(job, begun["id"]) as log:
+            task = Task(job, work, log, inputs=stamp.inputs)
             with measured(job.params, record), explain_refusals(job.output):
                 if not job.output.suffix:
                     building.mkdir()
@@ -181,9 +181,6 @@ def _making_output(job: Job) -> Iterator[tuple[ModuleType, Task, Path]]:
                 publish_description(work / RECORD, record)
                 _put_in_place(job, building, work / RECORD)
                 _make_extras(job)
-            tracked.log(0, wall_seconds=record["wall_seconds"], peak_memory_gib=record["peak_memory_gib"])
-            tracked.tags(**_origin(record))
-        _publish_arm(job)
         if hasattr(stage, "after"):
             stage.after(task)
     except (Exception, SystemExit) as error:
@@ -332,38 +329,6 @@ def _make_extras(job: Job) -> None:
     note = paths.TUNING / "README.md"
     if job.stage == "prepare" and not note.is_file():
         publish_text(note, TRIALS_NOTE)
-
-
-@contextmanager
-def _tracked(job: Job, key: str) -> Iterator[StageRun]:
-    """The run of the stage in MLflow, which is imported by no stage that is not tracked."""
-    if not job.params.tracking.enabled:
-        yield StageRun()
-        return
-    from maskdm.tracking import flat, stage_run, trial_params
-
-    run = None if job.arm is None else job.run
-    with stage_run(job.params, job.stage, run, key=key) as tracked:
-        if job.arm is not None and job.trial is not None:
-            tracked.params(**trial_params(job.params, job.arm, job.trial))
-        elif job.stage != "report":  # it shows all that there is
-            tracked.params(**dict(flat(job.values)))
-        yield tracked
-
-
-def _publish_arm(job: Job) -> None:
-    """Bring the run of the job's arm in MLflow up to date."""
-    if job.params.tracking.enabled and job.stage in PUBLISHED:
-        from maskdm.tracking import publish_arm
-
-        publish_arm(job.run, through=job.stage)
-
-
-def _origin(record: dict[str, Any]) -> dict[str, Any]:
-    """Commit, data, params and versions, as tags."""
-    keys = ("git_commit", "git_dirty", "params_fingerprint", "data_sha256")
-    plain = {key: record[key] for key in keys if record[key] is not None}  # outside git there is no commit
-    return {**plain, **{f"version.{name}": version for name, version in record["versions"].items()}}
 
 
 def _now() -> str:

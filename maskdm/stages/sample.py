@@ -48,8 +48,6 @@ def run(task: Task, folder: Path) -> None:
             publish_description(folder / INFO, info)
             num_images = sampling.num_samples * len(files)
             task.record.update(compute.describe(), num_images=num_images, devices=ranks.num_ranks)
-            for key in files:
-                task.tracked.figure(folder / f"{name_of(key)}.png")
 
 
 def weights_of(run: Run) -> dict[str, Path]:

@@ -10,7 +10,6 @@ from maskdm.data.inputs import open_data
 from maskdm.method.backbones import build_model
 from maskdm.models.drawing import draw_images
 from maskdm.scoring import points
-from maskdm.scoring.headline import scale_scores
 from maskdm.scoring.scorer import Scorer
 from maskdm.scoring.scores import floor_metrics
 from maskdm.stages.runner import Task
@@ -39,5 +38,4 @@ def run(task: Task, _: Path) -> dict[str, Any]:
         **scorer.origin,
     }
     task.record.update(compute.describe())
-    task.tracked.log(0, **scale_scores(scale))
     return scale

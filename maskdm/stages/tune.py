@@ -63,7 +63,6 @@ def run(task: Task, _: Path) -> dict[str, Any]:
         if not ranks.is_first:
             return result
         scores = scorer.score(drawn, f"score {title}").as_dict()
-    task.tracked.log(100, **scores)
     return {**result, **scores}
 
 
@@ -88,7 +87,7 @@ def _train_stage(task: Task, training: Training, images: Any, ranks: Ranks, init
     weights = trainer.folder / "weights.safetensors"
     with replace_file(weights) as building:
         trainer.save_weights(building)
-    task.record[training.stage] = account(task, trainer, prefix)
+    task.record[training.stage] = account(trainer)
     return weights
 
 

@@ -1,13 +1,11 @@
-"""The final models of the arms in MLflow's registry: a version per arm, under the experiment's name.
+"""The final models of the arms in MLflow's registry: one version for every arm, under the experiment's name.
 
-A version is made of the first seed's last averaged weights. Equal weights and params make no new version. Every arm
-has an alias of its name, and the arm with the best mean of the headline's score, FID as a rule, of those whose seeds
-are all there, is `best`.
+A version holds the last averaged weights of the first seed. Equal weights and params make no new version. Every arm has
+an alias of its name; `best` is the arm with the best mean of the headline's score over all seeds, FID as a rule.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import tempfile
@@ -15,102 +13,106 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maskdm.base.checksums import file_sha256
-from maskdm.config import Params, parse_params, paths
-from maskdm.scoring.headline import Headline, flat_scores, headline_of
+from maskdm.base.checksums import short_hash
+from maskdm.config import Run, paths
+from maskdm.config.jobs import Jobs
+from maskdm.config.stamps import read_stamp
+from maskdm.scoring.headline import Headline, headline_of
+from maskdm.tracking.content import FINAL, Content
 from maskdm.tracking.logged_model import save_model
-from maskdm.tracking.run_content import finite, read_json
-from maskdm.tracking.store import ArmKey, Store
+from maskdm.tracking.store import Store
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
-    from mlflow.entities.model_registry import ModelVersion
 
 BEST = "best"
 DIGEST_TAG = "maskdm.model"
-ALIASES_TAG = "maskdm.aliases"  # of the registered model: which aliases we have set
-LOGGED = "models:/"  # a version's source: this and the logged model's id
-RESERVED_ALIAS = re.compile(rf"latest|{BEST}|v\d+")  # mlflow's, and ours
+ALIASES_TAG = "maskdm.aliases"  # of the registered model: the aliases that we have set
+LOGGED = "models:/"  # a version's source: this and the id of the logged model
+RESERVED_ALIAS = re.compile(rf"latest|{BEST}|v\d+")  # MLflow's, and ours
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """An arm's final model, as results/ has it.
+class Model:
+    """The final model of an arm.
 
     Attributes:
-        params: that it was trained with.
+        run: its first seed.
+        run_id: of that seed's run in MLflow.
         weights: the checkpoint of the last milestone.
+        weights_sha256: its hash.
         headline: the score that arms are compared by.
-        score: of the first seed.
-        scores: of all seeds that there are.
-        num_seeds: how many there should be.
+        scores: by seed.
     """
 
-    key: ArmKey
-    params: Params
+    run: Run
+    run_id: str
     weights: Path
+    weights_sha256: str
     headline: Headline
-    score: float
-    scores: list[float]
-    num_seeds: int
+    scores: dict[int, float]
 
     @property
     def mean_score(self) -> float:
         """Over the seeds."""
-        return sum(self.scores) / len(self.scores)
+        return sum(self.scores.values()) / len(self.scores)
 
     @property
     def digest(self) -> str:
-        """What makes it this arm's model, and draw what it draws."""
-        weights = file_sha256(self.weights)
-        return hashlib.sha256(f"{self.key.arm} {self.key.fingerprint} {weights}".encode()).hexdigest()
+        """Of what it draws, and of whose model it is."""
+        return short_hash(self.run.arm, self.run.fingerprint(), self.weights_sha256)
 
     @property
     def tags(self) -> dict[str, str]:
         """What the version shows."""
+        key = self.headline.key
         return {
-            "arm": self.key.arm,
-            "seed": str(self.key.seed),
-            self.headline.key: f"{self.score:.6g}",
-            f"mean_{self.headline.key}": f"{self.mean_score:.6g}",
+            "arm": self.run.arm,
+            "seed": str(self.run.seed),
+            key: f"{self.scores[self.run.seed]:.6g}",
+            f"mean_{key}": f"{self.mean_score:.6g}",
             "num_seeds": str(len(self.scores)),
+            DIGEST_TAG: self.digest,
         }
 
 
-def publish_models(store: Store, event: dict[str, Any]) -> None:
-    """What the sender does for the report: versions and aliases as results/ has the arms.
+def publish_models(store: Store, jobs: Jobs, arms: list[tuple[Content, str]]) -> None:
+    """Make versions and aliases what results/ says.
 
     Args:
         store: where the registry is.
-        event: what `publish_report` has written.
-
-    Raises:
-        ValueError: params or a file of the results can't be read.
+        jobs: of the experiment.
+        arms: every arm and seed that is scored, with the id of its run.
     """
-    base, name = Path(event["cwd"]), event["experiment"]
-    found = [_candidate(entry, event["num_seeds"], base) for entry in event["models"]]
-    candidates = [candidate for candidate in found if candidate is not None]
-    if candidates:
-        _ensure_registered(store, name)
-        versions = {candidate.key.arm: _ensure_version(store, candidate, event["time_ms"]) for candidate in candidates}
-        _set_aliases(store, name, _aliases(candidates, versions))
+    name, seeds = jobs.params.name, jobs.params.seeds
+    models = [model for arm in jobs.params.arms if (model := _model_of(jobs, arm, arms)) is not None]
+    if not models:
+        return
+    _ensure_registered(store, name)
+    versions = {model.run.arm: _ensure_version(store, name, model) for model in models}
+    wanted = {arm: version for arm, version in versions.items() if not RESERVED_ALIAS.fullmatch(arm)}
+    complete = [model for model in models if len(model.scores) == len(seeds)]
+    if len({model.headline for model in complete}) == 1:  # else there are none, or their scores do not compare
+        best = min(complete, key=lambda model: model.mean_score)
+        wanted[BEST] = versions[best.run.arm]
+    _set_aliases(store, name, wanted)
 
 
-def _candidate(entry: dict[str, Any], num_seeds: int, base: Path) -> Candidate | None:
-    """The model of an arm; None where its weights or its score are not there."""
-    key, files = ArmKey(**entry["arm"]), {seed: paths.metrics(entry["arm"]["arm"], seed) for seed in entry["seeds"]}
-    milestones = {seed: read_json(base / file).get("milestones", {}) for seed, file in files.items()}
-    last = max(milestones[key.seed], default=None)
-    if last is None:
+def _model_of(jobs: Jobs, arm: str, arms: list[tuple[Content, str]]) -> Model | None:
+    """The model of an arm; None where its first seed is not scored."""
+    of_arm = {int(content.slot["seed"]): (content, run_id) for content, run_id in arms if content.slot["arm"] == arm}
+    first = jobs.params.seeds[0]
+    if first not in of_arm:
         return None
-    finals = {seed: flat_scores(of_seed.get(last, {})) for seed, of_seed in milestones.items()}
-    headline = headline_of(finals[key.seed])
-    scores = {seed: finite(final.get(headline.key)) for seed, final in finals.items()}
-    weights, score = base / paths.finetune(key.arm, key.seed) / f"milestone-{last}.safetensors", scores[key.seed]
-    if score is None or not weights.is_file():
+    content, run_id = of_arm[first]
+    run, finetuned = jobs.run_of(arm, first), jobs.find("finetune", arm, first).output
+    file, stamp = paths.milestone_file(run.milestones[-1][0]), read_stamp(finetuned)
+    headline = headline_of({key for key, _ in content.points})
+    at = (headline.key, FINAL)
+    scores = {seed: content.points[at] for seed, (content, _) in of_arm.items() if at in content.points}
+    if first not in scores or stamp is None or file not in stamp.files:
         return None
-    known = [value for value in scores.values() if value is not None]
-    return Candidate(key, parse_params(entry["params"]), weights, headline, score, known, num_seeds)
+    return Model(run, run_id, finetuned / file, stamp.files[file]["sha256"], headline, scores)
 
 
 def _ensure_registered(store: Store, name: str) -> None:
@@ -125,71 +127,50 @@ def _ensure_registered(store: Store, name: str) -> None:
         store.client.create_registered_model(name, description=about)
 
 
-def _ensure_version(store: Store, candidate: Candidate, time_ms: int) -> str:
-    """The version that is this model, made where need be, and noted on the arm's run."""
-    name, digest = candidate.key.experiment, candidate.digest
-    with store.lock():
-        run_id = store.run_of(candidate.key, time_ms)
-    known = [version for version in _versions(store, name) if version.tags.get(DIGEST_TAG) == digest]
-    version = known[0] if known else _new_version(store, candidate, digest, run_id)
-    for key, value in candidate.tags.items():
+def _ensure_version(store: Store, name: str, model: Model) -> str:
+    """The version that is this model, created where it does not exist, and named as an output of the arm's run."""
+    with store.locked():
+        versions = store.client.search_model_versions(f"name = '{name}'")
+        known = [version for version in versions if version.tags.get(DIGEST_TAG) == model.digest]
+        if known:
+            version = known[0]
+        else:
+            logged = _ensure_logged(store, model)
+            source = LOGGED + logged.model_id
+            version = store.client.create_model_version(
+                name, source, model.run_id, model.tags, model_id=logged.model_id
+            )
+    for key, value in model.tags.items():
         if version.tags.get(key) != value:
             store.client.set_model_version_tag(name, version.version, key, value)
-    _note_output(store, run_id, str(version.source).removeprefix(LOGGED))
+    _note_output(store, model.run_id, str(version.source).removeprefix(LOGGED))
     return str(version.version)
 
 
-def _versions(store: Store, name: str) -> list[ModelVersion]:
-    return list(store.client.search_model_versions(f"name = '{name}'"))
-
-
-def _new_version(store: Store, candidate: Candidate, digest: str, run_id: str) -> ModelVersion:
-    model = _ensure_logged(store, candidate, digest, run_id)
-    source, tags = LOGGED + model.model_id, {**candidate.tags, DIGEST_TAG: digest}
-    return store.client.create_model_version(candidate.key.experiment, source, run_id, tags, model_id=model.model_id)
-
-
-def _ensure_logged(store: Store, candidate: Candidate, digest: str, run_id: str) -> LoggedModel:
-    """The model with its files; what a killed sender has left half is not used."""
-    client, experiment_id = store.client, store.experiment(candidate.key.experiment)
-    for model in client.search_logged_models([experiment_id], f"tags.`{DIGEST_TAG}` = '{digest}'"):
-        if str(model.status) == "READY":
-            return model
-        client.delete_logged_model(model.model_id)
-    tags = {**candidate.tags, DIGEST_TAG: digest}
-    made = client.create_logged_model(experiment_id, candidate.key.run_name, run_id, tags)
+def _ensure_logged(store: Store, model: Model) -> LoggedModel:
+    """The model with its files; one that a killed process has left half is made again."""
+    client = store.client
+    for logged in client.search_logged_models([store.experiment_id], f"tags.`{DIGEST_TAG}` = '{model.digest}'"):
+        if str(logged.status) == "READY":
+            return logged
+        client.delete_logged_model(logged.model_id)
+    name = f"{model.run.arm}-seed-{model.run.seed}"
+    made = client.create_logged_model(store.experiment_id, name, model.run_id, model.tags)
     with tempfile.TemporaryDirectory() as place:
-        client.log_model_artifacts(made.model_id, str(_save(Path(place), candidate)))
+        client.log_model_artifacts(made.model_id, str(save_model(Path(place), model.run.params, model.weights)))
     return client.finalize_logged_model(made.model_id, "READY")
-
-
-def _save(place: Path, candidate: Candidate) -> Path:
-    """Write the model on this machine: what goes wrong here would go wrong again."""
-    try:
-        return save_model(place, candidate.params, candidate.weights)
-    except Exception as error:
-        raise ValueError(f"no model could be made of {candidate.weights}: {error}") from error
 
 
 def _note_output(store: Store, run_id: str, model_id: str) -> None:
     from mlflow.entities import LoggedModelOutput
 
-    outputs = store.client.get_run(run_id).outputs
+    outputs: Any = store.client.get_run(run_id).outputs
     if outputs is None or model_id not in {output.model_id for output in outputs.model_outputs}:
         store.client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
 
 
-def _aliases(candidates: list[Candidate], versions: dict[str, str]) -> dict[str, str]:
-    wanted = {arm: version for arm, version in versions.items() if not RESERVED_ALIAS.fullmatch(arm)}
-    complete = [candidate for candidate in candidates if len(candidate.scores) == candidate.num_seeds]
-    if len({candidate.headline for candidate in complete}) != 1:
-        return wanted  # none, or scores that do not compare
-    best = min(complete, key=lambda candidate: candidate.mean_score)
-    return {**wanted, BEST: versions[best.key.arm]}
-
-
 def _set_aliases(store: Store, name: str, wanted: dict[str, str]) -> None:
-    """Set ours and delete those of ours that are no more; other people's stay."""
+    """Set our aliases, and delete those of ours that are not wanted any more; other people's stay."""
     model = store.client.get_registered_model(name)
     known = {alias: str(version) for alias, version in model.aliases.items()}
     ours = set(json.loads(model.tags.get(ALIASES_TAG, "[]")))

@@ -10,7 +10,7 @@ from typing import Any
 
 from maskdm.config import Params
 from maskdm.scoring.headline import FID, SLICED_WASSERSTEIN, Headline
-from maskdm.tracking.trial_content import tuned_paths
+from maskdm.tracking.content import tuned_paths
 
 VIEW_NAME = "arms"
 TRIALS_VIEW_NAME = "trials"
@@ -30,6 +30,7 @@ TRIAL_SCORES = {
     "metrics.`recall`": 110,
     PROTOCOL: 300,
 }
+CURRENT = {"superseded": "false", "exp": "workspace"}  # neither of older values nor of a `dvc exp run`
 STEP, BAR = "step", "bar"
 Charts = tuple[tuple[str, str], ...]
 
@@ -107,9 +108,9 @@ def _saved(name: str, view: dict[str, Any]) -> str:
 
 
 def _table(kind: str, metric: str, columns: dict[str, int]) -> dict[str, Any]:
-    widths = NAME_COLUMNS | columns
+    widths, shown = NAME_COLUMNS | columns, {"kind": kind, **CURRENT}
     return {
-        "searchFilter": f"tags.`maskdm.kind` = '{kind}'",
+        "searchFilter": " and ".join(f"tags.`maskdm.{name}` = '{value}'" for name, value in shown.items()),
         "orderByKey": f"metrics.`{metric}`",
         "orderByAsc": True,
         "startTime": "ALL",

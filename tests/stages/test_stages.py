@@ -380,7 +380,7 @@ def test_tracking_changes_no_byte_of_the_results_and_mlflow_gets_the_stage(
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     tuned.change(tracking={"enabled": True})
-    for words in (["pretrain", *OF_ARM], ["sync"]):
+    for words in (["pretrain", *OF_ARM], ["track"]):
         process = tuned.start(*words)
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors

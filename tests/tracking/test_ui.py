@@ -4,23 +4,36 @@ from __future__ import annotations
 
 import re
 import shutil
+import socket
 import subprocess
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
-from maskdm import tracking
+from maskdm.base.errors import UserError
 from maskdm.config import Params, load_params
 from maskdm.config.jobs import Jobs
+from maskdm.tracking.publishing import track
 from maskdm.tracking.store import Store
+from maskdm.tracking.ui import open_ui, urls
 from tests.conftest import TINY
-from tests.tracking.tracked import free_port, run_ui, send, stamp, write_data, write_results, write_verdicts
+from tests.tracking.tracked import (
+    PARAMS,
+    free_port,
+    run_python,
+    run_ui,
+    stamp,
+    write_data,
+    write_results,
+    write_verdicts,
+)
 
-pytest_plugins = ["tests.tracking.tracked_project"]
 # SQLAlchemy's pool closes its connections only when the process ends; Python 3.13 notices.
 pytestmark = [pytest.mark.filterwarnings("ignore:unclosed database:ResourceWarning"), pytest.mark.workflow]
 
@@ -88,8 +101,7 @@ def params(project: Path, store: Store) -> Params:
     write_verdicts(scratch=1.0, patch_m50=0.61, block2_m75=None)
     params = load_params()
     stamp(params)
-    tracking.publish_report(Jobs(params))
-    send()
+    track(Jobs(params))
     return params
 
 
@@ -103,7 +115,8 @@ def ui(params: Params, project: Path) -> Iterator[str]:
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian: apt-get install chromium)")
 def test_the_ui_shows_every_arm_with_its_fid_and_draws_a_line_for_each(params: Params, ui: str, tmp_path: Path) -> None:
-    table = render(tracking.compare_url(params, ui), tmp_path, lambda page: len(page.column("metrics.`fid`")) >= 3)
+    addresses = urls(params, ui)
+    table = render(addresses["arms, the best first"], tmp_path, lambda page: len(page.column("metrics.`fid`")) >= 3)
     means = {f"param.arm.{arm}": sum(fids) / len(fids) for arm, fids in FIDS.items()}
     shown = {
         row: float(text.split()[0].removesuffix("(average)")) for row, text in table.column("metrics.`fid`").items()
@@ -115,7 +128,7 @@ def test_the_ui_shows_every_arm_with_its_fid_and_draws_a_line_for_each(params: P
     }
     assert ratios == dict(zip(means, ("1", "0.61", "-"), strict=True))
 
-    charts = render(tracking.chart_url(params, ui), tmp_path, lambda page: len(page.chart("fid")[1]) >= 3)
+    charts = render(addresses["charts of the arms"], tmp_path, lambda page: len(page.chart("fid")[1]) >= 3)
     texts, lines = charts.chart("fid")
     assert "flops" in texts  # the abscissa
     assert {f"{arm} (fid)" for arm in FIDS} <= set(texts)
@@ -140,3 +153,29 @@ def _dump(url: str, profile: Path) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_the_ui_says_what_is_missing(project: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(UserError, match="--port"):
+            open_ui(PARAMS, taken.getsockname()[1])
+    with pytest.raises(UserError, match="no results of experiment 'tracking-test' yet: run `dvc repro` first"):
+        open_ui(PARAMS, free_port())
+
+
+def test_the_ui_answers_and_leaves_no_process(store: Store) -> None:
+    write_results()
+    stamp(PARAMS)
+    port = free_port()
+    process = run_python('from maskdm.cli import main\nsys.exit(main(["ui", "--port", sys.argv[2]]))', str(port))
+    assert process.stdout is not None
+    assert f"127.0.0.1:{port}/#/experiments/{store.experiment_id}/runs?viewStateShareKey=arms&" in process.stdout.readline()
+    assert [process.stdout.readline() for _ in range(2)][-1] == "Ctrl-C stops it.\n"
+    server = psutil.Process(process.pid).children(recursive=True)
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10) as answer:
+        assert answer.status == 200
+    process.terminate()
+    process.communicate(timeout=60)
+    assert server and not any(helper.is_running() for helper in server)

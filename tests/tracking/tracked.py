@@ -1,9 +1,8 @@
-"""What the tests of tracking share: results as the stages leave them, the sender's work, and what is in the store."""
+"""What the tests of tracking share: results as the stages leave them, and what is in the store."""
 
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import json
 import os
 import signal
@@ -19,16 +18,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from maskdm import tracking
 from maskdm.base import publishing
 from maskdm.config import Params, parse_params, paths, resolve
-from maskdm.config.jobs import Jobs
-from maskdm.tracking import arm_content, background
-from maskdm.tracking.sender import Sender
-from maskdm.tracking.spool import tracking_folder
+from maskdm.config.jobs import ARM_STAGES, Jobs
+from maskdm.tracking.publishing import Published, track
 from maskdm.tracking.store import Store
 from tests.report.made_up_results import stamp_outputs
 
+ROOT = Path(__file__).parents[2]
 ARM, SEED = "patch-m50", 0
 IMAGES = 12800  # from one row of a curve to the next
 CONTENT: dict[str, Any] = {
@@ -58,17 +55,16 @@ PARAMS = params_with()
 RUN = resolve(PARAMS, ARM, SEED)
 
 
-def write_results(arm: str = ARM, seed: int = SEED, fid: float = 20.0, losses: int = 30) -> None:
-    """What the stages leave of an arm; `scratch` has no pretraining."""
-    stages = ["finetune", "sample", "evaluate"] if arm == "scratch" else [*arm_content.ARM_STAGES]
+def write_results(arm: str = ARM, seed: int = SEED, fid: float = 20.0, losses: int = 30, work: str = "1") -> None:
+    """What the stages leave of an arm; `scratch` has no curve of pretraining. `work` tells one try from another."""
     for stage, folder in (("pretrain", paths.pretrain(arm, seed)), ("finetune", paths.finetune(arm, seed))):
-        if stage in stages:
+        if (stage, arm) != ("pretrain", "scratch"):
             rows = [f"{100 * i},{1 / i:.6f},0.002,{IMAGES * i},{51200 * i},{1e9 * i}" for i in range(1, losses + 1)]
             text = "\n".join(["step,loss,lr,images_seen,tokens_seen,flops", *rows]) + "\n"
             publishing.publish_text(folder / "curve.csv", text)
     write_metrics(arm, seed, fid)
-    for number, stage in enumerate(stages, start=1):
-        write_record(stage, arm, seed, 10.0 * number, losses)
+    for number, stage in enumerate(ARM_STAGES, start=1):
+        write_record(stage, arm, seed, 10.0 * number, losses, work)
     paths.samples(arm, seed).mkdir(parents=True, exist_ok=True)
     (paths.samples(arm, seed) / "grid-1.000.png").write_bytes(b"PNG")
 
@@ -90,16 +86,26 @@ def write_metrics(
     publishing.publish_json(paths.metrics(arm, seed), {**metrics, "data_sha256": "ab12", **changes})
 
 
-def write_record(stage: str, arm: str = ARM, seed: int = SEED, seconds: float = 10.0, rows: int = 30) -> None:
+def write_record(
+    stage: str,
+    arm: str | None = ARM,
+    seed: int | None = SEED,
+    seconds: float = 10.0,
+    rows: int = 30,
+    work: str = "1",
+    **changes: Any,
+) -> None:
     """What a stage leaves in results/records; a row of the curve takes as many seconds as it has steps, over 50."""
-    record: dict[str, Any] = {"wall_seconds": seconds, "peak_memory_gib": seconds / 20, "git_commit": "c0ffee"}
+    record: dict[str, Any] = {"id": f"{stage}-{arm}-{seed}-{work}", "started": "2026-11-30T12:00:00+00:00"}
+    record |= {"wall_seconds": seconds, "peak_memory_gib": seconds / 20, "git_commit": "c0ffee", "starts": 1}
     if stage in ("pretrain", "finetune"):
         timings = [
             {"step": 100 * i, "device_seconds": 2.0 * i, "data_wait_seconds": 0.1 * i, "peak_memory_gib": 0.25}
-            for i in range(1, rows + 1)
+            for i in range(1, (0 if (stage, arm) == ("pretrain", "scratch") else rows) + 1)
         ]
         record |= {"device_seconds": seconds, "data_wait_seconds": seconds / 4, "timings": timings}
-    publishing.publish_json(paths.record(stage, arm, seed), {**record, "versions": {"torch": "2.7"}})
+    record |= {"versions": {"torch": "2.7"}, "device": "cpu", **changes}
+    publishing.publish_description(paths.record(stage, arm, seed), record)
 
 
 def write_data(sha256: str = "ab" * 32, root: str | None = None) -> None:
@@ -122,14 +128,6 @@ def write_verdicts(**compute_ratios: float | None) -> None:
     publishing.publish_text(paths.REPORT / "verdicts.csv", "\n".join([columns, *rows]) + "\n")
 
 
-def send() -> None:
-    """What a sender does, here and now."""
-    assert tracking_folder(Path.cwd()).is_dir()
-    worker = Sender(Path.cwd())
-    worker.send()
-    assert worker._num_failures == 0
-
-
 def stamp(params: Params) -> None:
     """Stamp what the stages have left in results/, and with it what they read: empty where it is not there."""
     for folder in (paths.DATA, paths.FEATURES):
@@ -145,41 +143,13 @@ def stamp(params: Params) -> None:
         if not job.record.exists():
             publishing.publish_json(job.record, {})
     stamp_outputs(params)
+    stamp_outputs(params, "report")
 
 
-def publish(params: Params = PARAMS, arm: str = ARM, seed: int = SEED, **through: str) -> None:
-    tracking.publish_arm(resolve(params, arm, seed), **through)
-    send()
-
-
-def log_run(stage: str = "prepare", arm: str | None = None, seed: int | None = None, params: Params = PARAMS) -> None:
-    """A stage that does nothing."""
-    with tracking.stage_run(params, stage, None if arm is None else resolve(params, arm, seed or 0)):
-        pass
-    send()
-
-
-def sender_pid(root: Path) -> int | None:
-    """The process of the project's sender, if it has one."""
-    lock = tracking_folder(root) / background.LOCK
-    if not lock.exists():
-        return None
-    with lock.open() as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            texts = [""]  # a sender that starts empties what the one before has written
-            wait_until(lambda: texts.append(lock.read_text()) or texts[-1].endswith("\n"))
-            return int(texts[-1])
-    return None
-
-
-def stop_sender(root: Path) -> None:
-    """Kill the project's sender, if it has one."""
-    pid = sender_pid(root)
-    if pid is not None:
-        os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: sender_pid(root) is None)
+def publish(params: Params = PARAMS, made_with: Params | None = None) -> Published:
+    """Stamp what is in results/, as made with these params unless others are given, and publish it."""
+    stamp(made_with or params)
+    return track(Jobs(params))
 
 
 def wait_until(is_so: Callable[[], bool], seconds: float = 60) -> None:
@@ -189,12 +159,20 @@ def wait_until(is_so: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
-def arm_runs(store: Store, arm: str = ARM) -> list[Any]:
-    return store._search(PARAMS.name, {"maskdm.kind": "arm", "maskdm.arm": arm})
+def runs_of(store: Store, **slot: str) -> list[Any]:
+    """The runs of a slot (kind, arm, stage, …) that are current."""
+    found = [run for run in all_runs(store) if run.data.tags["maskdm.superseded"] == "false"]
+    return [run for run in found if all(run.data.tags.get(f"maskdm.{k}") == v for k, v in slot.items())]
+
+
+def arm_run(store: Store, arm: str = ARM, seed: int = SEED) -> Any:
+    """The one current run of an arm."""
+    (run,) = runs_of(store, kind="arm", arm=arm, seed=str(seed))
+    return run
 
 
 def all_runs(store: Store) -> list[Any]:
-    return list(store.client.search_runs([store.experiment(PARAMS.name)]))
+    return store._search("")
 
 
 def history(store: Store, run: Any, key: str) -> list[tuple[int, float]]:
@@ -224,7 +202,6 @@ def run_python(
         from maskdm.config import parse_params, resolve
         params = parse_params(json.loads(sys.argv[1]))
     """
-    root = str(Path(tracking.__file__).parents[2])
     return subprocess.Popen(
         [
             sys.executable,
@@ -233,7 +210,7 @@ def run_python(
             json.dumps(CONTENT),
             *arguments,
         ],
-        env={**os.environ, "PYTHONPATH": root, **environment},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -241,10 +218,10 @@ def run_python(
     )
 
 
-def run_sync(before: Callable[[], None] | None = None) -> tuple[int, str, str]:
-    """What `maskdm sync` ends with, in a process of its own: exit code, output and errors."""
-    process = run_python('from maskdm.cli import main\nsys.exit(main(["sync"]))', before=before)
-    out, err = process.communicate(timeout=120)
+def run_track(before: Callable[[], None] | None = None) -> tuple[int, str, str]:
+    """What `maskdm track` ends with, in a process of its own: exit code, output and errors."""
+    process = run_python('from maskdm.cli import main\nsys.exit(main(["track"]))', before=before)
+    out, err = process.communicate(timeout=240)
     return process.returncode, out, err
 
 
@@ -265,8 +242,7 @@ def free_port() -> int:
 def run_ui(folder: Path, port: int) -> Iterator[None]:
     """Serve `maskdm ui` in a folder, until the end of the block."""
     command = [sys.executable, "-m", "maskdm", "ui", "--port", str(port)]
-    root = str(Path(tracking.__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": root}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
