@@ -30,6 +30,7 @@ OF_A_SCORE = ("delta_{}", "flops_at_equal_{}", "device_seconds_at_equal_{}")
 VERDICTS = ("compute_ratio", *(name.format(headline.key) for headline in HEADLINES for name in OF_A_SCORE))
 # Of a record: what stands elsewhere in its run.
 ELSEWHERE = {"stage", "arm", "seed", "trial", "id", "key", "checksum", "starts", "timings", "images", "started"}
+ENDED = ("FINISHED", "FAILED", "KILLED")
 FINAL = 100  # percent of the budget: the step of a trial's scores
 
 
@@ -47,7 +48,7 @@ class Content:
         tags: provenance, and what people read.
         files: attached to the run.
         folder: where among the run's artifacts the files are.
-        status: MLflow's: RUNNING, FINISHED, FAILED or KILLED.
+        status: MLflow's: RUNNING, SCHEDULED (an arm whose next stage has not begun), FINISHED, FAILED or KILLED.
         start_ms: when the work began, in milliseconds since 1970; None: not known.
         end_ms: when it ended.
         dataset: what it was trained on, as the fields of MLflow's Dataset.
@@ -130,14 +131,16 @@ def arm_contents(jobs: Jobs, arm: str, seed: int, running: Job | None = None, wo
     ids = {f"id.{child.slot['stage']}": child.identity["id"] for child in begun}
     content = Content(f"{arm}-seed-{seed}", slot, {"fingerprint": run.fingerprint(), **ids}, arm_params(run))
     content.children, content.dataset = children, read_dataset()
-    content.status = "RUNNING" if children[-1].status == "FINISHED" else children[-1].status
+    content.status = children[-1].status
+    if content.status == "FINISHED" and "evaluate" not in records:
+        is_worked_on = any(holder_of(jobs.find(stage, arm, seed).lock) is not None for stage in ARM_STAGES)
+        content.status = "RUNNING" if is_worked_on else "SCHEDULED"
     _add_results(content, run, records)
     if "evaluate" in records:
-        content.status = "FINISHED"
         _add_verdict(content, jobs)
     starts = [child.start_ms for child in children if child.start_ms is not None]
     content.start_ms = min(starts, default=None)
-    if content.status != "RUNNING":
+    if content.status in ENDED:
         content.end_ms = max((child.end_ms for child in children if child.end_ms is not None), default=None)
     yield content
 

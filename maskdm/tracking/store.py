@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskdm.config import paths
-from maskdm.tracking.content import Content
+from maskdm.tracking.content import ENDED, Content
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -124,12 +124,12 @@ class Store:
             return run.info.run_id, False
         with self.locked():
             run = self._find_or_create(content, parent)
-            if content.status == "RUNNING" and run.info.status != "RUNNING":
-                self.client.update_run(run.info.run_id, status="RUNNING")
             self._write(run, content, digest)
-            if content.status != "RUNNING":
+            if content.status in ENDED:
                 end_ms = max(content.end_ms or _now_ms(), run.info.start_time)
                 self.client.set_terminated(run.info.run_id, content.status, end_ms)
+            elif run.info.status != content.status:
+                self.client.update_run(run.info.run_id, status=content.status)
         return run.info.run_id, True
 
     def last_steps(self, run: Run, keys: Sequence[str]) -> dict[str, int]:

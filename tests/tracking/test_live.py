@@ -109,7 +109,7 @@ def test_a_resumed_stage_goes_on_in_its_run_with_every_step_once(
         finish_pretraining()
     run = pretrain_run(store)
     assert history(store, run, "loss") == [(step, float(step)) for step in range(1, 21)]
-    assert (run.info.status, arm_run(store).info.status) == ("FINISHED", "RUNNING")
+    assert (run.info.status, arm_run(store).info.status) == ("FINISHED", "SCHEDULED")
 
 
 def test_a_trial_and_a_stage_of_the_whole_experiment_log_too(store: Store) -> None:

@@ -175,7 +175,7 @@ def test_stages_that_follow_belong_to_the_same_arm_run(store: Store) -> None:
         paths.record(stage, ARM, 0).unlink()
     track(Jobs(ONE_SEED))
     first = arm_run(store)
-    assert first.info.status == "RUNNING" and "fid" not in first.data.metrics
+    assert first.info.status == "SCHEDULED" and "fid" not in first.data.metrics
     for stage in ("sample", "evaluate"):
         write_record(stage)
     publish(ONE_SEED)

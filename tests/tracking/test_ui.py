@@ -171,11 +171,14 @@ def test_the_ui_answers_and_leaves_no_process(store: Store) -> None:
     port = free_port()
     process = run_python('from maskdm.cli import main\nsys.exit(main(["ui", "--port", sys.argv[2]]))', str(port))
     assert process.stdout is not None
-    assert f"127.0.0.1:{port}/#/experiments/{store.experiment_id}/runs?viewStateShareKey=arms&" in process.stdout.readline()
-    assert [process.stdout.readline() for _ in range(2)][-1] == "Ctrl-C stops it.\n"
-    server = psutil.Process(process.pid).children(recursive=True)
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10) as answer:
-        assert answer.status == 200
-    process.terminate()
-    process.communicate(timeout=60)
+    try:
+        lines = [process.stdout.readline() for _ in range(3)]
+        server = psutil.Process(process.pid).children(recursive=True)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10) as answer:
+            assert answer.status == 200
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+    page = f"127.0.0.1:{port}/#/experiments/{store.experiment_id}/runs?viewStateShareKey=arms&"
+    assert page in lines[0] and lines[2] == "Ctrl-C stops it.\n"
     assert server and not any(helper.is_running() for helper in server)
