@@ -93,10 +93,10 @@ def _torchvision(dataset: DatasetConfig, folder: Path, files: Sequence[str]) -> 
         if all((folder / file).is_file() for file in files):
             raise UserError(
                 f"dataset.root: the files of {dataset.source} in {folder} are damaged, or can't be read ({reason}): "
-                f"get {names} anew"
+                f"download {names} again"
             ) from error
         raise UserError(
-            f"dataset.root: the files of {dataset.source} are not in {root}, or not whole (looked in "
+            f"dataset.root: the files of {dataset.source} are not in {root}, or are incomplete (looked in "
             f"{root.absolute()}), and could not be downloaded ({reason}): put {names} into {root}"
         ) from error
     finally:

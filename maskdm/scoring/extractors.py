@@ -215,7 +215,7 @@ def _expected(name: str, knobs: Knobs) -> str:
     if name not in PUBLISHED:
         return ""
     file = PUBLISHED[name]
-    return f"; expected the file that torch-fidelity downloads, {file}: give that, or no {knobs.weights} to download it"
+    return f"; expected the file that torch-fidelity downloads, {file}: use that, or no {knobs.weights} to download it"
 
 
 def _reason(error: Exception) -> str:

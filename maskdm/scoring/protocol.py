@@ -61,7 +61,7 @@ class Protocol:
             _ = protocol.text  # raises if a field has the wrong type
             return protocol
         except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"no protocol of this version of maskdm: {error}") from None
+            raise ValueError(f"not a protocol of this version of maskdm: {error}") from None
 
     @property
     def text(self) -> str:

@@ -136,11 +136,11 @@ def restore(key: str, folder: Path, neighborhood: int) -> Reference | None:
         reference = open_reference(folder, neighborhood)
     except (UserError, OSError) as error:
         reason = error.reason if isinstance(error, DamagedError) else " ".join(str(error).split())
-        print(f"the kept features in {entry} are damaged ({reason}): computed anew", file=sys.stderr)
+        print(f"the cached features in {entry} are damaged ({reason}): computing them again", file=sys.stderr)
         for name in FILES:  # hard links to the damaged files: never write to them
             remove(folder / name)
         return None
-    print(f"real features: taken from {entry}, of the same images and extractor", file=sys.stderr)
+    print(f"real features: taken from the cache {entry} (same images and extractor)", file=sys.stderr)
     return reference
 
 
@@ -148,8 +148,8 @@ def keep(key: str, folder: Path) -> None:
     """Cache a folder's files for other experiments; if they cannot be written, print why and continue."""
     place = kept_at(key)
     try:
-        with one_writer(place.with_suffix(".lock"), "keep the real features"), publish_folder(place) as entry:
+        with one_writer(place.with_suffix(".lock"), "cache the real features"), publish_folder(place) as entry:
             for name in FILES:
                 link_or_copy(folder / name, entry / name)
     except (UserError, OSError) as error:
-        print(f"the real features are not kept for other experiments: {error}", file=sys.stderr)
+        print(f"the real features are not cached for other experiments: {error}", file=sys.stderr)

@@ -216,7 +216,7 @@ def test_damaged_files_of_mnist_are_told(name: str, content: bytes, message: str
         prepared(source="mnist", image_size=28, channels=1)
     said = str(caught.value)
     assert said.startswith("dataset.root: the files of mnist in data/mnist are damaged, or can't be read (")
-    assert said.endswith(f"): get {IMAGES} and {LABELS} anew")
+    assert said.endswith(f"): download {IMAGES} and {LABELS} again")
 
 
 @pytest.mark.usefixtures("no_network")
@@ -226,7 +226,7 @@ def test_a_cut_off_gz_of_mnist_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> 
     file = Path("data/mnist/train-images-idx3-ubyte.gz")
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(
-        UserError, match=r"not in data/mnist, or not whole .*could not be downloaded \(Error downloading"
+        UserError, match=r"not in data/mnist, or are incomplete .*could not be downloaded \(Error downloading"
     ):
         prepared(source="mnist", image_size=28, channels=1)
     assert file.stat().st_size == 100
@@ -311,7 +311,7 @@ def test_svhn_is_its_file_bit_by_bit(split: str | None, monkeypatch: pytest.Monk
 def test_a_damaged_file_of_svhn_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     make_svhn(monkeypatch)
     put("data/svhn/train_32x32.mat", b"cut")
-    with pytest.raises(UserError, match=r"files of svhn in data/svhn are damaged, .*: get train_32x32\.mat anew"):
+    with pytest.raises(UserError, match=r"files of svhn in data/svhn are damaged, .*: download train_32x32\.mat again"):
         prepared(source="svhn", image_size=32)
     assert Path("data/svhn/train_32x32.mat").read_bytes() == b"cut"
 

@@ -109,7 +109,7 @@ def test_a_protocol_survives_json() -> None:
     ],
 )
 def test_what_is_no_protocol_is_told(content: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="no protocol of this version"):
+    with pytest.raises(ValueError, match="not a protocol of this version"):
         Protocol.from_dict(content)
 
 
@@ -305,7 +305,7 @@ def test_what_is_kept_is_brought_back_and_a_damaged_entry_is_left_out(
     for file in other.iterdir():
         file.unlink()
     assert references.restore("k" * 32, other, 3) is None
-    assert "are damaged (the sha256 of reference.npy is another): computed anew" in capsys.readouterr().err
+    assert "are damaged (the sha256 of reference.npy is another): computing them again" in capsys.readouterr().err
     assert not list(other.iterdir()), "what is written there next is not written into the kept file"
 
 
