@@ -1,9 +1,9 @@
 # The pipeline for Snakemake: the stages of dvc.yaml, arms in parallel.
 #   snakemake --cores N                          the experiment of ./params.yaml
 #   snakemake -d experiments/<name> --cores N    another one
-#   snakemake --report report.html               what came out, as one page of Snakemake's
-# A stage knows by itself whether its output is up to date, and then ends at once (maskdm/config/jobs.py). Snakemake is
-# not shown results/, but an empty marker for every output; while this file is read, markers of missing and outdated
+#   snakemake --report report.html               the results as Snakemake's report page
+# Every stage checks by itself whether its output is up to date, and then exits at once (maskdm/config/jobs.py). Snakemake
+# does not see results/, only an empty marker file per output; when this file is read, markers of missing and outdated
 # outputs are removed.
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import min_version
@@ -32,13 +32,13 @@ if workflow.is_main_process:
 
 ARMS, SEEDS, TRIALS = list(PARAMS.arms), PARAMS.seeds, list(PARAMS.tuning.trials)
 THREADS, DEVICES = PARAMS.compute.threads, PARAMS.compute.devices
-# With `--resources gpu=N` (1 by default, see profiles/) no more stages run at a time than there are GPUs.
+# `--resources gpu=N` (1 by default, see profiles/) limits how many GPUs running stages use together.
 GPU = int(stages_use_a_gpu(PARAMS.compute.device))
 ENVIRONMENT = "workflow/envs/maskdm.yaml"
 
 
 def done(name, **values):
-    """The markers of a stage, of all combinations of the values."""
+    """The markers of a stage for all combinations of the values."""
     return expand(f".work/done/{name}", **values)
 
 
@@ -155,7 +155,7 @@ rule report:
         done(f"evaluate-{ARM}", **EVERY_ARM),
     output:
         touch(".work/done/report"),
-        page=report(  # for `snakemake --report`: Snakemake deletes what it is shown before it is made again
+        page=report(  # a copy for `snakemake --report`: Snakemake deletes outputs that it knows before their job
             directory(".work/report"),
             patterns=["{name}.html", "{name}.csv", "{name}.png"],
             caption="workflow/report/results.rst",

@@ -1,1 +1,1 @@
-"""What is measured at length, outside the tests."""
+"""Benchmarks: measurements that take too long for the tests. `python -m benchmarks` runs them."""

@@ -1,10 +1,10 @@
-"""What a benchmark gives: tables of rows, and targets that hold or do not."""
+"""The results of a benchmark: tables, and targets that hold or do not; and their text."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
 from tabulate import tabulate
 
@@ -19,45 +19,24 @@ class Target:
 
     Attributes:
         what: the number in words.
-        value: what was measured; None before.
-        bound: what was promised; None where that is measured too, and was not yet.
+        bound: what is promised; NaN until it is measured, if it is measured itself.
         sense: whether the value must be at most or at least the bound.
+        value: the measurement; NaN before.
     """
 
     what: str
-    value: float | None
-    bound: float | None
-    sense: str = "at most"
-
-    def __post_init__(self) -> None:
-        if self.sense not in ("at most", "at least"):
-            raise ValueError(f"expected sense 'at most' or 'at least', got {self.sense!r}")
+    bound: float
+    sense: Literal["at most", "at least"] = "at most"
+    value: float = float("nan")
 
     @property
     def is_met(self) -> bool:
-        """Whether the promise holds; without a number it never does."""
-        if self.value is None or self.bound is None:
-            return False
+        """Whether the promise holds; False without a value."""
         return self.value <= self.bound if self.sense == "at most" else self.value >= self.bound
 
     def measured(self, value: float, bound: float | None = None) -> Target:
-        """The same promise with a number.
-
-        Args:
-            value: what was measured.
-            bound: where it was measured too.
-        """
+        """The same promise with a measurement, and with a bound if that is measured too."""
         return replace(self, value=value, bound=self.bound if bound is None else bound)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For records."""
-        return {
-            "what": self.what,
-            "value": self.value,
-            "sense": self.sense,
-            "bound": self.bound,
-            "is_met": self.is_met,
-        }
 
 
 @dataclass(frozen=True)
@@ -67,27 +46,22 @@ class Table:
     Attributes:
         title: what is measured.
         rows: column → cell.
-        note: what a reader has to know, if anything.
+        note: a remark for readers.
     """
 
     title: str
     rows: list[dict[str, Cell]]
     note: str = ""
 
-    def as_dict(self) -> dict[str, Any]:
-        """For records: every measurement behind every cell."""
-        rows = [{k: v.as_dict() if isinstance(v, Spread) else v for k, v in row.items()} for row in self.rows]
-        return {"title": self.title, "note": self.note, "rows": rows}
-
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one benchmark.
+    """The results of one benchmark.
 
     Attributes:
-        tables: what was measured.
-        targets: what was promised about it.
-        notes: why something was not measured.
+        tables: the measurements.
+        targets: the promises about them.
+        notes: remarks, such as why something was not measured.
     """
 
     tables: list[Table] = field(default_factory=list)
@@ -95,12 +69,19 @@ class Outcome:
     notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """For records."""
-        return {
-            "tables": [table.as_dict() for table in self.tables],
-            "targets": [target.as_dict() for target in self.targets],
-            "notes": self.notes,
-        }
+        """For records, with every measurement behind every cell."""
+        tables = [
+            {
+                "title": table.title,
+                "note": table.note,
+                "rows": [
+                    {k: v.as_dict() if isinstance(v, Spread) else v for k, v in row.items()} for row in table.rows
+                ],
+            }
+            for table in self.tables
+        ]
+        targets = [{**asdict(target), "is_met": target.is_met} for target in self.targets]
+        return {"tables": tables, "targets": targets, "notes": self.notes}
 
 
 def render(outcome: Mapping[str, Any], style: str, has_verdicts: bool = True) -> str:
@@ -112,46 +93,32 @@ def render(outcome: Mapping[str, Any], style: str, has_verdicts: bool = True) ->
         has_verdicts: whether to say which targets hold.
     """
     bold = "**" if style == "github" else ""
-    parts = [text for table in outcome["tables"] for text in _render_table(table, style, bold)]
+    parts: list[str] = []
+    for table in outcome["tables"]:
+        rows = [{column: show(cell) for column, cell in row.items()} for row in table["rows"]]
+        parts += [f"{bold}{table['title']}{bold}", _table(rows, style)]
+        parts += [table["note"]] if table["note"] else []
     if outcome["targets"]:
         parts.append(render_targets(outcome["targets"], style, has_verdicts))
     return "\n\n".join([*parts, *outcome["notes"]])
 
 
-def _render_table(table: Mapping[str, Any], style: str, bold: str) -> list[str]:
-    rows = [{column: show(cell) for column, cell in row.items()} for row in table["rows"]]
-    shown = tabulate(rows, headers="keys", tablefmt=style, disable_numparse=True)
-    return [f"{bold}{table['title']}{bold}", shown, *([table["note"]] if table["note"] else [])]
-
-
-def render_targets(
-    targets: Sequence[Mapping[str, Any]],
-    style: str,
-    has_verdicts: bool = True,
-    not_measured: Sequence[Mapping[str, Any]] = (),
-) -> str:
-    """Targets as a table.
-
-    Args:
-        targets: `Target.as_dict` of each.
-        style: see `render`.
-        has_verdicts: whether to say which of them hold.
-        not_measured: further ones, that nothing is known of.
-    """
-    rows = [_target_row(target, show(target["value"]), "yes" if target["is_met"] else "NO") for target in targets]
-    rows += [_target_row(target, "not measured", show(None)) for target in not_measured]
-    if not has_verdicts:
-        rows = [{column: cell for column, cell in row.items() if column != "holds"} for row in rows]
-    return tabulate(rows, headers="keys", tablefmt=style, disable_numparse=True)
-
-
-def _target_row(target: Mapping[str, Any], measured: str, holds: str) -> dict[str, str]:
-    promised = f"{target['sense']} {show(target['bound'])}"
-    return {"target": target["what"], "measured": measured, "promised": promised, "holds": holds}
+def render_targets(targets: Sequence[Mapping[str, Any]], style: str, has_verdicts: bool = True) -> str:
+    """The targets of records as a table; see `render`."""
+    rows = [
+        {
+            "target": target["what"],
+            "measured": show(target["value"]),
+            "promised": f"{target['sense']} {show(target['bound'])}",
+            **({"holds": "yes" if target["is_met"] else "NO"} if has_verdicts else {}),
+        }
+        for target in targets
+    ]
+    return _table(rows, style)
 
 
 def show(cell: Any) -> str:
-    """A cell of a record: the median, and the quartiles where they differ from it to be seen."""
+    """A cell of a record as text: the median, and the quartiles if they differ visibly."""
     if cell is None:
         return "–"
     if isinstance(cell, Mapping):
@@ -166,3 +133,7 @@ def _number(value: float) -> str:
         return f"{value:g}"
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
     return f"{value:,.{digits}f}" if abs(value) >= 0.01 else f"{value:.2g}"
+
+
+def _table(rows: Sequence[Mapping[str, str]], style: str) -> str:
+    return tabulate(rows, headers="keys", tablefmt=style, disable_numparse=True)

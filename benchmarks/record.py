@@ -18,11 +18,11 @@ FOLDER = Path(__file__).parent / "records"
 
 
 def path_for(about: Mapping[str, Any], is_full: bool) -> Path:
-    """Where a run's record goes if nobody says where.
+    """The default path of a record.
 
     Args:
-        about: the machine.
-        is_full: whether everything is measured: only such records are kept, by day, machine and commit.
+        about: the machine, from `machine.describe`.
+        is_full: whether the run measures everything; only such records are kept, by day, machine and commit.
     """
     if not is_full:
         return Path(tempfile.mkdtemp(prefix="maskdm-bench-record-")) / "record.json"
@@ -30,10 +30,10 @@ def path_for(about: Mapping[str, Any], is_full: bool) -> Path:
 
 
 def create_record(record: Mapping[str, Any], path: Path) -> None:
-    """Write a record where there is none, before anything is measured for it.
+    """Write a new record, before anything is measured.
 
     Raises:
-        UserError: there is one, or nothing can be written there.
+        UserError: there is already a file, or the place cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,13 +42,13 @@ def create_record(record: Mapping[str, Any], path: Path) -> None:
     except OSError as error:
         if path.exists():
             raise UserError(
-                f"{path} is there; records are never overwritten: remove it, or name another by --out"
+                f"{path} exists; records are never overwritten: remove it, or choose another --out"
             ) from None
         raise UserError(f"cannot write the record {path}: {error.strerror}; name another place by --out") from None
 
 
 def replace_record(record: Mapping[str, Any], path: Path) -> None:
-    """Write what is known by now in the place of what was known before, whole or not at all."""
+    """Replace the record of this run atomically."""
     new = path.with_name(f"{path.name}.new")
     new.write_text(_text(record), encoding="utf-8")
     new.replace(path)
@@ -58,7 +58,7 @@ def read_record(path: Path) -> dict[str, Any]:
     """Read a record.
 
     Raises:
-        UserError: it is missing, or something else.
+        UserError: the file is missing, or is not a record.
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -70,7 +70,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def header(record: Mapping[str, Any]) -> str:
-    """What tables and targets have to be read with: machine, threads, rounds, commit, and what is amiss."""
+    """Machine, threads, rounds and commit, with warnings about quick and unfinished runs."""
     about = record["machine"]
     names = [about["cpu"], *([about["gpu"]] if about["gpu"] else [])]
     counts = [f"{about['cores']} cores", f"{about['threads']} threads", f"{record['rounds']} rounds"]
@@ -79,42 +79,29 @@ def header(record: Mapping[str, Any]) -> str:
     if record["is_quick"]:
         lines.append("QUICK: proves nothing")
     if not record["is_complete"]:
-        lines.append("INCOMPLETE: the run was cut off")
+        lines.append("INCOMPLETE: the run was interrupted")
     return "\n".join(lines)
 
 
 def section(record: Mapping[str, Any], name: str, style: str) -> str:
-    """What a benchmark has given; whether targets hold is not said of a quick run.
-
-    Args:
-        record: with it.
-        name: of the benchmark.
-        style: see `render`.
-    """
+    """The tables and targets of a benchmark in a record; see `render` for the style."""
     return render(record["benchmarks"][name], style, not record["is_quick"])
 
 
 def summary(record: Mapping[str, Any], style: str = "simple") -> str:
-    """All targets: which hold, and which were not measured.
-
-    Args:
-        record: of a run.
-        style: see `render`.
-    """
+    """All targets of a record, and how many hold; see `render` for the style."""
     targets = [target for outcome in record["benchmarks"].values() for target in outcome["targets"]]
-    missing = record["not_measured"]
-    table = render_targets(targets, style, not record["is_quick"], missing)
     held = sum(target["is_met"] for target in targets)
     verdict = "QUICK: proves nothing" if record["is_quick"] else f"{held} of {len(targets)} targets hold"
-    return f"{table}\n\n{verdict}; {len(missing)} not measured"
+    return f"{render_targets(targets, style, not record['is_quick'])}\n\n{verdict}"
 
 
 def _text(record: Mapping[str, Any]) -> str:
-    return json.dumps(_without_nan(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(_without_nan(record), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _without_nan(value: Any) -> Any:
-    """The same with null for what is not a number: JSON has no word for it."""
+    """Replace NaN and infinity by null, because JSON has no such numbers."""
     if isinstance(value, Mapping):
         return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,14 +1,15 @@
-"""An outside reference: the same network of the blocks of timm's ViT, in the loop that a competent user would write.
+"""An outside reference: the same network built of timm's ViT blocks, in a training loop as most users would write it.
 
-What is the same: width, depth, heads, hidden width, long skips, patches, time token, ε-prediction, AdamW, averaged
-weights; so are the FLOPs. What differs: every patch enters, and nothing is masked, drawn or averaged by our code.
+The same: width, depth, heads, hidden width, long skips, patches, time token, ε-prediction, AdamW, averaged weights, and
+so FLOPs. Different: every patch enters, and masks, random draws and averaging are not ours.
 
-"Tuned" is what a user would get who knows the machine: PyTorch's fused AdamW, and attention by the kernel that our rule
-takes (`maskdm.method.backbones.uvit.uses_plain_attention`).
+"Tuned" adds PyTorch's fused AdamW and the attention kernel that our rule chooses
+(`maskdm.method.backbones.uvit.uses_plain_attention`).
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import time
 import warnings
@@ -30,7 +31,7 @@ from maskdm.method.masks import patchify
 
 
 class TimmUViT(nn.Module):
-    """timm's blocks, with long skips, on the patches of an image and a time token.
+    """timm's blocks with long skips, on the patches of an image and a time token.
 
     Args:
         shape: gives width, depth, heads and patches.
@@ -51,7 +52,7 @@ class TimmUViT(nn.Module):
         self.head = nn.Linear(dim, patch_dim)
 
     def use_plain_attention(self, is_plain: bool) -> None:
-        """Attention by matrix products and a softmax, or by PyTorch's kernel."""
+        """Compute attention by matrix products and a softmax, or by PyTorch's kernel."""
         for block in self.blocks:
             block.attn.fused_attn = not is_plain  # type: ignore[union-attr]
 
@@ -76,8 +77,8 @@ class TimmSteps:
         shape: images, network and batch.
         images: uint8 (N, H, W, C).
         precision: `fp32`, or `bf16` by autocast.
-        device: where.
-        is_tuned: whether with the fused AdamW and our rule's attention; else all is as it comes.
+        device: the device to train on.
+        is_tuned: whether to use the fused AdamW and our rule's attention.
     """
 
     def __init__(
@@ -94,8 +95,8 @@ class TimmSteps:
         self._diffusion = Diffusion(1000, "linear", "epsilon", device)
 
     def run(self, num_steps: int) -> float:
-        """Make steps; seconds in all."""
-        with _as_a_user():
+        """Make steps; returns the seconds in total."""
+        with _default_kernels():
             started = time.perf_counter()
             for _ in range(num_steps):
                 self._step()
@@ -119,8 +120,8 @@ class TimmSteps:
 
 
 def count_flops(shape: Shape) -> int:
-    """FLOPs of forward and backward of one image of the reference, counted as ours are."""
-    _timm("models.vision_transformer")  # imported where tensors are real
+    """FLOPs of forward and backward for one image of the reference, counted by PyTorch."""
+    _timm("models.vision_transformer")  # imported before tensors become meta tensors
     with torch.device("meta"):
         model = TimmUViT(shape)
         patches = torch.empty(1, shape.num_patches, shape.model["patch_size"] ** 2 * shape.channels)
@@ -131,13 +132,13 @@ def count_flops(shape: Shape) -> int:
 
 
 def is_installed() -> bool:
-    """Whether timm is there: it is needed for nothing else."""
+    """Whether timm, which nothing else needs, is installed."""
     return importlib.util.find_spec("timm") is not None
 
 
 @contextmanager
-def _as_a_user() -> Iterator[None]:
-    """Without the deterministic kernels that our stages ask for: a user of timm would not have asked."""
+def _default_kernels() -> Iterator[None]:
+    """Do not require deterministic kernels in the block: our stages do, users of timm would not."""
     mode = torch.get_deterministic_debug_mode()
     torch.set_deterministic_debug_mode("default")
     try:

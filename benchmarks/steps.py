@@ -1,15 +1,14 @@
-"""Real training steps, as the stages make them: `maskdm.training.loop.train`, all of it, on random images."""
+"""Real training steps, as the stages make them: all of `maskdm.training.loop.train`, on random images."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.settings import Settings
-from benchmarks.shapes import Shape, arm_of
+from benchmarks.shapes import Settings, Shape, arm_of
 from benchmarks.timing import Task
 from maskdm.config import Params, Training
 from maskdm.data.arrays import ImageArrays, ShardWriter
@@ -23,16 +22,16 @@ SEED = 0
 
 
 class Steps:
-    """A training that goes on for as many steps as it is asked for.
+    """A training run that continues for as many steps as requested.
 
     Args:
-        params: with the one arm.
+        params: an experiment with one arm.
         images: the dataset.
         folder: for the trainer; nothing is written.
 
     Attributes:
-        flops: of a step, forward and backward.
-        num_visible: S.
+        flops: FLOPs of a step, forward and backward.
+        num_visible: S, the patches of an image that enter the network.
     """
 
     def __init__(self, params: Params, images: ImageArrays, folder: Path) -> None:
@@ -41,7 +40,7 @@ class Steps:
         self.trainer = Trainer(self._run, images, folder)
 
     def run(self, num_steps: int) -> float:
-        """Make steps; the seconds that the training loop's own clock has counted."""
+        """Make steps; returns the seconds by the training loop's own clock."""
         state, trainer = self.trainer.state, self.trainer
         before = state.device_seconds
         run = replace(self._run, num_steps=state.step + num_steps)
@@ -49,7 +48,7 @@ class Steps:
         return state.device_seconds - before
 
     def update(self) -> None:
-        """What ends a step, alone: clipping, AdamW and the average of the weights."""
+        """The end of a step alone: clipping, AdamW and the average of the weights."""
         state = self.trainer.state
         clip_gradients(state.model.parameters(), self._run.params.training.grad_clip)
         state.optimizer.step()
@@ -62,54 +61,47 @@ class Steps:
             parameter.grad = parameter.detach().clone()
 
     @property
-    def waited(self) -> float:
-        """Seconds spent waiting for data so far."""
-        return self.trainer.state.data_wait_seconds
+    def waiting_share(self) -> float:
+        """The fraction of all steps' time so far that was spent waiting for data."""
+        state = self.trainer.state
+        return state.data_wait_seconds / state.device_seconds
 
 
-@dataclass(frozen=True)
-class StepMaker:
-    """Makes `Steps` of a shape.
+def make_steps(
+    shape: Shape,
+    settings: Settings,
+    mask_rate: float,
+    precision: str = "auto",
+    grad_clip: float | None = None,
+    device_resident: bool | str = "auto",
+    num_images: int = NUM_IMAGES,
+    **compute: Any,
+) -> Steps:
+    """Training steps of a shape.
 
-    Attributes:
+    Args:
         shape: images, network and batch.
-        settings: device and threads.
+        settings: device, threads and folder.
+        mask_rate: 0 is finetuning.
+        precision: `fp32`, `bf16` or `auto`, the fastest.
         grad_clip: as in params.yaml.
-        num_images: of the random data set.
+        device_resident: as in params.yaml.
+        num_images: size of the random dataset.
+        compute: other keys of the section `compute`.
     """
-
-    shape: Shape
-    settings: Settings
-    grad_clip: float | None = None
-    num_images: int = NUM_IMAGES
-
-    def steps(
-        self, mask_rate: float, precision: str = "auto", device_resident: bool | str = "auto", **compute: Any
-    ) -> Steps:
-        """Steps at a mask rate.
-
-        Args:
-            mask_rate: 0 is finetuning.
-            precision: `fp32`, `bf16` or the best.
-            device_resident: as in params.yaml.
-            compute: other knobs of the section `compute`.
-        """
-        settings = self.settings
-        compute = {"device": settings.device.type, "precision": precision, **compute}
-        params = self.shape.params(mask_rate, settings.threads, self.grad_clip, device_resident, **compute)
-        return Steps(params, self.images(), settings.folder)
-
-    def task(self, steps: Steps) -> Task:
-        """A step as something to be timed."""
-        return Task(steps.run, self.settings.step_seconds)
-
-    def images(self) -> ImageArrays:
-        """Random images of the shape, written once."""
-        return random_arrays(self.settings.folder, self.shape.image_size, self.shape.channels, self.num_images)
+    compute = {"device": settings.device.type, "precision": precision, **compute}
+    params = shape.params(mask_rate, settings.threads, grad_clip, device_resident, **compute)
+    images = random_arrays(settings.folder, shape.image_size, shape.channels, num_images)
+    return Steps(params, images, settings.folder)
 
 
-def random_arrays(folder: Path, image_size: int, channels: int, num_images: int) -> ImageArrays:
-    """A dataset of random images on disk, as `prepare` writes it; made where it is not there."""
+def step_task(steps: Steps, settings: Settings) -> Task:
+    """A training step as a task to time."""
+    return Task(steps.run, settings.step_seconds)
+
+
+def random_arrays(folder: Path, image_size: int, channels: int, num_images: int = NUM_IMAGES) -> ImageArrays:
+    """A dataset of random images on disk, as `prepare` writes it; written once."""
     place = folder / f"images-{image_size}-{channels}-{num_images}"
     if not place.exists():
         place.mkdir(parents=True)
@@ -122,7 +114,7 @@ def random_arrays(folder: Path, image_size: int, channels: int, num_images: int)
 
 
 def _training(params: Params) -> Training:
-    """The one arm's only stage that matters: finetuning of `scratch`, else pretraining."""
+    """The stage to time: finetuning of `scratch`, or pretraining of a masked arm."""
     (arm,) = params.arms
     is_masked = arm != arm_of(0.0)
     return Training(

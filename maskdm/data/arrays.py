@@ -1,6 +1,6 @@
 """The dataset on disk: memory-mapped .npy shards of uint8 images, labels, and a manifest that describes them.
 
-Equal images give equal bytes: nothing here depends on the time, the machine or where the folder lies.
+Equal images give equal bytes: nothing in these files depends on the time, the machine or the location of the folder.
 """
 
 from __future__ import annotations
@@ -19,45 +19,45 @@ from numpy.typing import NDArray
 
 from maskdm.base.checksums import checked, file_sha256, values_sha256
 from maskdm.base.errors import UserError
-from maskdm.base.publishing import publish_description, replace_file
+from maskdm.base.publishing import publish_description, publish_text
 from maskdm.config import paths
+from maskdm.config.jobs import MANIFEST as MANIFEST
 
 FORMAT = "maskdm-arrays/2"
-MANIFEST = "manifest.json"
 LABELS = "labels.npy"
-FILE_NAME = re.compile(r"\w[\w.-]*")  # beside the manifest, never a path
+FILE_NAME = re.compile(r"\w[\w.-]*")  # a manifest names files in its own folder, never paths
 
 Images = NDArray[np.uint8]  # one image (H, W, C) or a batch (B, H, W, C), values 0..255
 Labels = NDArray[np.int64]
 
 
 class ShardWriter:
-    """Streams images into shards; holds no more than the image it is given, and 8 bytes of label per image.
+    """Writes images into shards one by one; holds no more than one image, and 8 bytes of label per image.
 
     Args:
         folder: an existing, empty folder.
         shape: (H, W, C) of every image.
-        shard_images: images per shard, those left out included: an image that is left out moves no other to another
-            shard. The last holds the rest.
+        shard_images: images per shard; the last shard holds the rest. Skipped images are counted too, so that skipping
+            one does not move others to another shard.
 
     Attributes:
-        num_images: written so far.
+        num_images: number of images written so far.
     """
 
     def __init__(self, folder: Path, shape: tuple[int, int, int], shard_images: int) -> None:
         self._folder, self._shape, self._shard_images = folder, shape, shard_images
         self._labels = array("q")
         self._shards: list[dict[str, Any]] = []
-        self._position = 0  # of the next image, those left out counted
-        self._file: BinaryIO | None = None  # the open shard …
-        self._count = 0  # … and how many images it has
+        self._position = 0  # of the next image, skipped ones included
+        self._file: BinaryIO | None = None  # the open shard
+        self._count = 0  # images in it
         self.num_images = 0
 
     def add(self, image: Images, label: int | None = None) -> None:
-        """Append an image, and its label where the dataset has classes.
+        """Append an image, and its label if the dataset has classes.
 
         Raises:
-            ValueError: the image's shape or dtype is not the dataset's.
+            ValueError: the image's shape or dtype differs from the dataset's.
         """
         if image.shape != self._shape or image.dtype != np.uint8:
             raise ValueError(f"expected uint8 of shape {self._shape}, got {image.dtype} of {image.shape}")
@@ -69,11 +69,13 @@ class ShardWriter:
         self.num_images += 1
         if label is not None:
             self._labels.append(label)
-        self._advance()
+        self.skip()
 
-    def leave_out(self) -> None:
-        """Go past an image that is bad."""
-        self._advance()
+    def skip(self) -> None:
+        """Go to the next position; called alone, it leaves out a bad image."""
+        self._position += 1
+        if self._position % self._shard_images == 0:
+            self._close_shard()
 
     def finish(
         self,
@@ -82,16 +84,16 @@ class ShardWriter:
         protocol: Mapping[str, Any],
         skipped: list[dict[str, str]],
     ) -> dict[str, Any]:
-        """Write the last shard, the labels and the manifest, which is returned.
+        """Write the last shard, the labels and the manifest, and return the manifest.
 
         Args:
-            class_names: of the labels, or None.
+            class_names: names of the classes in the order of the labels, or None.
             source: where the images come from, as plain values.
-            protocol: what was made of them.
+            protocol: how they were cropped, resized and converted.
             skipped: the images left out, as {"file", "reason"}.
         """
         self._close_shard()
-        assert self.num_images > 0, "a source without images is an error of the source"
+        assert self.num_images > 0, "callers refuse a source without images"
         manifest: dict[str, Any] = {
             "format": FORMAT,
             "count": self.num_images,
@@ -104,7 +106,7 @@ class ShardWriter:
             "skipped": skipped,
         }
         if class_names is not None:
-            assert len(self._labels) == self.num_images, "every image of a dataset with classes has one"
+            assert len(self._labels) == self.num_images, "every image of a dataset with classes has a label"
             np.save(self._folder / LABELS, np.array(self._labels, dtype=np.int64))
             sha256 = file_sha256(self._folder / LABELS)
             manifest["labels"] = {"file": LABELS, "sha256": sha256, "class_names": list(class_names)}
@@ -113,17 +115,11 @@ class ShardWriter:
         return manifest
 
     def close(self) -> None:
-        """Let go of a half-written shard."""
+        """Close the file of an unfinished shard."""
         if self._file is not None:
             self._file.close()
 
-    def _advance(self) -> None:
-        self._position += 1
-        if self._position % self._shard_images == 0:
-            self._close_shard()
-
     def _close_shard(self) -> None:
-        """Write down how many images the open shard has."""
         if self._file is None:
             return
         self._file.seek(0)
@@ -134,7 +130,7 @@ class ShardWriter:
         self._file, self._count = None, 0
 
     def _write_header(self) -> None:
-        """A shard's .npy header; numpy pads it to the same length for every count: it can be written again."""
+        """Write the .npy header; NumPy pads it to the same length for every count, so it can be overwritten."""
         assert self._file is not None
         header = {"descr": "|u1", "fortran_order": False, "shape": (self._count, *self._shape)}
         np.lib.format.write_array_header_1_0(self._file, header)
@@ -144,7 +140,7 @@ class ImageArrays:
     """A dataset that `maskdm prepare` wrote; pixels stay on disk until they are asked for.
 
     Attributes:
-        folder: where it lies.
+        folder: the dataset's folder.
         manifest: the content of manifest.json.
         labels: (N,) int64 in [0, num_classes), or None.
     """
@@ -156,10 +152,11 @@ class ImageArrays:
 
     @classmethod
     def open(cls, folder: Path = paths.DATA) -> Self:
-        """Open a dataset, reading its manifest and labels and mapping its shards.
+        """Read the manifest and the labels, and memory-map the shards.
 
         Raises:
-            UserError: there is none, or a file is missing, damaged or not of the manifest's shape.
+            UserError: the folder holds no dataset, or a file is missing, damaged or of another shape than the manifest
+                says.
         """
         manifest = _read_manifest(folder)
         shape = tuple(manifest["shape"])
@@ -185,18 +182,18 @@ class ImageArrays:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The classes' names in the order of the labels; empty without labels."""
+        """Names of the classes in the order of the labels; empty without labels."""
         labels = self.manifest["labels"]
         return tuple(labels["class_names"]) if labels else ()
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are; 0 without labels."""
+        """Number of classes; 0 without labels."""
         return len(self.class_names)
 
     @property
     def sha256(self) -> str:
-        """The digest of the whole dataset: of its shards' digests, its shape and its labels."""
+        """Digest of the whole dataset (see `dataset_sha256`)."""
         return str(self.manifest["sha256"])
 
     def gather(self, indices: NDArray[np.integer]) -> Images:
@@ -209,12 +206,12 @@ class ImageArrays:
             raise IndexError(f"expected indices in [0, {len(self)}), got {indices.min()} to {indices.max()}")
         if len(self._shards) == 1:
             return self._shards[0][indices]
-        out = np.empty((len(indices), *self.shape), dtype=np.uint8)
+        images = np.empty((len(indices), *self.shape), dtype=np.uint8)
         shard_of = np.searchsorted(self._ends, indices, side="right")
         for number in np.unique(shard_of):
             shard, here = self._shards[number], shard_of == number
-            out[here] = shard[indices[here] - (self._ends[number] - len(shard))]
-        return out
+            images[here] = shard[indices[here] - (self._ends[number] - len(shard))]
+        return images
 
     def all(self) -> Images:
         """Every image, (N, H, W, C), in memory."""
@@ -224,10 +221,11 @@ class ImageArrays:
         """Hash every file and compare with the manifest.
 
         Args:
-            memory: a file to note in what was found whole: the same files, untouched since, are not read again.
+            memory: a file that records which files were verified; they are not read again while their size,
+                modification time and inode stay the same.
 
         Raises:
-            UserError: a file is not the one that was written, or `memory` can't be written.
+            UserError: a file is not the one that was written, or `memory` cannot be written.
         """
         entries = _files(self.manifest)
         stats = [(self.folder / entry["file"]).stat() for entry in entries]
@@ -235,7 +233,7 @@ class ImageArrays:
             [entry["file"], entry["sha256"], stat.st_size, stat.st_mtime_ns, stat.st_ino]
             for entry, stat in zip(entries, stats, strict=True)
         ]
-        with suppress(OSError, ValueError):  # none yet, or damaged
+        with suppress(OSError, ValueError):  # not written yet, or damaged
             if memory is not None and json.loads(memory.read_text(encoding="utf-8")) == seen:
                 return
         for entry in entries:
@@ -243,13 +241,12 @@ class ImageArrays:
             if file_sha256(path) != entry["sha256"]:
                 raise _damaged(path, "is not the file that was written (its sha256 differs)")
         if memory is not None:
-            with replace_file(memory) as file:
-                file.write_text(json.dumps(seen), encoding="utf-8")
+            publish_text(memory, json.dumps(seen))
 
 
 @dataclass(frozen=True)
 class StoredImages:
-    """One prepared dataset or more of the same shape and classes, one behind the other: uint8 (N, H, W, C)."""
+    """One or more prepared datasets of the same shape and classes, concatenated: uint8 (N, H, W, C)."""
 
     parts: Sequence[ImageArrays]
 
@@ -263,13 +260,13 @@ class StoredImages:
 
     @property
     def sha256(self) -> str:
-        """Of the images and labels: of one part its own."""
+        """Digest of the images and labels; that of the dataset if there is only one."""
         hashes = [part.sha256 for part in self.parts]
         return hashes[0] if len(hashes) == 1 else values_sha256(hashes)
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are; 0 without labels."""
+        """Number of classes; 0 without labels."""
         return self.parts[0].num_classes
 
     @property
@@ -281,17 +278,17 @@ class StoredImages:
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
         """The images of a slice, or of indices (B,), in their order: (B, H, W, C)."""
         indices = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else rows
-        out = np.empty((len(indices), *self.shape[1:]), dtype=np.uint8)
+        images = np.empty((len(indices), *self.shape[1:]), dtype=np.uint8)
         start = 0
         for part in self.parts:
             here = (indices >= start) & (indices < start + len(part))
-            out[here] = part.gather(indices[here] - start)
+            images[here] = part.gather(indices[here] - start)
             start += len(part)
-        return out
+        return images
 
 
 def dataset_sha256(manifest: Mapping[str, Any]) -> str:
-    """What makes two datasets the same to every later stage; where they came from does not matter."""
+    """The digest of images, shape and labels; it does not depend on where the images came from."""
     labels = manifest["labels"]
     content = {
         "shape": manifest["shape"],
@@ -302,7 +299,7 @@ def dataset_sha256(manifest: Mapping[str, Any]) -> str:
 
 
 def _files(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The entries of a dataset's files."""
+    """The manifest's entries of files: shards, then labels."""
     return [*manifest["shards"], *([manifest["labels"]] if manifest["labels"] else [])]
 
 
@@ -325,12 +322,12 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _map(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> np.ndarray:
-    """An array file, memory-mapped."""
+    """Memory-map an array file, and check its dtype and shape."""
     try:
         mapped: np.ndarray = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise _damaged(path, "is missing") from None
-    except Exception as error:  # a damaged header makes numpy raise almost anything
+    except Exception as error:  # a damaged header makes NumPy raise almost anything
         reason = getattr(error, "strerror", None) or error
         raise _damaged(path, f"cannot be read or is cut off ({reason})") from None
     if mapped.shape != shape or mapped.dtype != dtype:

@@ -1,4 +1,4 @@
-"""Training batches as a pure function of (seed, step): no loader state to save, nothing to restart."""
+"""Training batches as a pure function of (seed, step): there is no loader state to save or restore."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from torch import Tensor
 
 from maskdm.base import rng
 
-RESIDENT_SHARE = 4  # the dataset may take so much of a GPU's memory: one part in
+RESIDENT_SHARE = 4  # the dataset may take 1/4 of a GPU's memory
 UPLOADED_AT_ONCE = 8192  # images
-STEPS_AT_ONCE, BYTES_AT_ONCE = 16, 2**20  # whose batches are made together on a CPU; of their float32 pixels, at most
+STEPS_AT_ONCE, BYTES_AT_ONCE = (
+    16,
+    2**20,
+)  # on a CPU at most so many batches, of so many float32 bytes, are made together
 
 
 class Images(Protocol):
-    """What batches are drawn from (see `maskdm.data.arrays.ImageArrays`)."""
+    """What batches are drawn from, such as `maskdm.data.arrays.ImageArrays`."""
 
     labels: np.ndarray | None
 
@@ -30,33 +33,33 @@ class Images(Protocol):
         """(H, W, C) of every image."""
 
     def gather(self, indices: np.ndarray) -> np.ndarray:
-        """The images of these indices, uint8 (B, H, W, C)."""
+        """The images of `indices` (B,), uint8 (B, H, W, C)."""
 
 
 class Batches:
     """Shuffled epochs, one after another, cut into batches.
 
-    On a CPU small batches are made for up to 16 steps together: between the steps of a network, which fill the caches,
-    the calls that make one take several times as long as one batch after another. For a GPU either all images are
-    kept in its memory as uint8, and nothing but indices goes there in a step; or the next batch is gathered into pinned
-    memory by another thread, and copied asynchronously, while the GPU works on this one. The batches are the same.
+    On a CPU small batches are made for up to 16 steps at once: one by one they take several times as long, because the
+    network's steps in between evict them from the caches. On a GPU either all images stay in its memory as uint8 and a
+    step copies only indices; or another thread gathers the next batch into pinned memory, which is copied
+    asynchronously while the GPU works on the current one. The batches are the same in all cases.
 
     Args:
         images: the dataset.
         batch_size: B, of all ranks together.
-        seed: of the experiment.
-        stream: names the use, so that pretraining and finetuning see different orders.
-        device: where the batches go.
-        with_labels: whether labels are wanted.
-        resident: whether the images are kept on the device.
-        rank: of this process among those that share a batch.
-        num_ranks: how many they are; each gets B / num_ranks images, in the order of their ranks.
+        seed: the experiment's seed.
+        stream: name of the use, so that pretraining and finetuning see different orders.
+        device: the device on which batches are returned.
+        with_labels: whether to return labels.
+        resident: whether to keep all images on the device.
+        rank: this process among those that share a batch.
+        num_ranks: number of processes that share a batch; each gets B / num_ranks images, in the order of the ranks.
 
     Attributes:
-        steps_at_once: how many steps' batches are made together, at the first that is asked for.
+        steps_at_once: number of steps whose batches are made together, when the first of them is requested.
 
     Raises:
-        ValueError: labels are wanted and the dataset has none, or the batch can't be shared evenly.
+        ValueError: labels are requested and the dataset has none, or the batch cannot be shared evenly.
     """
 
     def __init__(
@@ -101,7 +104,7 @@ class Batches:
         return x_0[here], None if labels is None else labels[here]
 
     def indices(self, step: int) -> np.ndarray:
-        """Which images make up the batch of a step, of all ranks: (B,) int64; an epoch's end may lie inside."""
+        """The images in the batch of a step, for all ranks: (B,) int64; a batch may cross the end of an epoch."""
         first, count = step * self.batch_size, len(self.images)
         epoch, start = divmod(first, count)
         if start + self.batch_size <= count:
@@ -112,7 +115,7 @@ class Batches:
         return np.concatenate(parts)
 
     def _make(self, first: int) -> tuple[Tensor, Tensor | None]:
-        """The batches of this and the next steps that are made together: images one after another, labels or None."""
+        """The batches of `steps_at_once` steps from `first` on, concatenated: images, and labels or None."""
         pixels, indices = self._prefetch(first) if self._prefetch is not None else self._gather(first)
         x_0 = to_model_range(pixels.to(self.device, non_blocking=True))
         if self._labels is None:
@@ -120,7 +123,7 @@ class Batches:
         return x_0, self._labels[indices.to(self.device, non_blocking=True)]
 
     def _gather(self, first: int) -> tuple[Tensor, Tensor]:
-        """The same as pixels (…, H, W, C) uint8, and the images' indices; pinned if they are to be copied."""
+        """The pixels (…, H, W, C) uint8 of these batches, and the images' indices; in pinned memory for a GPU."""
         own = [self.indices(step)[self._own] for step in range(first, first + self.steps_at_once)]
         indices = torch.from_numpy(np.concatenate(own))
         if self.device.type == "cuda":
@@ -139,7 +142,7 @@ class Batches:
 
 
 class Prefetch:
-    """Gathers the batch of the next step in another thread while this one is worked on.
+    """Gathers the next step's batch in another thread while the current one is in use.
 
     Args:
         gather: step → pixels and indices.
@@ -151,7 +154,7 @@ class Prefetch:
         self._ahead: tuple[int, Future[tuple[Tensor, Tensor]]] | None = None
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """What `gather` gives for a step; steps may come in any order."""
+        """The result of `gather` for a step; steps may be requested in any order."""
         if self._ahead is None or self._ahead[0] != step:
             self._ahead = step, self._thread.submit(self._gather, step)
         batch = self._ahead[1].result()
@@ -159,12 +162,12 @@ class Prefetch:
         return batch
 
     def close(self) -> None:
-        """Wait for the thread."""
+        """Wait for the thread to end."""
         self._thread.shutdown()
 
 
 def is_resident(choice: Literal["auto"] | bool, images: Images, device: torch.device, memory_bytes: int) -> bool:
-    """Whether the images are to be kept on the device: by `auto`, on a GPU where they fit."""
+    """Whether to keep the images on the device; `auto`: on a GPU, if they take at most 1/4 of its memory."""
     if choice == "auto":
         num_bytes = len(images) * math.prod(images.shape)
         return device.type == "cuda" and num_bytes <= memory_bytes // RESIDENT_SHARE

@@ -1,4 +1,4 @@
-"""What every source of images gives: its images by number, and which class each is of."""
+"""The common interface of all sources: images by number, with names and labels."""
 
 from __future__ import annotations
 
@@ -21,16 +21,15 @@ class Collection:
     """The images of a source, in its order.
 
     Attributes:
-        origin: what it is, for messages.
+        origin: where the images come from, for messages.
         num_images: N.
-        load: an image's file, or its pixels (h, w) or (h, w, 3), by its number in [0, N). One thread asks, for one
-            after another. It raises `BadImageError` for an image that is damaged, `UserError` for one that can't be
-            read.
-        name: of an image, as the manifest has it.
-        root: where its files lie; None where there are none.
-        class_names: in the order of the labels; None without classes.
+        load: returns an image's file, or its pixels (h, w) or (h, w, 3), by its number in [0, N). It is called from one
+            thread at a time. It raises `BadImageError` if the image is damaged, and `UserError` if it cannot be read.
+        name: returns the name by which manifest and messages call an image.
+        root: the folder of the source's files; None if there are none.
+        class_names: names of the classes in the order of the labels; None without classes.
         labels: (N,) int64 in [0, number of classes), or None.
-        are_paths: whether names are paths below a folder, which is the origin.
+        are_paths: whether names are paths below the folder `origin`.
     """
 
     origin: str
@@ -46,17 +45,17 @@ class Collection:
         return self.num_images
 
     def where(self, number: int) -> str:
-        """An image, for messages."""
+        """The name and place of an image, for messages."""
         name = self.name(number)
         return printable(str(Path(self.origin) / name)) if self.are_paths else f"{printable(name)} in {self.origin}"
 
 
 @contextmanager
 def reading(where: str) -> Iterator[None]:
-    """Say what can't be read in the block, and why.
+    """Turn an OSError in the block into a message that says what cannot be read, and why.
 
     Raises:
-        UserError: it can't be read.
+        UserError: something cannot be read.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Images of whatever format and size as arrays of the dataset's size and channels: one, or many by threads."""
+"""Decode images of any format and size into arrays of the dataset's size and channels, on several threads."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ from maskdm.config import DatasetConfig
 from maskdm.data.arrays import Images
 from maskdm.data.collection import Collection, Numbers
 
-FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM")  # Pillow's names for the suffixes we read
+FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM")  # Pillow's names for the formats we read
 FILTERS = {"lanczos": Image.Resampling.LANCZOS, "bicubic": Image.Resampling.BICUBIC}
-AHEAD_PER_THREAD = 4  # images read ahead of the decoders
+AHEAD_PER_THREAD = 4  # images read before they are decoded
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 class BadImageError(Exception):
-    """A file that should be an image and is not, or a damaged one; the message is the reason."""
+    """A file is not an image, or a damaged one; the message is the reason."""
 
 
-Loaded = tuple[int, bytes | Images | BadImageError]  # its number, and what was read
+Loaded = tuple[int, bytes | Images | BadImageError]  # an image's number, and what was read
 Decoded = tuple[int, Images | BadImageError]
 
 
 def decode_all(collection: Collection, numbers: Numbers, dataset: DatasetConfig, threads: int) -> Generator[Decoded]:
-    """The images of these numbers, in their order, each decoded or bad.
+    """Yield the number and the pixels, or the error, of each requested image, in the requested order.
 
     Args:
-        collection: which knows them.
-        numbers: of the images.
-        dataset: what to make of them.
-        threads: decoders.
+        collection: the source of the images.
+        numbers: the images to decode, by their number in the source.
+        dataset: crop, size, channels, and what to do with bad images.
+        threads: number of decoding threads.
 
     Raises:
-        UserError: one can't be read; or one is bad, and `on_bad_image` is `error`.
+        UserError: an image cannot be read; or it is bad, and `on_bad_image` is `error`.
     """
-    loaded = (_loaded(collection, int(number)) for number in numbers)
+    loaded = (_load(collection, int(number)) for number in numbers)
     with any_number_of_pixels():
-        decoded = map_in_order(lambda image: _decoded(image, collection, dataset), loaded, threads)
+        decoded = map_in_order(lambda image: _decode(image, collection, dataset), loaded, threads)
         for number, image in progress(decoded, len(numbers), "Preparing images", "images"):
             if isinstance(image, BadImageError) and dataset.on_bad_image == "error":
                 raise UserError(
@@ -59,15 +59,16 @@ def decode_all(collection: Collection, numbers: Numbers, dataset: DatasetConfig,
 
 
 def decode(content: bytes, dataset: DatasetConfig) -> Images:
-    """An image file as (height, width, channels) uint8.
+    """Decode an image file to (height, width, channels) uint8.
 
-    The first frame is taken, turned upright by its EXIF orientation; an embedded colour profile is ignored.
-    Transparent images are laid over white: it is what they are mostly drawn for and shown on, while dropping
-    alpha would uncover whatever colour the transparent pixels happen to hold. 16-bit grey is scaled to 8.
+    The first frame is used, rotated as its EXIF orientation says; embedded colour profiles are ignored. Transparent
+    images are composited over white: most are made for a white background, and dropping alpha would show the arbitrary
+    colours of transparent pixels. 16-bit grey is scaled to 8 bits.
 
     Raises:
-        BadImageError: it can't be decoded, has no 8- or 16-bit values, or more than `max_pixels` pixels.
-        MemoryError: there is too little memory for its pixels: up to 16 bytes of each.
+        BadImageError: it cannot be decoded, its values do not have 8 or 16 bits, or it has more than `max_pixels`
+            pixels.
+        MemoryError: there is too little memory for its pixels; each takes up to 16 bytes.
     """
     with _opened(content, dataset.max_pixels) as file:
         image: Image.Image = file
@@ -83,19 +84,19 @@ def decode(content: bytes, dataset: DatasetConfig) -> Images:
 
 
 def is_grey(content: bytes, max_pixels: int) -> bool:
-    """Whether an image file holds grey values, with or without transparency, as its header says; nothing is decoded.
+    """Whether an image file holds grey values, with or without transparency; only the header is read.
 
     Raises:
-        BadImageError: its header is damaged, or is one of WebP and says more than `max_pixels` pixels.
+        BadImageError: the header is damaged, or it is a WebP header of more than `max_pixels` pixels.
     """
     with _opened(content, max_pixels) as file:
         return file.mode in ("1", "L", "LA") or file.mode.startswith("I")
 
 
 def fit(image: Image.Image, dataset: DatasetConfig) -> Images:
-    """An opaque 8-bit image as (height, width, channels) uint8: converted, cropped, resized.
+    """Convert, crop and resize an opaque 8-bit image to (height, width, channels) uint8.
 
-    Grey is the luma 0.299 R + 0.587 G + 0.114 B; RGB of a grey image repeats it.
+    Grey is the luma 0.299 R + 0.587 G + 0.114 B; a grey image has three equal channels in RGB.
     """
     image = image.convert("L" if dataset.channels == 1 else "RGB")
     if dataset.crop != "none":
@@ -109,7 +110,7 @@ def fit(image: Image.Image, dataset: DatasetConfig) -> Images:
 
 @contextmanager
 def any_number_of_pixels() -> Iterator[None]:
-    """`dataset.max_pixels` decides instead of Pillow's own limit, which would warn below it."""
+    """Disable Pillow's own size limit in the block: `dataset.max_pixels` is checked instead."""
     before = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = None
     try:
@@ -119,7 +120,7 @@ def any_number_of_pixels() -> Iterator[None]:
 
 
 def map_in_order(function: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
-    """`map` on threads (Pillow decodes without the GIL), reading only a few items ahead."""
+    """`map` on several threads that reads only a few items ahead (Pillow releases the GIL while it decodes)."""
     if threads == 1:
         yield from map(function, items)
         return
@@ -136,7 +137,7 @@ def map_in_order(function: Callable[[T], R], items: Iterable[T], threads: int) -
             pool.shutdown(cancel_futures=True)
 
 
-def _loaded(collection: Collection, number: int) -> Loaded:
+def _load(collection: Collection, number: int) -> Loaded:
     try:
         return number, collection.load(number)
     except BadImageError as error:
@@ -145,7 +146,7 @@ def _loaded(collection: Collection, number: int) -> Loaded:
         raise UserError(f"too little memory to read {collection.where(number)}: remove it") from None
 
 
-def _decoded(loaded: Loaded, collection: Collection, dataset: DatasetConfig) -> Decoded:
+def _decode(loaded: Loaded, collection: Collection, dataset: DatasetConfig) -> Decoded:
     number, content = loaded
     try:
         if isinstance(content, np.ndarray):
@@ -165,7 +166,7 @@ def _opened(content: bytes, max_pixels: int) -> Iterator[Image.Image]:
     """Open an image file; any error of its decoder in the block becomes a `BadImageError`."""
     if not content:
         raise BadImageError("the file is empty")
-    if content[:4] == b"RIFF" and content[8:16] == b"WEBPVP8X":  # its decoder begins with two canvases
+    if content[:4] == b"RIFF" and content[8:16] == b"WEBPVP8X":  # opening it allocates two canvases of this size
         width, height = (1 + int.from_bytes(content[start : start + 3], "little") for start in (24, 27))
         _check_pixels(width, height, max_pixels)
     try:
@@ -185,7 +186,7 @@ def _check_pixels(width: int, height: int, max_pixels: int) -> None:
 
 
 def _kept_box(image: Image.Image, dataset: DatasetConfig) -> tuple[int, int, int, int]:
-    """Left, top, width and height of what is kept: the box, or the largest centred one of the dataset's aspect."""
+    """Left, top, width and height of `crop_box`, or of the largest centred box of the dataset's aspect ratio."""
     if dataset.crop_box is None:
         width = min(image.width, max(1, image.height * dataset.width // dataset.height))
         height = min(image.height, max(1, image.width * dataset.height // dataset.width))
@@ -199,7 +200,7 @@ def _kept_box(image: Image.Image, dataset: DatasetConfig) -> tuple[int, int, int
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits as 8; Pillow's own conversion would clip it to white."""
+    """Scale 16-bit grey to 8 bits; Pillow's own conversion would clip it to white."""
     if image.mode == "F":
         raise BadImageError("floating-point pixels have no fixed range; expected 8 or 16 bits")
     if not image.mode.startswith("I"):

@@ -1,4 +1,4 @@
-"""scikit-learn's embedded digits: 1,797 grey 8×8 images, ten classes, nothing to download."""
+"""The digits that come with scikit-learn: 1,797 grey 8×8 images in ten classes."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from maskdm.base.errors import UserError
 from maskdm.config import DatasetConfig
 from maskdm.data.collection import Collection
 
-TABLE = Path("datasets") / "data" / "digits.csv.gz"  # in scikit-learn: 64 pixels, then the digit
-MAX_VALUE = 16  # the digits count the dark pixels of 4×4 blocks
+TABLE = Path("datasets") / "data" / "digits.csv.gz"  # a row has 64 pixels, then the digit
+MAX_VALUE = 16  # a value counts the dark pixels of a 4×4 block
 
 
 @contextmanager
 def open_digits(dataset: DatasetConfig) -> Iterator[Collection]:
-    """The digits with their labels; values 0..16 become round(v·255/16).
+    """Open the digits with their labels; values 0..16 become round(v·255/16).
 
-    scikit-learn is not imported: that takes seconds, and no other command needs it.
+    The file is read directly: importing scikit-learn takes seconds.
 
     Raises:
-        UserError: scikit-learn has no such file.
+        UserError: scikit-learn is not installed, or lacks the file.
     """
     sklearn = importlib.util.find_spec("sklearn")
     folders = sklearn.submodule_search_locations if sklearn is not None else None

@@ -1,4 +1,4 @@
-"""Grids of images as PNG files: a look at the data and at the samples."""
+"""Grids of images as PNG files, to look at data and samples."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from PIL import Image
 
 from maskdm.data.arrays import Images
 
-MIN_WIDTH = 512  # pixels; small images are enlarged until the grid is as wide
+MIN_WIDTH = 512  # pixels: small images are enlarged until the grid is at least this wide
 GAP = 2  # pixels between images
 
 
 def save_grid(images: Images, path: Path, columns: int = 8) -> None:
-    """Write images as a PNG grid, row by row, small ones enlarged without smoothing.
+    """Write images as a PNG grid, row by row; small images are enlarged without smoothing.
 
     Args:
         images: (N, H, W, C) uint8, N ≥ 1, C 1 (grey) or 3 (RGB).
@@ -23,7 +23,7 @@ def save_grid(images: Images, path: Path, columns: int = 8) -> None:
         columns: images per row; the last row may be shorter.
 
     Raises:
-        ValueError: images of another shape or dtype.
+        ValueError: the images have another shape or dtype.
     """
     if images.ndim != 4 or not len(images) or images.shape[3] not in (1, 3) or images.dtype != np.uint8:
         raise ValueError(f"expected uint8 (N, H, W, 1 or 3), got {images.dtype} {images.shape}")

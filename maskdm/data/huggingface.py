@@ -1,4 +1,4 @@
-"""Any image dataset of Hugging Face's hub, or a copy of one in `dataset.root`, through the package `datasets`."""
+"""Image datasets from Hugging Face's hub, or a copy of one in `dataset.root`, read by the package `datasets`."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from maskdm.data.collection import Collection, reading
 from maskdm.data.decoding import BadImageError
 
 PREFIX = "huggingface:"
-SAVED = ("state.json", "dataset_dict.json")  # of what `save_to_disk` has written
+SAVED = ("state.json", "dataset_dict.json")  # `save_to_disk` writes one of these
 
 
 @contextmanager
 def open_huggingface(dataset: DatasetConfig) -> Iterator[Collection]:
-    """The images of a split, train if none is named, in their order, with labels where a column has classes.
+    """Open the images of `dataset.split` (train by default), with labels if a column holds classes.
 
     Raises:
-        UserError: the package, the dataset or the split is missing, or it has no images.
+        UserError: the package, the dataset or the split is missing, or the dataset has no images.
     """
     try:
         import datasets as package
@@ -57,7 +57,7 @@ def open_huggingface(dataset: DatasetConfig) -> Iterator[Collection]:
 
 
 def _load(package: ModuleType, dataset: DatasetConfig) -> Any:
-    """The rows of the split."""
+    """Load the rows of the split."""
     name, _, config = dataset.source.removeprefix(PREFIX).partition(":")
     root, split = dataset.root, dataset.split or "train"
     if root is not None and not Path(root).exists():
@@ -66,7 +66,7 @@ def _load(package: ModuleType, dataset: DatasetConfig) -> Any:
         if root is None or not any((Path(root) / file).is_file() for file in SAVED):
             return package.load_dataset(root or name, config or None, split=split)
         saved = package.load_from_disk(root)
-    except Exception as error:  # of the network, of the hub, of the files
+    except Exception as error:  # the network, the hub and damaged files raise many types
         reason = printable(" ".join(str(error).split())) or type(error).__name__
         advice = "Without a network, copy the dataset's files into a folder, and name it in dataset.root"
         if root is not None:
@@ -78,10 +78,10 @@ def _load(package: ModuleType, dataset: DatasetConfig) -> Any:
 
 
 def _part_of_saved(package: ModuleType, saved: Any, dataset: DatasetConfig, config: str) -> Any:
-    """The rows of the split in what `save_to_disk` has written: a dataset of one split, or several by name.
+    """The rows of the split in a folder that `save_to_disk` wrote, which holds one split, or several by name.
 
     Raises:
-        UserError: it is of another split or configuration.
+        UserError: the folder holds another split or configuration.
     """
     table, split = saved, dataset.split or "train"
     if isinstance(saved, package.DatasetDict):
@@ -103,7 +103,7 @@ def _part_of_saved(package: ModuleType, saved: Any, dataset: DatasetConfig, conf
 
 
 def _labels(package: ModuleType, table: Any) -> tuple[tuple[str, ...] | None, Labels | None]:
-    """The classes of the column `label`, or of the only one that has classes; none if a row is of no class."""
+    """Class names and labels from the column `label`, or the only class column; None if a row has no class."""
     columns = [name for name, feature in table.features.items() if isinstance(feature, package.ClassLabel)]
     column = "label" if "label" in columns else columns[0] if len(columns) == 1 else None
     if column is None:

@@ -1,7 +1,7 @@
 """Your own images: a folder tree, a .zip or a .tar of any sizes and formats.
 
-The same images give the same arrays whether they lie in a folder or in an archive. Nothing is extracted from an
-archive by its name, so links and paths that point elsewhere have no effect.
+The same images give the same arrays whether they are in a folder or in an archive. Archives are read in memory, never
+unpacked to the names of their members, so links and paths that point elsewhere have no effect.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", "
 ARCHIVES = ".zip, .tar, .tar.gz, .tar.xz or .tar.bz2"
 DAMAGED_ARCHIVE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError)
 
-Read = Callable[[str], bytes]  # a file of that name: its POSIX path from the root
+Read = Callable[[str], bytes]  # reads a file by its POSIX path from the root
 
 
 @contextmanager
 def open_image_folder(dataset: DatasetConfig) -> Iterator[Collection]:
-    """The images under `dataset.root`, in the sorted order of their paths, with labels from class folders.
+    """Open the images under `dataset.root`, sorted by path, with labels from class folders.
 
     Raises:
         UserError: root is missing, unreadable, damaged, or holds no images.
@@ -57,8 +57,8 @@ def open_image_folder(dataset: DatasetConfig) -> Iterator[Collection]:
 
             class_names, labels = labels_from_folders(names)
             shown = class_names and tuple(map(printable, class_names))
-            is_folder = Path(root).is_dir()
-            collection = Collection(root, len(names), load, names.__getitem__, root, shown, labels, is_folder)
+            are_paths = Path(root).is_dir()
+            collection = Collection(root, len(names), load, names.__getitem__, root, shown, labels, are_paths)
             yield collection
     except DAMAGED_ARCHIVE as error:
         reason = printable(str(error))
@@ -68,17 +68,17 @@ def open_image_folder(dataset: DatasetConfig) -> Iterator[Collection]:
 
 
 def labels_from_folders(names: Sequence[str]) -> tuple[tuple[str, ...] | None, Labels | None]:
-    """Classes from the folders directly under the deepest folder that holds all images.
+    """Take the folders directly below the deepest folder that contains all images as classes.
 
-    There are classes when these folders are two or more and no image lies beside them.
+    There are classes if there are at least two such folders, and no image beside them.
 
     Args:
         names: the images' POSIX paths.
 
     Returns:
-        the sorted class names and the class of each path, or nothing.
+        the sorted class names and the label of each path; None, None without classes.
     """
-    first, last = min(map(_folders, names)), max(map(_folders, names))  # what these two share, all share
+    first, last = min(map(_folders, names)), max(map(_folders, names))  # all paths begin with what these two share
     depth = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
     if any(name.count("/") == depth for name in names):
         return None, None
@@ -92,7 +92,7 @@ def _folders(name: str) -> list[str]:
 
 
 def _sorted_images(root: str, names: Sequence[str]) -> list[str]:
-    """The sorted images among files, by the suffixes of their names."""
+    """The files whose names have an image suffix, sorted."""
     images = sorted(name for name in names if name.lower().endswith(SUFFIXES))
     if not images:
         kinds = Counter(printable(PurePosixPath(name).suffix, 20) or "no suffix" for name in names)
@@ -105,15 +105,15 @@ def _sorted_images(root: str, names: Sequence[str]) -> list[str]:
 
 
 def _open_files(root: str, stack: ExitStack) -> tuple[list[str], Read]:
-    """The names of all files of a folder or archive, and how to read one; its content decides what it is."""
+    """The names of all files in a folder or archive, whose content decides its type, and a function that reads one."""
     path = Path(root)
     if path.is_dir():
         return _below(path), lambda name: (path / name).read_bytes()
     if not path.exists():
         raise UserError(f"dataset.root: there is no {root} (looked for {path.absolute()})")
-    if not path.is_file():  # a pipe would be waited for
+    if not path.is_file():  # opening a pipe would block
         raise UserError(f"dataset.root: {root} is neither a folder nor a file, but a pipe, socket or device")
-    if tar := stack.enter_context(_open_tar(path)):  # first: a plain tar may end with a stored .zip, never begin as one
+    if tar := stack.enter_context(_open_tar(path)):  # before zip: a tar may end with a stored .zip, and looks like one
         return _members_of_tar(tar)
     if zipfile.is_zipfile(path):
         return _members_of_zip(stack.enter_context(zipfile.ZipFile(path)))
@@ -121,7 +121,7 @@ def _open_files(root: str, stack: ExitStack) -> tuple[list[str], Read]:
 
 
 def _below(root: Path) -> list[str]:
-    """The files of a folder tree; links to files and folders are followed, as the user has put them there."""
+    """The files of a folder tree; links are followed: the user put them there."""
     found, waiting = [], [""]
     while waiting:
         prefix = waiting.pop()
@@ -132,22 +132,22 @@ def _below(root: Path) -> list[str]:
                 if entry.is_dir():
                     if not _is_loop(Path(entry)):
                         waiting.append(f"{prefix}{entry.name}/")
-                elif entry.is_file() or not Path(entry).exists():  # a broken link: reading it will tell
+                elif entry.is_file() or not Path(entry).exists():  # a broken link: reading it is an error
                     found.append(prefix + entry.name)
     return found
 
 
 def _is_loop(folder: Path) -> bool:
-    """Whether it is a link to a folder that it lies in."""
+    """Whether a folder is a link to one of its own parents."""
     return folder.is_symlink() and any(folder.samefile(parent) for parent in folder.parents)
 
 
 def _members_of_zip(archive: zipfile.ZipFile) -> tuple[list[str], Read]:
-    """The regular members of a .zip; of equal names the last, as unpacking would have it."""
+    """The regular members of a .zip; the last one if names are equal, as after unpacking."""
     members = {}
     for info in archive.infolist():
         is_special = stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG)  # a link or device
-        # Windows tools have written backslashes, against the format's specification
+        # some Windows tools write backslashes, against the specification
         name = _member_name(info.filename.replace("\\", "/"))
         if name and not info.is_dir() and not is_special:
             members[name] = info
@@ -155,15 +155,15 @@ def _members_of_zip(archive: zipfile.ZipFile) -> tuple[list[str], Read]:
     def read(name: str) -> bytes:
         try:
             with archive.open(members[name]) as file:
-                return file.read(members[name].file_size)  # read() alone would unpack more than the header says
-        except (*DAMAGED_ARCHIVE, RuntimeError) as error:  # RuntimeError: encrypted, or of an unknown method
+                return file.read(members[name].file_size)  # at most what the header says
+        except (*DAMAGED_ARCHIVE, RuntimeError) as error:  # RuntimeError: encrypted, or unknown compression
             raise BadImageError(printable(str(error)) or type(error).__name__) from error
 
     return list(members), read
 
 
 def _members_of_tar(archive: tarfile.TarFile) -> tuple[list[str], Read]:
-    """The regular members of a .tar; of equal names the last, as unpacking would have it."""
+    """The regular members of a .tar; the last one if names are equal, as after unpacking."""
     named = {_member_name(member.name): member for member in archive.getmembers() if member.isreg()}
     members = {name: member for name, member in named.items() if name}
 
@@ -177,9 +177,9 @@ def _members_of_tar(archive: tarfile.TarFile) -> tuple[list[str], Read]:
 
 @contextmanager
 def _open_tar(path: Path) -> Iterator[tarfile.TarFile | None]:
-    """A tar whose members are read where they lie; None if it is not one.
+    """Open a tar for reading its members in any order; None if the file is not a tar.
 
-    A compressed one is unpacked into an unnamed temporary file first: to go back in it, one would have to decompress it
+    A compressed tar is first decompressed into an unnamed temporary file: going back in it would mean decompressing
     from the start.
     """
     with ExitStack() as stack:
@@ -189,14 +189,14 @@ def _open_tar(path: Path) -> Iterator[tarfile.TarFile | None]:
             yield None
             return
         file = cast(BinaryIO, archive.fileobj)
-        if not isinstance(file, BufferedReader):  # but one that decompresses
+        if not isinstance(file, BufferedReader):  # it decompresses
             plain = stack.enter_context(tempfile.TemporaryFile())
             file.seek(0)
             with reading(f"{path} into a temporary file in {tempfile.gettempdir()} (set TMPDIR for another folder)"):
                 shutil.copyfileobj(file, plain)
             plain.seek(0)
             archive, file = stack.enter_context(tarfile.open(fileobj=plain, mode="r:")), plain
-        archive.getmembers()  # to tarfile a damaged or missing header is the end: what follows would be left out
+        archive.getmembers()  # tarfile takes a damaged or missing header for the end of the archive
         file.seek(archive.offset)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError("no end mark after the last file that can be read")
@@ -204,7 +204,7 @@ def _open_tar(path: Path) -> Iterator[tarfile.TarFile | None]:
 
 
 def _member_name(path: str) -> str:
-    """A member's path from the archive's root; empty for one that is hidden or points out of it."""
+    """A member's path from the archive's root; empty if it is hidden or points out of the archive."""
     parts = [part for part in path.split("/") if part not in ("", ".")]
     return "" if any(part == ".." or _is_hidden(part) for part in parts) else "/".join(parts)
 

@@ -1,4 +1,4 @@
-"""Opening what earlier stages made; the runner has checked that it is there and up to date."""
+"""Open the outputs of earlier stages; the runner has checked that they exist and are up to date."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from maskdm.data.arrays import ImageArrays, StoredImages
 
 
 def open_data(params: Params, verify: bool = False, folder: Path = paths.DATA) -> ImageArrays:
-    """The prepared dataset.
+    """Open a prepared dataset.
 
     Args:
-        params: say its shape.
-        verify: check that every file is the one that was written; where its pixels are used.
-        folder: where it lies.
+        params: the experiment; it gives the expected shape.
+        verify: whether to hash every file; stages that use the pixels do.
+        folder: the dataset's folder.
 
     Raises:
-        UserError: it is missing, damaged, or of another shape than params say.
+        UserError: the dataset is missing, damaged, or has another shape than params.yaml says.
     """
     images = ImageArrays.open(folder)
     expected = params.dataset.shape
@@ -39,7 +39,7 @@ def open_data(params: Params, verify: bool = False, folder: Path = paths.DATA) -
 
 
 def open_training_data(training: Training, verify: bool = False) -> ImageArrays:
-    """What a training stage sees: in pretraining the one of `datasets` that the arm names, else the dataset.
+    """Open the dataset that a training stage uses: `pretrain.dataset` of the arm if it pretrains, else the main one.
 
     Raises:
         UserError: as `open_data`.
@@ -51,11 +51,11 @@ def open_training_data(training: Training, verify: bool = False) -> ImageArrays:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The dataset of params as it lies in results/data.
+    """The prepared dataset with its two parts.
 
     Attributes:
-        train: what is trained on.
-        held_out: what is not; None where nothing is held out.
+        train: the images to train on.
+        held_out: the images never trained on; None if nothing is held out.
     """
 
     train: ImageArrays
@@ -63,35 +63,31 @@ class Dataset:
 
     @property
     def all(self) -> StoredImages:
-        """Every image: what the classifier, which is a ruler and no competitor, is trained on."""
+        """Every image, held out or not; the classifier that scores samples is trained on all of them."""
         return StoredImages([self.train] if self.held_out is None else [self.train, self.held_out])
 
     def reference(self, which: str) -> StoredImages:
-        """The real images that samples are compared with.
-
-        Args:
-            which: `evaluation.reference`.
-        """
+        """The real images that samples are compared with, by `evaluation.reference`: train, held_out or all."""
         if which == "held_out":
-            assert self.held_out is not None, "the schema asks for dataset.held_out"
+            assert self.held_out is not None, "the schema requires dataset.held_out"
             return StoredImages([self.held_out])
         return self.all if which == "all" else StoredImages([self.train])
 
     @property
     def hashes(self) -> dict[str, Any]:
-        """What results/features must have been made from."""
+        """Digests of both parts, as results/features records them."""
         return {"data_sha256": self.train.sha256, "held_out_sha256": self.held_out and self.held_out.sha256}
 
 
 def open_dataset(params: Params, verify: bool = False) -> Dataset:
-    """Both parts of the dataset.
+    """Open both parts of the dataset.
 
     Args:
-        params: say the shape, and whether anything is held out.
-        verify: check that every file is the one that was written.
+        params: the experiment.
+        verify: whether to hash every file.
 
     Raises:
-        UserError: a part is missing, damaged or of another shape.
+        UserError: a part is missing, damaged or has another shape than params.yaml says.
     """
     train = open_data(params, verify)
     held_out = open_data(params, verify, paths.HELD_OUT) if params.dataset.held_out else None
@@ -99,10 +95,10 @@ def open_dataset(params: Params, verify: bool = False) -> Dataset:
 
 
 def read_json(path: Path, stage: str) -> Any:
-    """The content of a description that an earlier stage has published.
+    """Read a JSON file with a checksum that an earlier stage wrote.
 
     Raises:
-        UserError: it is missing or damaged; names the stage that makes it.
+        UserError: it is missing or damaged; the message names `stage`, which makes it.
     """
     try:
         return checked(json.loads(path.read_text(encoding="utf-8")))
@@ -111,21 +107,21 @@ def read_json(path: Path, stage: str) -> Any:
 
 
 def read_array(path: Path, stage: str, sha256: str) -> np.ndarray:
-    """An array of an earlier stage, memory-mapped.
+    """Memory-map an array that an earlier stage wrote.
 
     Args:
         path: the .npy file.
-        stage: which makes it.
-        sha256: of the file that the stage wrote.
+        stage: the stage that makes it.
+        sha256: the expected hash of the file.
 
     Raises:
-        UserError: it is missing or damaged; names the stage that makes it.
+        UserError: it is missing or damaged; the message names `stage`.
     """
     try:
         if file_sha256(path) != sha256:
             raise ValueError("it is not the file that was written: its sha256 differs")
         array: np.ndarray = np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:  # what NumPy raises for a header of nonsense may be almost anything
+    except Exception as error:  # a damaged header makes NumPy raise almost anything
         raise _damaged(path, stage, error) from None
     return array
 

@@ -1,4 +1,4 @@
-"""LSUN's scenes and objects from their LMDB databases, as their authors distribute them: images by hash."""
+"""LSUN's scenes and objects, read from the LMDB databases that their authors distribute."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DATA = "data.mdb"
 
 @contextmanager
 def open_lsun(dataset: DatasetConfig) -> Iterator[Collection]:
-    """The images of `dataset.split`: a category, with or without _train or _val behind it.
+    """Open the images of `dataset.split`: a category, optionally with _train or _val appended.
 
     Raises:
         UserError: the package is missing, or the database is missing, cut off or damaged.
@@ -35,7 +35,7 @@ def open_lsun(dataset: DatasetConfig) -> Iterator[Collection]:
             raise lmdb.Error("it is empty")
         with lmdb.open(str(path), subdir=False, readonly=True, lock=False, readahead=False) as environment:
             needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-            if needed > size:  # reading pages that are not there would end the process with SIGBUS
+            if needed > size:  # reading missing pages would kill the process with SIGBUS
                 raise lmdb.Error(f"it is cut off: {size} bytes of {needed}")
             with environment.begin(buffers=True) as transaction:
                 yield _images(path, transaction)
@@ -45,7 +45,7 @@ def open_lsun(dataset: DatasetConfig) -> Iterator[Collection]:
 
 
 def _images(path: Path, transaction: Any) -> Collection:
-    """The images of a database, in the order of their keys, without labels."""
+    """The images of a database, in the order of their keys (hashes), without labels."""
     keys = [bytes(key) for key in transaction.cursor().iternext(values=False)]
 
     def load(number: int) -> bytes:
@@ -61,7 +61,7 @@ def _images(path: Path, transaction: Any) -> Collection:
 
 
 def _find(root: Path, split: str) -> Path:
-    """The database of a category; of a scene, which has parts, its training part if nothing else is said."""
+    """The database of a category; the training part of a scene unless `split` names another."""
     category = split.removesuffix("_lmdb")
     if category in LSUN_OBJECTS:
         names = [category]

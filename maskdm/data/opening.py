@@ -1,16 +1,16 @@
-"""The source of a dataset, by its name in params.yaml.
+"""Open a dataset's source by its name in params.yaml.
 
-A new source is a small file beside this one: a context manager that takes a `DatasetConfig` and gives a `Collection`,
-or raises a `UserError` that says what is missing and what to do. It imports the package that it needs inside of it.
-`digits` is one in memory, `lsun` one that reads image by image. Name it in `OPENERS` here and in `SOURCES` of
-`maskdm.config.schema` (or in `SPLITS` there, if it has parts). Test it in tests/data/test_datasets.py with
-small files in its original format.
+To add a source, write a module here with a context manager that takes a `DatasetConfig` and yields a `Collection`, or
+raises a `UserError` that says what is missing and what to do. Import the packages it needs inside the function.
+`digits` holds its images in memory, `lsun` reads them one by one. Add it to `OPENERS` here and to `SOURCES` of
+`maskdm.config.schema` (or to `SPLITS` there, if it has splits). Test it in tests/data/test_datasets.py on small files
+in its original format.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from maskdm.config import DatasetConfig
 from maskdm.data.collection import Collection
@@ -34,12 +34,10 @@ OPENERS: dict[str, Opener] = {
 }
 
 
-@contextmanager
-def open_collection(dataset: DatasetConfig) -> Iterator[Collection]:
-    """The images of a dataset's source.
+def open_collection(dataset: DatasetConfig) -> AbstractContextManager[Collection]:
+    """Open the images of a dataset's source.
 
     Raises:
-        UserError: they are not there, can't be read or downloaded, or are damaged.
+        UserError: they are missing, damaged, or cannot be read or downloaded.
     """
-    with OPENERS[dataset.source.partition(":")[0]](dataset) as collection:
-        yield collection
+    return OPENERS[dataset.source.partition(":")[0]](dataset)

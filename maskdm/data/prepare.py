@@ -1,4 +1,4 @@
-"""The first stage: images from anywhere become arrays."""
+"""Turn the images of any source into arrays: the work of the first stage."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from maskdm.data.selection import Selection, facts, select
 
 PREVIEW = "preview.png"
 PREVIEW_IMAGES = 64
-MAIN = Path()  # the place of `dataset`
+MAIN = Path()  # the folder of `dataset`, below the output
 HELD_OUT = Path("held_out")
 PRETRAIN = Path("pretrain")
 PROTOCOL = {"crop", "crop_box", "resize_filter", "channels", "image_size"}
@@ -34,19 +34,19 @@ PROTOCOL = {"crop", "crop_box", "resize_filter", "channels", "image_size"}
 def prepare(params: Params, folder: Path, check: Callable[[Selection], None] = lambda _: None) -> dict[str, Any]:
     """Turn the datasets of params.yaml into shards, labels, manifests and previews.
 
-    In `folder` lies the training part of `dataset`, in `held_out` of it what is held out, in `pretrain/NAME` the
-    training part of each of `datasets`; each is opened by `ImageArrays`.
+    `folder` gets the training part of `dataset`, `folder/held_out` the held-out part, and `folder/pretrain/NAME` the
+    training part of each of `datasets`. `ImageArrays` opens each of them.
 
     Args:
         params: the experiment.
         folder: an empty folder.
-        check: gets the selection of `dataset` before any image is read; may raise.
+        check: called with the selection of `dataset` before any image is read; it may raise.
 
     Returns:
         the manifest of the training part of `dataset`.
 
     Raises:
-        UserError: a source is missing, unreadable, without images or with a bad one.
+        UserError: a source is missing or unreadable, has no images, or has a bad one.
     """
     manifests = []
     for place, dataset in _datasets(params).items():
@@ -67,10 +67,10 @@ def prepare(params: Params, folder: Path, check: Callable[[Selection], None] = l
 
 
 def check_apart(params: Params, output: Path) -> None:
-    """Refuse a root that holds the results: it would take previews and samples for images.
+    """Refuse a `root` that contains the results: previews and samples would be read as images.
 
     Raises:
-        UserError: there is one.
+        UserError: a `root` contains `output`.
     """
     for place, dataset in _datasets(params).items():
         root, takes_all = dataset.root, dataset.source == "image_folder" or dataset.source.startswith(PREFIX)
@@ -80,13 +80,13 @@ def check_apart(params: Params, output: Path) -> None:
 
 
 def _datasets(params: Params) -> dict[Path, DatasetConfig]:
-    """What is to be prepared, by its place below the output."""
+    """All datasets, by their folder below the output."""
     return {MAIN: params.dataset, **{PRETRAIN / name: dataset for name, dataset in params.datasets.items()}}
 
 
 @contextmanager
 def _named(place: Path) -> Iterator[None]:
-    """Make errors about `dataset` name the entry of `datasets` that is being prepared."""
+    """Add the name of the entry of `datasets` that is being prepared to errors in the block."""
     try:
         yield
     except UserError as error:
@@ -110,13 +110,13 @@ def _write(
     decoded: Iterable[Decoded],
     folder: Path,
 ) -> dict[str, Any]:
-    """Write one part of a dataset, and its preview; its manifest."""
+    """Write one part of a dataset and its preview; returns its manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     skipped: list[dict[str, str]] = []
     with closing(ShardWriter(folder, dataset.shape, dataset.shard_images)) as writer:
         for number, image in decoded:
             if isinstance(image, BadImageError):
-                writer.leave_out()
+                writer.skip()
                 skipped.append({"file": printable(collection.name(number)), "reason": str(image)})
                 tqdm.write(f"warning: skipped bad image {collection.where(number)}: {image}", file=sys.stderr)
             else:

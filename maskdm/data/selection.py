@@ -1,4 +1,4 @@
-"""Which images of a source are used: of which classes, how many, and which of them are held out."""
+"""Select the images of a source: by class, by number, and which of them to hold out."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from maskdm.config.image_counts import num_held_out, num_used
 from maskdm.data.arrays import Labels
 from maskdm.data.collection import Collection, Numbers
 
-USED, HELD_OUT = 0, 1  # streams of a dataset's seed
+USED, HELD_OUT = 0, 1  # random streams of a dataset's seed
 MAX_NAMES = 20  # of classes, in a message
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The images that are used, by number in their source, in its order.
+    """The selected images, by number in their source, in its order.
 
     Attributes:
-        train: (N,) to train on.
-        held_out: (M,) never to train on.
-        class_names: of the classes used, in the source's order, or None.
-        labels: of every image of the source in [0, number of those classes), −1 for one of another class; or None.
-        counts: of images: in the source, of the classes used, used, held out.
+        train: (N,) images to train on.
+        held_out: (M,) images never to train on.
+        class_names: the selected classes, in the source's order, or None.
+        labels: one label per image of the source, in [0, number of selected classes), −1 for other classes; or None.
+        counts: numbers of images: in the source, of the selected classes, used.
     """
 
     train: Numbers
@@ -40,11 +40,11 @@ class Selection:
 def select(collection: Collection, dataset: DatasetConfig) -> Selection:
     """Apply `classes`, then `limit` or `fraction`, then `held_out`.
 
-    What is drawn depends on `dataset.seed` and on how many images there are to draw from, and on nothing else; a
-    smaller draw is a part of a larger one. (Of `swissroll`, `limit` is how many points there are to draw from.)
+    The draw depends only on `dataset.seed` and on the number of images to draw from; a smaller draw is a subset of a
+    larger one. (For `swissroll`, `limit` is the number of points that are generated.)
 
     Raises:
-        UserError: there are no images, no such classes, or too few images to hold a part of them out.
+        UserError: there are no images, no such classes, or too few images to hold some out.
     """
     if not len(collection):
         raise UserError(f"dataset: {collection.origin} holds no images")
@@ -66,13 +66,13 @@ def select(collection: Collection, dataset: DatasetConfig) -> Selection:
 
 
 def facts(selection: Selection, dataset: DatasetConfig) -> dict[str, Any]:
-    """How the images were selected, for a manifest."""
+    """How the images were selected, for the manifest."""
     knobs = dataset.model_dump(mode="json", include={"split", "classes", "limit", "fraction", "held_out", "seed"})
     return {**knobs, "counts": {**selection.counts, "held_out": len(selection.held_out)}}
 
 
 def _of_classes(collection: Collection, wanted: list[str] | None) -> tuple[tuple[str, ...] | None, Labels | None]:
-    """Names and labels of the classes that are wanted."""
+    """Names and labels of the requested classes."""
     names, labels = collection.class_names, collection.labels
     if wanted is None:
         return names, labels
@@ -91,9 +91,9 @@ def _of_classes(collection: Collection, wanted: list[str] | None) -> tuple[tuple
 
 
 def _drawn(available: int, number: int, seed: int, stream: int) -> Numbers:
-    """So many of `available`, in order: those with the smallest random keys.
+    """Draw `number` of `available` images, sorted: those with the smallest random keys.
 
-    The keys are a bit generator's own output, which NumPy keeps the same in all versions.
+    The keys are a bit generator's raw output, which NumPy keeps the same in all versions.
     """
     keys = np.random.PCG64([seed, stream]).random_raw(available)
     return np.sort(np.argsort(keys, kind="stable")[:number])

@@ -1,4 +1,4 @@
-"""MNIST, Fashion-MNIST and SVHN by torchvision's classes, which read the original files, or download and check them."""
+"""MNIST, Fashion-MNIST and SVHN, read by torchvision, which downloads and checks the original files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from maskdm.base.errors import UserError, printable
 from maskdm.config import DatasetConfig, paths
 from maskdm.data.collection import Collection
 
-CONNECTION_SECONDS = 30.0  # without an answer
+CONNECTION_SECONDS = 30.0  # timeout
 DIGITS = tuple("0123456789")
 CLOTHES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
@@ -26,12 +26,12 @@ MNIST_PARTS = {"train": ("train",), "test": ("t10k",), "all": ("train", "t10k")}
 
 @contextmanager
 def open_mnist(dataset: DatasetConfig) -> Iterator[Collection]:
-    """MNIST or Fashion-MNIST: train, test, or all, which is one after the other.
+    """Open MNIST or Fashion-MNIST; the split `all` is train followed by test.
 
-    Compressed files are checked and unpacked where they lie; files that are not there are downloaded.
+    Compressed files are checked and unpacked in place; missing files are downloaded.
 
     Raises:
-        UserError: files are missing and can't be downloaded, are damaged, or do not belong together.
+        UserError: files are missing and cannot be downloaded, are damaged, or do not belong together.
     """
     (name, class_names), parts = MNIST_KINDS[dataset.source], MNIST_PARTS[dataset.split or "train"]
     files = [f"{part}-{kind}-ubyte" for part in parts for kind in ("images-idx3", "labels-idx1")]
@@ -40,7 +40,7 @@ def open_mnist(dataset: DatasetConfig) -> Iterator[Collection]:
     folder = next((place for place in places if any(place.glob(f"{files[0]}*"))), root / name / "raw")
     with _torchvision(dataset, folder, files) as datasets:
         original, tables = getattr(datasets, name), []
-        for part in parts:  # by the class itself, but of that folder, and of this part's files alone
+        for part in parts:  # torchvision's class, restricted to this folder and this part's files
             resources = [resource for resource in original.resources if resource[0].startswith(part)]
             kind = type(name, (original,), {"raw_folder": str(folder), "resources": resources})
             tables.append(kind(root, train=part == "train", download=True))
@@ -61,10 +61,10 @@ def open_mnist(dataset: DatasetConfig) -> Iterator[Collection]:
 
 @contextmanager
 def open_svhn(dataset: DatasetConfig) -> Iterator[Collection]:
-    """Street View House Numbers, the cropped digits: train, test or extra. torchvision makes the label 10 of a zero 0.
+    """Open the cropped digits of Street View House Numbers: train, test or extra. The label 10 of a zero becomes 0.
 
     Raises:
-        UserError: the file is missing or damaged, and can't be downloaded.
+        UserError: the file is missing or damaged, and cannot be downloaded.
     """
     root, split = paths.root_of(dataset), dataset.split or "train"
     with _torchvision(dataset, root, [f"{split}_32x32.mat"]) as datasets:
@@ -77,8 +77,8 @@ def open_svhn(dataset: DatasetConfig) -> Iterator[Collection]:
 
 @contextmanager
 def _torchvision(dataset: DatasetConfig, folder: Path, files: Sequence[str]) -> Iterator[Any]:
-    """Give torchvision's datasets; their errors in the block become a `UserError` that names these files."""
-    from maskdm.base.torchvision_compat import declare_missing_operators  # imports torch, as torchvision does
+    """Yield torchvision's datasets; an error in the block becomes a `UserError` that names the files."""
+    from maskdm.base.torchvision_compat import declare_missing_operators  # imports torch
 
     declare_missing_operators()
     from torchvision import datasets
@@ -87,16 +87,16 @@ def _torchvision(dataset: DatasetConfig, folder: Path, files: Sequence[str]) -> 
     socket.setdefaulttimeout(CONNECTION_SECONDS)
     try:
         yield datasets
-    except Exception as error:  # of the network, of the files
+    except Exception as error:  # the network and damaged files raise many types
         reason = printable(" ".join(str(error).split())) or type(error).__name__
         names, root = " and ".join(files), paths.root_of(dataset)
         if all((folder / file).is_file() for file in files):
             raise UserError(
                 f"dataset.root: the files of {dataset.source} in {folder} are damaged, or can't be read ({reason}): "
-                f"get {names} anew"
+                f"download {names} again"
             ) from error
         raise UserError(
-            f"dataset.root: the files of {dataset.source} are not in {root}, or not whole (looked in "
+            f"dataset.root: the files of {dataset.source} are not in {root}, or are incomplete (looked in "
             f"{root.absolute()}), and could not be downloaded ({reason}): put {names} into {root}"
         ) from error
     finally:

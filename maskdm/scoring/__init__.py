@@ -1,1 +1,1 @@
-"""Scoring: feature extractors, scores of images and of points, and what scores are of."""
+"""Scoring: feature extractors, scores of images, distances of points, and the protocol that scores belong to."""

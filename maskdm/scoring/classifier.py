@@ -1,7 +1,7 @@
-"""A small classifier trained on the dataset's own labels, whose penultimate layer scores samples.
+"""A small classifier trained on the dataset's own labels; its penultimate layer gives the features for scoring.
 
-It stands in for Inception where no pretrained weights can be had and the images are nothing like photographs.
-Its numbers compare arms on one dataset with one such classifier, and nothing else.
+It replaces Inception where the images are unlike photographs, or pretrained weights cannot be downloaded. Its scores
+are comparable only between arms scored on one dataset with one such classifier.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from maskdm.training.optimizer import EagerAdam
 FEATURE_DIM = 64
 BATCH_SIZE = 64
 HELD_OUT = 0.2
-BLOCK = 1024  # images at a time where nothing is trained
+BLOCK = 1024  # images per forward pass without training
 
 
 class Pixels(Protocol):
-    """Images that are had by their indices, as an array in memory or on disk: uint8 (N, H, W, C)."""
+    """Images that can be indexed, in memory or on disk: uint8 (N, H, W, C)."""
 
     def __len__(self) -> int: ...
 
@@ -43,8 +43,8 @@ class Classifier(nn.Module):
     """Three convolutions and two linear layers.
 
     Args:
-        channels: of the images.
-        num_classes: of the labels.
+        channels: number of channels of the images.
+        num_classes: number of classes.
     """
 
     def __init__(self, channels: int, num_classes: int) -> None:
@@ -66,9 +66,9 @@ class Classifier(nn.Module):
         self.register_buffer("rms", torch.ones(()))
 
     def embed(self, images: Tensor) -> Tensor:
-        """Images in [−1, 1], (B, C, H, W) → features (B, 64), of mean square 1 over the training images.
+        """Images in [−1, 1], (B, C, H, W) → features (B, 64) with mean square 1 over the training images.
 
-        Without that scale KID's cubic kernel would give numbers that depend on how large the features happen to be.
+        Without this scaling KID's cubic kernel would depend on the arbitrary size of the features.
         """
         return self._penultimate(images) / self.rms
 
@@ -81,12 +81,12 @@ class Classifier(nn.Module):
 
 
 def train_classifier(images: Pixels, labels: np.ndarray, num_classes: int, num_epochs: int) -> tuple[Classifier, float]:
-    """Train on four fifths of the images, measure on the rest; the same bytes every time.
+    """Train on four fifths of the images and measure accuracy on the rest; equal arguments give equal bytes.
 
     Args:
         images: uint8 (N, H, W, C); read batch by batch.
         labels: int64 (N,).
-        num_classes: of the labels.
+        num_classes: number of classes.
         num_epochs: passes over the training part.
 
     Returns:
@@ -121,22 +121,22 @@ def _initialise(model: Classifier) -> None:
 
 
 def _batch(images: Pixels, rows: Tensor) -> Tensor:
-    """The images of some indices (B,), in [−1, 1]: (B, C, H, W)."""
+    """The images of indices (B,), in [−1, 1]: (B, C, H, W)."""
     return to_model_range(torch.from_numpy(images[rows.numpy()]))
 
 
 def write_classifier(path: Path, images: Pixels, labels: np.ndarray, num_classes: int, num_epochs: int) -> float:
-    """`train_classifier`, and write the network to a file; its held-out accuracy."""
+    """`train_classifier`, then write the network to a file; returns its held-out accuracy."""
     model, accuracy = train_classifier(images, labels, num_classes, num_epochs)
     save_tensors(path, {"classifier": model.state_dict()}, {"architecture": model.sizes, "accuracy": accuracy})
     return accuracy
 
 
 def load_classifier(path: Path) -> Classifier:
-    """The network of a file of `write_classifier`, in evaluation mode.
+    """Load a network that `write_classifier` wrote, in evaluation mode.
 
     Raises:
-        UserError: the file is damaged, or not ours.
+        UserError: the file is damaged, or holds something else.
     """
     states, info = load_tensors(path)
     state = states.get("classifier", {})

@@ -1,6 +1,6 @@
 """Feature extractors for scoring: the dataset's own classifier, pixel values, or one of torch-fidelity's by name.
 
-torch-fidelity and torchvision are imported where one of theirs is opened and nowhere else: that takes 1.5 s.
+torch-fidelity and torchvision are imported only when one of their extractors is opened: the import takes 1.5 s.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from maskdm.data.batches import to_model_range
 from maskdm.scoring.classifier import Pixels, load_classifier
 from maskdm.training.devices import explain_out_of_memory
 
-# What torch-fidelity downloads for the extractors whose weights may also be a local file of plain tensors.
+# The files that torch-fidelity downloads for extractors whose weights may also be a local file of plain tensors.
 PUBLISHED = {"inception-v3-compat": "weights-inception-2015-12-05-6726825d.pth", "vgg16": "vgg16-397923af.pth"}
-# What is wrong, as torch.load says it between pieces of advice to execute the file all the same.
+# The reason in an error of torch.load, without its advice to execute the file anyway.
 REASON = re.compile(r"(Unsupported|Trying|Detected)[^\n]*?(?= was not an allowed|\. The |\.?\n|$)")
 
 
 class Knobs(NamedTuple):
-    """How messages call the user's knobs.
+    """The names of the user's settings, for messages: keys of params.yaml or command-line options.
 
     Attributes:
-        features: what stands before an extractor's name.
-        weights: the local file.
+        features: prefix of an extractor's name.
+        weights: name of the setting for a local weights file.
     """
 
     features: str = "evaluation.features: "
@@ -53,14 +53,14 @@ IN_PARAMS = Knobs()
 
 @dataclass(frozen=True)
 class FeatureExtractor:
-    """Turns images into features.
+    """Computes features of images.
 
     Attributes:
-        name: as in `evaluation.features`, with its layer where it has several.
-        sha256: of its weights: numbers are comparable only for equal hashes.
+        name: as in `evaluation.features`, followed by the layer if the network has several.
+        sha256: hash of its weights; scores are comparable only if these are equal.
         embed: uint8 (B, H, W, C) on the device → float features (B, D).
-        device: where it computes.
-        weights_sha256: of the user's file that its weights came from, if they did.
+        device: the device it computes on.
+        weights_sha256: hash of the user's weights file; None if the weights were downloaded or trained.
     """
 
     name: str
@@ -72,16 +72,16 @@ class FeatureExtractor:
     def features(
         self, images: Pixels, batch_size: int, description: str = "features", path: Path | None = None
     ) -> np.ndarray:
-        """Features of images, batch by batch.
+        """Compute the features of images, batch by batch.
 
         Args:
             images: uint8 (N, H, W, C), N ≥ 1.
-            batch_size: of what is computed at once.
+            batch_size: images per batch.
             description: for the progress display.
-            path: a .npy file to write them to as they come: they need not fit into memory.
+            path: a .npy file to write the features to, if they may not fit into memory.
 
         Returns:
-            float32 (N, D), memory-mapped where they are written.
+            float32 (N, D), memory-mapped if `path` is given.
 
         Raises:
             UserError: a batch does not fit into memory.
@@ -112,16 +112,16 @@ class FeatureExtractor:
 def open_extractor(
     config: EvaluationConfig, device: torch.device, classifier: Path, knobs: Knobs = IN_PARAMS
 ) -> FeatureExtractor:
-    """The extractor that the config names.
+    """Open the extractor that `config.features` names.
 
     Args:
-        config: names it.
-        device: where it computes.
-        classifier: the file of the dataset's own, should that be it.
-        knobs: what the user calls what the config says.
+        config: the section `evaluation`.
+        device: the device to compute on.
+        classifier: the file of the dataset's own classifier, if the config names that.
+        knobs: names of the settings, for messages.
 
     Raises:
-        UserError: its weights can't be had, are damaged, or hold more than plain tensors.
+        UserError: the weights are missing or damaged, or hold more than plain tensors.
     """
     if config.features == "classifier":
         return open_classifier(classifier, device)
@@ -129,31 +129,31 @@ def open_extractor(
 
 
 def open_pixels(device: torch.device) -> FeatureExtractor:
-    """Pixel values in [−1, 1] as features, in the order (row, column, channel): nothing is trained or loaded."""
+    """Use pixel values in [−1, 1] as features, in the order (row, column, channel)."""
     digest = hashlib.sha256(b"pixels: uint8 / 127.5 - 1, flattened as (row, column, channel)").hexdigest()
     return FeatureExtractor("pixels", digest, lambda x: to_model_range(x).permute(0, 2, 3, 1).flatten(1), device)
 
 
 def open_classifier(path: Path, device: torch.device) -> FeatureExtractor:
-    """The extractor of a file of `write_classifier`.
+    """Open a classifier that `write_classifier` wrote.
 
     Raises:
-        UserError: the file is damaged or not ours.
+        UserError: the file is damaged, or holds something else.
     """
     model = load_classifier(path).to(device)
     return FeatureExtractor("classifier", file_sha256(path), lambda x: model.embed(to_model_range(x)), device)
 
 
 def open_pretrained(config: EvaluationConfig, device: torch.device, knobs: Knobs = IN_PARAMS) -> FeatureExtractor:
-    """One of torch-fidelity's extractors, with its own weights (downloaded once) or a local file.
+    """Open one of torch-fidelity's extractors, with its own weights (downloaded once) or a local file.
 
     Args:
-        config: names it.
-        device: where it computes.
-        knobs: what the user calls what the config says.
+        config: the section `evaluation`.
+        device: the device to compute on.
+        knobs: names of the settings, for messages.
 
     Raises:
-        UserError: the weights can't be had, or hold more than plain tensors.
+        UserError: the weights are missing, or hold more than plain tensors.
     """
     name, path = config.features, config.weights
     if path is not None:
@@ -167,7 +167,7 @@ def open_pretrained(config: EvaluationConfig, device: torch.device, knobs: Knobs
         model = extractor(name, [layer], feature_extractor_weights_path=path)
     except (OSError, HTTPException) as error:
         offline = f"give a local file in {knobs.weights}"
-        if name.startswith("dinov2"):  # torch-fidelity reads it from torch.hub's folder alone
+        if name.startswith("dinov2"):  # torch-fidelity reads it only from torch.hub's folder
             offline = f"load it once where there is a network and copy its folder {torch.hub.get_dir()} here"
         raise UserError(
             f"the weights of {name} can't be downloaded ({_reason(error)}); {offline}, "
@@ -188,10 +188,10 @@ def open_pretrained(config: EvaluationConfig, device: torch.device, knobs: Knobs
 
 
 def _check_weights(name: str, path: Path, knobs: Knobs) -> None:
-    """Refuse a file that is not what the extractor reads: torch-fidelity would execute what is pickled in it."""
+    """Refuse a file that is not the extractor's weights: torch-fidelity would execute pickled code in it."""
     if not path.is_file():
         raise UserError(f"{knobs.weights}: there is no file {path}{_expected(name, knobs)}")
-    if name.startswith("clip"):  # a program (TorchScript): only the very file that was published is opened
+    if name.startswith("clip"):  # TorchScript, which is a program: only the published file is opened
         declare_missing_operators()
         from torch_fidelity.feature_extractor_clip import MODEL_METADATA, MODEL_URLS
 
@@ -211,11 +211,11 @@ def _check_weights(name: str, path: Path, knobs: Knobs) -> None:
 
 
 def _expected(name: str, knobs: Knobs) -> str:
-    """What a local file should have been."""
+    """The end of a message: which file was expected."""
     if name not in PUBLISHED:
         return ""
     file = PUBLISHED[name]
-    return f"; expected the file that torch-fidelity downloads, {file}: give that, or no {knobs.weights} to download it"
+    return f"; expected the file that torch-fidelity downloads, {file}: use that, or no {knobs.weights} to download it"
 
 
 def _reason(error: Exception) -> str:
@@ -233,22 +233,22 @@ def _state_sha256(model: nn.Module) -> str:
 
 
 def load_plain(path: Path) -> Any:
-    """The content of a file of `torch.save`: tensors on the CPU, plain values and containers of them.
+    """Read a file of `torch.save`: tensors on the CPU, plain values and containers of them.
 
-    Nothing in the file is executed. Tensors are mapped into memory where its layout allows that. One may claim more
-    elements than the file holds (a stride of 0): look at sizes before copying.
+    Nothing in the file is executed. Tensors are memory-mapped if the file's layout allows it. A tensor may claim more
+    elements than the file holds (with a stride of 0): check sizes before copying.
 
     Args:
-        path: a regular file; a pipe would be waited for.
+        path: a regular file (reading a pipe would block).
 
     Raises:
-        ValueError: it is damaged, or holds more than plain tensors; the reason in one line.
+        ValueError: the file is damaged, or holds more than plain tensors; the message is one line.
     """
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Detected pickle protocol")  # a better reason than the error after it
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # what a damaged file raises may be almost anything
+    except Exception as error:  # a damaged file may raise almost anything
         text = str(error) or "it is empty or cut off"
         reason = shorten(found.group() if (found := REASON.search(text)) else text, 200, placeholder=" …")
         raise ValueError(f"{printable(reason)} (only plain tensors are accepted)") from None

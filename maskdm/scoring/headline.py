@@ -1,10 +1,10 @@
-"""The scores: what they are called, which direction is better, and by which of them arms are compared.
+"""The scores: their names, which direction is better, and which one decides how arms compare.
 
-A new metric of samples is a field of `scores.Metrics`, its value in `scores.compute_metrics` and a row of `SCORES`
-here; a test compares the three. results/metrics, summary.csv, the report and MLflow go by this table.
-A new distance of points is a line of `points.distances`; it needs no row: it is `distance_NAME` everywhere.
+To add a metric, add a field to `scores.Metrics`, its value to `scores.compute_metrics` and a row to `SCORES` here; a
+test compares the three. results/metrics, summary.csv, the report and MLflow follow this table. To add a distance of
+points, add a line to `points.distances`; it is called `distance_NAME` everywhere.
 
-Nothing here imports torch or NumPy: MLflow's tags and the commands that only read are made with it.
+Nothing here imports torch or NumPy, so that commands that only read results start fast.
 """
 
 from __future__ import annotations
@@ -13,22 +13,21 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-DISTANCE = "distance_"  # what columns and metrics of the distances of points begin with
-ENDS = ("floor", "untrained")  # of the scale: real images against real ones, and the network before any training
+DISTANCE = "distance_"  # prefix of the distances of points in columns and metrics
+ENDS = ("floor", "untrained")  # ends of the scale: real images against real ones, and the untrained network
 
 
 @dataclass(frozen=True)
 class Score:
-    """A score.
+    """A score and how it is shown.
 
     Attributes:
-        key: its column in summary.csv, and its metric in MLflow.
-        name: as it is called.
-        times: what it is multiplied by before it is shown.
+        key: its column in summary.csv and its metric in MLflow.
+        name: its name for people.
+        times: the factor it is multiplied by before it is shown.
         is_lower_better: whether it falls as samples get better.
-        has_std: whether its standard deviation over random subsets of the images stands beside it, as `KEY_std`.
-        has_scale: whether its value at both ends of the scale stands beside those of the arms, as `KEY_floor` and
-            `KEY_untrained`.
+        has_std: whether `KEY_std`, its standard deviation over random subsets of the images, is recorded too.
+        has_scale: whether its values at both ends of the scale, `KEY_floor` and `KEY_untrained`, are recorded too.
     """
 
     key: str
@@ -40,7 +39,7 @@ class Score:
 
     @property
     def label(self) -> str:
-        """What stands beside its numbers: `KID×1000`."""
+        """The name with its factor: `KID×1000`."""
         return self.name if self.times == 1 else f"{self.name}×{self.times:.0f}"
 
 
@@ -49,11 +48,11 @@ KID = Score("kid", "KID", 1000.0, has_std=True, has_scale=True)
 
 @dataclass(frozen=True)
 class Headline(Score):
-    """The score that verdicts, tables and figures go by; lower is better.
+    """The score that decides verdicts and that tables and figures show; lower is better.
 
     Attributes:
-        second: another opinion on the order of two arms.
-        also: what stands beside the two in the table.
+        second: a second score, to check the order of two arms.
+        also: further scores that the table shows.
     """
 
     second: Score = KID
@@ -61,7 +60,7 @@ class Headline(Score):
 
     @property
     def shown(self) -> tuple[Score, ...]:
-        """The scores of the table, in its order."""
+        """The scores in the table, in its order."""
         return self, self.second, *self.also
 
 
@@ -78,22 +77,22 @@ SLICED_WASSERSTEIN = Headline(
 HEADLINES = (FID, SLICED_WASSERSTEIN)
 
 SCORES = (FID, KID, PRECISION, RECALL)
-# What a milestone, a trial and an end of the scale have of them; and what stands beside an arm's of the scale.
+# Keys of the scores of a milestone, a trial or an end of the scale; and keys of both ends in an arm's row.
 SCORE_KEYS = (*(key for s in SCORES for key in (s.key, *([f"{s.key}_std"] if s.has_std else []))), "num_samples")
 SCALE_KEYS = tuple(f"{score.key}_{end}" for end in ENDS for score in SCORES if score.has_scale)
 
 
 def headline_of(columns: Container[str]) -> Headline:
-    """The headline of results: FID, but where points are scored a distance that sees their shape.
+    """The score that decides: FID, or for points a distance that depends on the shape of the distribution.
 
     Args:
-        columns: the scores that they have, of summary.csv or verdicts.csv, or of a milestone.
+        columns: the scores that exist: columns of summary.csv or verdicts.csv, or keys of a milestone.
     """
     return SLICED_WASSERSTEIN if SLICED_WASSERSTEIN.key in columns else FID
 
 
 def scale_scores(scale: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Both ends of the scale as they stand beside the scores of arms, by `fid_floor`, `fid_untrained` and so on.
+    """Both ends of the scale as columns of an arm's row: `fid_floor`, `fid_untrained` and so on.
 
     Args:
         scale: the content of scale.json.
@@ -102,6 +101,6 @@ def scale_scores(scale: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 
 def flat_scores(scores: Mapping[str, Any]) -> dict[str, Any]:
-    """A milestone's scores by one name each: its distances of points beside the others."""
+    """A milestone's scores in one flat mapping, distances of points included."""
     of_points = {f"{DISTANCE}{name}": value for name, value in scores.get("distances", {}).items()}
     return {**{key: value for key, value in scores.items() if key != "distances"}, **of_points}

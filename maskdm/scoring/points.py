@@ -1,7 +1,7 @@
-"""Distances between two sets of points of few dimensions, which see what a Fréchet distance of two Gaussians does not.
+"""Distances between two sets of points of few dimensions, sensitive to more than mean and covariance.
 
-All are 0 between equal sets and grow with every difference of their distributions. Between two finite sets of the same
-distribution they are above 0: `sampling_floor` says by how much. How to add one: see `maskdm.scoring.headline`.
+They are 0 between equal sets and positive between different distributions. Between two finite samples of the same
+distribution they are above 0: `sampling_floor` measures by how much. To add one, see `maskdm.scoring.headline`.
 
 Source: Rubner et al. 2000 (Wasserstein-1 in one dimension: the area between the distribution functions), Bonneel et al.
 2015 (sliced Wasserstein), Székely and Rizzo 2013 (energy distance).
@@ -19,12 +19,12 @@ from maskdm.config import Params
 MAX_DIMENSIONS = 16
 NUM_PROJECTIONS = 64
 FLOOR_DRAWS = 10
-MAX_POINTS = 4000  # of each set in the energy distance, which looks at all pairs
+MAX_POINTS = 4000  # per set in the energy distance, which needs all pairs
 PAIRS_AT_ONCE = 2**22  # 32 MiB of distances
 
 
 def apply_to(params: Params) -> bool:
-    """Whether an experiment is scored by these distances: on pixel values, of images with few enough of them."""
+    """Whether an experiment is scored by these distances: features are pixels, and images have few values."""
     return params.evaluation.features == "pixels" and math.prod(params.dataset.shape) <= MAX_DIMENSIONS
 
 
@@ -41,8 +41,8 @@ def distances(points: np.ndarray, real: np.ndarray) -> dict[str, float]:
         real: (M, D).
 
     Returns:
-        by name, in the order in which they are shown: Wasserstein-1 of every coordinate alone, sliced Wasserstein-1,
-        and the energy distance.
+        distances by name, in the order in which they are shown: Wasserstein-1 of each coordinate, sliced
+        Wasserstein-1, and the energy distance.
 
     Raises:
         ValueError: the dimensions differ, a set is empty, or D is more than `MAX_DIMENSIONS`.
@@ -60,7 +60,7 @@ def distances(points: np.ndarray, real: np.ndarray) -> dict[str, float]:
 
 def marginal_wasserstein(points: np.ndarray, real: np.ndarray) -> list[float]:
     """Wasserstein-1 between the distributions of each coordinate."""
-    from scipy.stats import wasserstein_distance  # most experiments have no use for SciPy
+    from scipy.stats import wasserstein_distance  # imported here: most experiments do not need SciPy
 
     return [float(wasserstein_distance(points[:, i], real[:, i])) for i in range(points.shape[1])]
 
@@ -68,7 +68,8 @@ def marginal_wasserstein(points: np.ndarray, real: np.ndarray) -> list[float]:
 def sliced_wasserstein(points: np.ndarray, real: np.ndarray) -> float:
     """The mean Wasserstein-1 over projections on `NUM_PROJECTIONS` directions, the same in every call.
 
-    Source: Bonneel et al. 2015, equation 8, with the absolute in the place of the squared distance.
+    Source: Bonneel et al. 2015, equation 8.
+    Differs: the absolute instead of the squared distance.
     """
     directions = np.random.default_rng(0).normal(size=(NUM_PROJECTIONS, points.shape[1]))
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
@@ -76,9 +77,9 @@ def sliced_wasserstein(points: np.ndarray, real: np.ndarray) -> float:
 
 
 def energy_distance(points: np.ndarray, real: np.ndarray) -> float:
-    """2 E‖X − Y‖ − E‖X − X'‖ − E‖Y − Y'‖ of at most `MAX_POINTS` of both, drawn at random; never negative.
+    """2 E‖X − Y‖ − E‖X − X'‖ − E‖Y − Y'‖, of at most `MAX_POINTS` random points of each set; never negative.
 
-    Source: Székely and Rizzo 2013, equation 5, pairs of a point with itself included.
+    Source: Székely and Rizzo 2013, equation 5, including pairs of a point with itself.
     """
     points, real = _at_most(MAX_POINTS, points), _at_most(MAX_POINTS, real)
     within = _mean_distance(points, points) + _mean_distance(real, real)
@@ -86,7 +87,7 @@ def energy_distance(points: np.ndarray, real: np.ndarray) -> float:
 
 
 def _at_most(count: int, points: np.ndarray) -> np.ndarray:
-    """All points, or so many of them: the same in every call."""
+    """All points, or `count` random ones, the same in every call."""
     return points if len(points) <= count else points[np.random.default_rng(0).permutation(len(points))[:count]]
 
 
@@ -99,14 +100,14 @@ def _mean_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def sampling_floor(real: np.ndarray, num_points: int) -> dict[str, Any]:
-    """What real points in the place of samples get against the other real ones: about what a perfect model would.
+    """Distances of some real points to the other real points: about what a perfect model would get.
 
     Args:
         real: (M, D), M ≥ 2.
-        num_points: of the samples that it is the scale for; at most half of the real ones are taken.
+        num_points: number of samples that are scored; the floor uses as many real points, but at most half of them.
 
     Returns:
-        `mean` and `std` of every distance over `draws` random splits, and `num_samples`, the points in the place of
+        `mean` and `std` of every distance over `draws` random splits, and `num_samples`, the number of points used as
         samples.
     """
     count = min(num_points, len(real) // 2)
@@ -122,11 +123,11 @@ def sampling_floor(real: np.ndarray, num_points: int) -> dict[str, Any]:
 
 
 def scale_of(params: Params, untrained: np.ndarray, real: np.ndarray) -> dict[str, Any]:
-    """Both ends of the scale, as `distances`: `floor` and `untrained`; nothing where they do not apply.
+    """Both ends of the scale, `floor` and `untrained`, under the key `distances`; empty for images.
 
     Args:
         params: the experiment.
-        untrained: uint8 images (N, H, W, C) of the network before any training.
+        untrained: uint8 images (N, H, W, C) of the untrained network.
         real: (M, D) points.
     """
     if not apply_to(params):

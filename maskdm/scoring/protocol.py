@@ -1,4 +1,4 @@
-"""What scores are of: numbers of different protocols are numbers of different things, and never stand in one table."""
+"""The protocol of scores: everything they depend on besides the model. Only scores of one protocol are comparable."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from typing import Any, Self
 from maskdm.base.checksums import differing
 from maskdm.config import EvaluationConfig, Params, SamplingConfig
 
-# Where the files lay makes no other images.
-NOT_OF_THE_PIXELS = ("root",)
 CROPS = {"none": "not cropped", "center": "centre crop"}
 MAX_NAMED = 10  # classes
 PARTS = {"train": "those trained on", "held_out": "held out", "all": "those trained on and held out"}
@@ -21,17 +19,17 @@ class Protocol:
     """Everything that scores depend on besides the model.
 
     Attributes:
-        images: how the real images were made, as the dataset's manifest has it: source, split, crop, resize …
+        images: how the real images were prepared, from the dataset's manifest: source, split, crop, resize …
         shape: (H, W, C) of real and generated images.
-        reference: which of the real images: train, held_out or all.
-        num_real: how many.
-        real_sha256: of their pixels.
-        extractor: its name and layer.
-        extractor_sha256: of the weights that it computes with.
-        weights_sha256: of the local file that they came from; None if downloaded or trained here.
-        num_samples: how many images were generated; FID depends on it.
-        drawn: how: weights, sampler, number of steps …; empty where that is not known.
-        metrics: KID's subsets and the manifold's neighbourhood.
+        reference: which real images: train, held_out or all.
+        num_real: number of real images.
+        real_sha256: hash of their pixels.
+        extractor: name and layer of the feature extractor.
+        extractor_sha256: hash of its weights.
+        weights_sha256: hash of the local file that the weights came from; None if downloaded or trained here.
+        num_samples: number of generated images; FID depends on it.
+        drawn: how they were generated: weights, sampler, number of steps …; empty if unknown.
+        metrics: KID's subsets and the neighbourhood of precision and recall.
     """
 
     images: dict[str, Any]
@@ -47,27 +45,27 @@ class Protocol:
     metrics: dict[str, int]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON gives them back."""
+        """Plain values for JSON."""
         return {**asdict(self), "shape": list(self.shape)}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
-        """The protocol of `as_dict`.
+        """The inverse of `as_dict`.
 
         Raises:
-            ValueError: it has other fields.
+            ValueError: `content` has other fields.
         """
         try:
             height, width, channels = content["shape"]
             protocol = cls(**{**content, "shape": (height, width, channels)})
-            _ = protocol.text  # its fields hold what they should
+            _ = protocol.text  # raises if a field has the wrong type
             return protocol
         except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"no protocol of this version of maskdm: {error}") from None
+            raise ValueError(f"not a protocol of this version of maskdm: {error}") from None
 
     @property
     def text(self) -> str:
-        """Two lines for people."""
+        """The protocol in two lines for people."""
         file = "" if self.weights_sha256 is None else f" (file {self.weights_sha256[:12]})"
         subsets = f"{self.metrics['kid_subsets']} subsets of {self.metrics['kid_subset_size']}"
         return (
@@ -79,7 +77,7 @@ class Protocol:
 
 
 def protocol_of(params: Params, info: Mapping[str, Any]) -> Protocol:
-    """What the scores of an experiment are of.
+    """The protocol of an experiment's scores.
 
     Args:
         params: the experiment.
@@ -102,34 +100,34 @@ def protocol_of(params: Params, info: Mapping[str, Any]) -> Protocol:
 
 
 def images_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """How the images of a prepared dataset were made, from its manifest."""
+    """How the images of a prepared dataset were made, from its manifest; the folder of the files does not matter."""
     said = {**(manifest.get("source") or {}), **(manifest.get("protocol") or {})}
-    return {key: value for key, value in sorted(said.items()) if value is not None and key not in NOT_OF_THE_PIXELS}
+    return {key: value for key, value in sorted(said.items()) if value is not None and key != "root"}
 
 
 def shaping_of(images: Mapping[str, Any]) -> dict[str, Any]:
-    """How files became images of one size, as far as `images_of` knows it: crop and resize filter."""
+    """Crop and resize filter, if `images` (see `images_of`) has them."""
     return {key: images[key] for key in ("crop", "crop_box", "resize_filter") if key in images}
 
 
 def drawn_as(sampling: SamplingConfig) -> dict[str, Any]:
-    """How images are generated: always from averaged weights."""
+    """How images are generated: from averaged weights, with this sampler."""
     return {"weights": "EMA", **sampling.model_dump(include={"sampler", "num_steps", "eta", "clip_x_0"})}
 
 
 def metrics_as(evaluation: EvaluationConfig) -> dict[str, int]:
-    """What KID, precision and recall depend on."""
+    """The settings that KID, precision and recall depend on."""
     return evaluation.model_dump(include={"kid_subsets", "kid_subset_size", "prc_neighborhood"})
 
 
 def flips_text(flips: Mapping[str, float]) -> str:
-    """How training flipped images: no part of a protocol, for arms that differ in it are compared all the same.
+    """How training flipped images; not part of the protocol, because arms may differ in it and are still compared.
 
     Args:
         flips: by arm, the probability of a left-right flip.
 
     Returns:
-        a sentence that names the arms where they differ; empty where nothing is known.
+        a sentence, which names the arms if they differ; empty if nothing is known.
     """
     arms: dict[float, list[str]] = {}
     for arm, probability in flips.items():
@@ -141,15 +139,15 @@ def flips_text(flips: Mapping[str, float]) -> str:
 
 
 def flip_text(probability: float) -> str:
-    """How training flipped images, as a part of a sentence."""
+    """How training flipped images, as part of a sentence."""
     return f"with left-right flips of probability {probability:g}" if probability else "without left-right flips"
 
 
 def said_of(scores: Mapping[str, Any]) -> str:
-    """What the scores that a stage has published are of, for people; empty where that was not recorded.
+    """The protocol and flips of published scores, for people; empty if they were not recorded.
 
     Raises:
-        ValueError: their protocol has other fields.
+        ValueError: the protocol has other fields.
     """
     protocol = scores.get("protocol")
     text = Protocol.from_dict(protocol).text if protocol else ""
@@ -158,7 +156,7 @@ def said_of(scores: Mapping[str, Any]) -> str:
 
 
 def differences(one: Any, other: Any) -> Iterator[str]:
-    """What differs between two protocols as plain values, a line each: `crop: center and none`."""
+    """Yield a line per difference between two protocols given as plain values: `crop: center and none`."""
     for path, here, there in differing(one, other):
         yield f"{path or 'protocol'}: {_short(here)} and {_short(there)}"
 
@@ -185,7 +183,7 @@ def _real_text(protocol: Protocol) -> str:
 
 
 def _made_texts(images: Mapping[str, Any]) -> list[str]:
-    """How files became images of one size, as far as it is known."""
+    """How files were cropped and resized, if known."""
     said = []
     if images.get("crop_box"):
         top, left, side = images["crop_box"]

@@ -1,7 +1,7 @@
-"""Features of the real images with their statistics, on disk: in results/features, and kept for other experiments.
+"""Features of the real images and their statistics on disk: in results/features, and in a cache for other experiments.
 
-What a pretrained extractor makes of a dataset takes hours for large ones, and is the same for every experiment that
-compares with these images: it is kept in `.work/references` of the project, whose entries may be deleted at any time.
+Features of a pretrained extractor take hours for large datasets, and are the same for every experiment that compares
+with the same images. They are cached in the project's `.work/references`, which may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from maskdm.scoring.scores import Reference
 
 STATISTICS = "statistics.safetensors"
 FILES = (paths.REAL_FEATURES, STATISTICS)
-FORMAT = 1  # of what is kept
+FORMAT = 1  # of the cache
 
 
 def make_reference(
@@ -36,23 +36,23 @@ def make_reference(
     title: str = "real features",
     should_keep: bool = True,
 ) -> Reference:
-    """Write the features of real images and their statistics: computed, or taken from what is kept.
+    """Write the features of real images and their statistics, computed or taken from the cache.
 
     Args:
-        folder: an existing one, without them.
+        folder: an existing folder without these files.
         images: uint8 (N, H, W, C).
-        images_sha256: of them.
-        extractor: makes the features.
-        config: the size of batches, the manifold's neighbourhood.
+        images_sha256: hash of the images.
+        extractor: computes the features.
+        config: batch size, and neighbourhood of precision and recall.
         title: for the progress display.
-        should_keep: whether to keep them for other experiments, if the extractor is a pretrained one.
+        should_keep: whether to cache them for other experiments, if the extractor is pretrained.
 
     Raises:
         UserError: a batch does not fit into memory.
     """
     neighborhood = config.prc_neighborhood
     key = key_of(images_sha256, extractor, config.batch_size, neighborhood)
-    if (kept := bring_back(key, folder, neighborhood)) is not None:
+    if (kept := restore(key, folder, neighborhood)) is not None:
         return kept
     features = extractor.features(images, config.batch_size, title, folder / paths.REAL_FEATURES)
     reference = Reference.of(features, neighborhood)
@@ -63,7 +63,7 @@ def make_reference(
 
 
 def save_statistics(folder: Path, reference: Reference) -> None:
-    """Write what was computed of the features in a folder beside them."""
+    """Write the statistics of a folder's features next to them."""
     tensors = {name: torch.from_numpy(getattr(reference, name)) for name in ("mean", "covariance", "radii")}
     features_sha256 = file_sha256(folder / paths.REAL_FEATURES)
     info = {"features_sha256": features_sha256, "neighborhood": reference.neighborhood}
@@ -71,20 +71,20 @@ def save_statistics(folder: Path, reference: Reference) -> None:
 
 
 def open_reference(folder: Path, neighborhood: int) -> Reference:
-    """The features in a folder, memory-mapped, and their statistics.
+    """Open a folder's features, memory-mapped, and their statistics.
 
     Args:
-        folder: that `make_reference` has filled.
-        neighborhood: that the radii must be of.
+        folder: a folder that `make_reference` filled.
+        neighborhood: the expected neighbourhood of the radii.
 
     Raises:
-        UserError: they are damaged or do not belong together.
+        UserError: the files are damaged or do not belong together.
     """
     features, statistics = folder / paths.REAL_FEATURES, folder / STATISTICS
     sets, info = load_tensors(statistics)
     if info.get("features_sha256") != file_sha256(features) or info.get("neighborhood") != neighborhood:
         raise DamagedError(
-            f"{statistics} was computed of other features than those beside it; run first: maskdm features --force",
+            f"{statistics} was computed from other features than those beside it; run first: maskdm features --force",
             f"the sha256 of {features.name} is another",
         )
     mapped: np.ndarray = np.lib.format.open_memmap(features, mode="r")
@@ -93,10 +93,10 @@ def open_reference(folder: Path, neighborhood: int) -> Reference:
 
 
 def key_of(images_sha256: str, extractor: FeatureExtractor, batch_size: int, neighborhood: int) -> str:
-    """The name of a kept entry: the images, the extractor and what else makes equal bytes.
+    """The name of a cache entry: a hash of everything that the bytes depend on.
 
-    The size of batches, the device and the threads of a CPU change features by rounding alone, but runs are to be
-    equal whatever ran before them.
+    Batch size, device and number of CPU threads change features only by rounding, but a run's bytes must not depend on
+    which experiments ran before.
     """
     is_cpu = extractor.device.type == "cpu"
     threads = [torch.get_num_threads()] if is_cpu else []
@@ -112,20 +112,20 @@ def key_of(images_sha256: str, extractor: FeatureExtractor, batch_size: int, nei
 
 
 def kept_at(key: str) -> Path:
-    """Where an entry lies: in the project's work folder, for all of its experiments."""
+    """The folder of a cache entry: in the project's work folder, shared by its experiments."""
     return paths.project_root() / paths.WORK / "references" / key
 
 
-def bring_back(key: str, folder: Path, neighborhood: int) -> Reference | None:
-    """Put a kept entry's files into a folder and open them.
+def restore(key: str, folder: Path, neighborhood: int) -> Reference | None:
+    """Copy or link a cache entry's files into a folder and open them.
 
     Args:
-        key: of `key_of`.
-        folder: an existing one, without them.
-        neighborhood: of the key.
+        key: the entry's name, from `key_of`.
+        folder: an existing folder without these files.
+        neighborhood: the neighbourhood in the key.
 
     Returns:
-        None where nothing is kept, or what is kept is damaged; damage is reported on stderr.
+        None if there is no entry, or it is damaged; damage is reported on stderr.
     """
     entry = kept_at(key)
     if not entry.is_dir():
@@ -136,20 +136,20 @@ def bring_back(key: str, folder: Path, neighborhood: int) -> Reference | None:
         reference = open_reference(folder, neighborhood)
     except (UserError, OSError) as error:
         reason = error.reason if isinstance(error, DamagedError) else " ".join(str(error).split())
-        print(f"the kept features in {entry} are damaged ({reason}): computed anew", file=sys.stderr)
-        for name in FILES:  # a second name of the damaged file, which is not to be written to
+        print(f"the cached features in {entry} are damaged ({reason}): computing them again", file=sys.stderr)
+        for name in FILES:  # hard links to the damaged files: never write to them
             remove(folder / name)
         return None
-    print(f"real features: taken from {entry}, of the same images and extractor", file=sys.stderr)
+    print(f"real features: taken from the cache {entry} (same images and extractor)", file=sys.stderr)
     return reference
 
 
 def keep(key: str, folder: Path) -> None:
-    """Keep what a folder has for other experiments; where that can't be written, say so and go on."""
+    """Cache a folder's files for other experiments; if they cannot be written, print why and continue."""
     place = kept_at(key)
     try:
-        with one_writer(place.with_suffix(".lock"), "keep the real features"), publish_folder(place) as entry:
+        with one_writer(place.with_suffix(".lock"), "cache the real features"), publish_folder(place) as entry:
             for name in FILES:
                 link_or_copy(folder / name, entry / name)
     except (UserError, OSError) as error:
-        print(f"the real features are not kept for other experiments: {error}", file=sys.stderr)
+        print(f"the real features are not cached for other experiments: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Scoring images against the dataset, with the extractor and the real features that the stage `features` made."""
+"""Score images against the dataset, with the extractor and the real features from the stage `features`."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from maskdm.training.devices import Compute
 
 
 class Scorer:
-    """Scores images against all real ones.
+    """Scores images against the real ones.
 
     Args:
         params: the experiment.
-        compute: where the extractor runs.
+        compute: the device that the extractor runs on.
 
     Attributes:
         real: features of the real images, (M, D).
-        origin: what every score is to be published with: data, extractor and protocol.
+        origin: data, extractor and protocol, to be published with every score.
 
     Raises:
-        UserError: results/features is damaged or of another extractor, or too few samples are asked for.
+        UserError: results/features is damaged or of another extractor, or `sampling.num_samples` is too small.
     """
 
     def __init__(self, params: Params, compute: Compute) -> None:
         self._config = config = params.evaluation
         info = read_json(paths.FEATURES / paths.FEATURES_INFO, "features")
         self._extractor = open_extractor(config, compute.device, paths.FEATURES / paths.CLASSIFIER)
-        if self._extractor.sha256 != info["extractor_sha256"]:  # downloaded weights may be others on another machine
+        if self._extractor.sha256 != info["extractor_sha256"]:  # downloaded weights may differ between machines
             raise UserError(
                 f"results/features was made with {info['extractor']} ({info['extractor_sha256'][:12]}), but here it is "
                 f"{self._extractor.name} ({self._extractor.sha256[:12]}); run first: maskdm features --force"
@@ -49,11 +49,6 @@ class Scorer:
         }
 
     def score(self, images: np.ndarray, title: str) -> Metrics:
-        """Score uint8 images (N, H, W, C).
-
-        Args:
-            images: the samples.
-            title: for the progress display.
-        """
+        """Score samples, uint8 (N, H, W, C); `title` is for the progress display."""
         features = self._extractor.features(images, self._config.batch_size, title)
         return compute_metrics(features, self._reference, self._config)

@@ -1,8 +1,8 @@
 """Metrics between two sets of features: FID, KID, precision, recall, equal to torch-fidelity's.
 
-The tests hold them against torch-fidelity, whose import brings torchvision and takes longer than scoring the default.
-What depends on the real images alone is computed once (`Reference`), and in blocks: they need not fit into memory.
-How to add a metric: see `maskdm.scoring.headline`.
+Tests compare them with torch-fidelity, whose import takes longer than scoring the default experiment. What depends on
+the real images alone is computed once (`Reference`), in blocks: the features need not fit into memory. To add a metric,
+see `maskdm.scoring.headline`.
 
 Source: Heusel et al. 2017 (FID), Bińkowski et al. 2018 (KID), Kynkäänniemi et al. 2019 (precision, recall).
 """
@@ -21,10 +21,10 @@ from maskdm.base import rng
 from maskdm.base.errors import UserError
 from maskdm.config import EvaluationConfig
 
-PRC_BLOCK = 1000  # rows and columns of the distance matrix held at a time: 8 MB
-MIN_REAL = 4  # of which each half has a covariance, and a nearest neighbour
-KID_SEED = 2020  # of the subsets; torch-fidelity's
-STATISTICS_BLOCK = 2**14  # rows that are double precision at a time
+PRC_BLOCK = 1000  # rows and columns of a block of the distance matrix: 8 MB
+MIN_REAL = 4  # so that each half has a covariance and a nearest neighbour
+KID_SEED = 2020  # of the random subsets; the same as torch-fidelity's
+STATISTICS_BLOCK = 2**14  # rows converted to double precision at a time
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Metrics:
 
     Attributes:
         fid: Fréchet distance; biased: it falls as the number of samples grows.
-        kid: mean of the unbiased estimates over random subsets; may be slightly negative.
+        kid: mean of unbiased estimates over random subsets; may be slightly negative.
         kid_std: standard deviation over the subsets.
-        precision: share of samples within the real images' manifold.
-        recall: share of real images within the samples' manifold.
-        num_samples: how many samples were scored.
+        precision: fraction of samples within the real images' manifold.
+        recall: fraction of real images within the samples' manifold.
+        num_samples: number of scored samples.
     """
 
     fid: float
@@ -54,14 +54,14 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Reference:
-    """Features of the real images, and what scoring needs of them whatever the samples are.
+    """Features of the real images, and their statistics, which do not depend on the samples.
 
     Attributes:
         features: (M, D); may be memory-mapped.
         mean: (D,) float64.
         covariance: (D, D) float64, unbiased.
-        radii: (M,) float64: the distance to the `neighborhood`-th nearest of the others.
-        neighborhood: of the radii.
+        radii: (M,) float64: distance of each image to its `neighborhood`-th nearest neighbour.
+        neighborhood: k of precision and recall.
     """
 
     features: np.ndarray
@@ -72,12 +72,7 @@ class Reference:
 
     @classmethod
     def of(cls, features: np.ndarray, neighborhood: int) -> Self:
-        """Compute it; memory is bounded by blocks of images, whatever M is, but for the radii, 8 bytes an image.
-
-        Args:
-            features: (M, D).
-            neighborhood: of precision and recall.
-        """
+        """Compute the statistics of features (M, D), in blocks; memory grows with M only by 8 bytes per image."""
         return cls(features, *mean_and_covariance(features), _radii(features, neighborhood).numpy(), neighborhood)
 
     def __len__(self) -> int:
@@ -97,15 +92,15 @@ def compute_metrics(samples: np.ndarray, real: np.ndarray | Reference, config: E
 
     Args:
         samples: (N, D).
-        real: (M, D), or what was made of them before.
-        config: KID's subsets, the manifold's neighbourhood.
+        real: (M, D), or their `Reference`.
+        config: KID's subsets, and the neighbourhood of precision and recall.
 
     Raises:
-        UserError: either set is smaller than a metric needs.
+        UserError: a set is smaller than a metric needs.
     """
     check_counts(len(samples), len(real), config)
     reference = real if isinstance(real, Reference) else Reference.of(real, config.prc_neighborhood)
-    assert reference.neighborhood == config.prc_neighborhood, "the radii are those of the neighbourhood asked for"
+    assert reference.neighborhood == config.prc_neighborhood, "the radii belong to the configured neighbourhood"
     kid, kid_std = kernel_distance(samples, reference.features, config)
     reach_of_real, reach_of_samples = torch.from_numpy(reference.radii), _radii(samples, config.prc_neighborhood)
     return Metrics(
@@ -119,7 +114,7 @@ def compute_metrics(samples: np.ndarray, real: np.ndarray | Reference, config: E
 
 
 def check_counts(num_samples: int, num_real: int, config: EvaluationConfig) -> None:
-    """Raises: UserError, if there are fewer samples or real images than the metrics need."""
+    """Raise a `UserError` if there are fewer samples or real images than the metrics need."""
     for what, count in (("samples", num_samples), ("real images", num_real)):
         if shortage := config.shortage(count, what):
             raise UserError(f"{shortage}; lower kid_subset_size or use more {what}")
@@ -128,7 +123,7 @@ def check_counts(num_samples: int, num_real: int, config: EvaluationConfig) -> N
 def frechet_distance(samples: np.ndarray, real: Reference) -> float:
     """FID of samples (N, D): ‖μ − μ′‖² + tr(Σ + Σ′ − 2 √(Σ Σ′)).
 
-    The trace of the root is the sum of the eigenvalues' roots.
+    The trace of the matrix root is the sum of the roots of the eigenvalues of Σ Σ′.
     """
     mean, covariance = mean_and_covariance(samples)
     difference = mean - real.mean
@@ -139,12 +134,12 @@ def frechet_distance(samples: np.ndarray, real: Reference) -> float:
 def kernel_distance(samples: np.ndarray, real: np.ndarray, config: EvaluationConfig) -> tuple[float, float]:
     """KID: mean and standard deviation of MMD² over random subsets, drawn as torch-fidelity draws them by default.
 
-    Differs: only the rows of a subset are held in double precision.
+    Differs: only the rows of the current subset are in double precision.
 
     Args:
         samples: (N, D).
         real: (M, D).
-        config: the number of subsets and their size.
+        config: number and size of the subsets.
     """
     numbers = np.random.RandomState(KID_SEED)
     estimates = []
@@ -158,7 +153,7 @@ def kernel_distance(samples: np.ndarray, real: np.ndarray, config: EvaluationCon
 
 
 def squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
-    """The unbiased estimate of MMD² of as many rows (M, D) each, of the kernel k(x, y) = (x·y / D + 1)³."""
+    """The unbiased estimate of MMD² between two sets (M, D), with the kernel k(x, y) = (x·y / D + 1)³."""
     count = len(x)
     within = sum(kernel.sum() - kernel.trace() for kernel in (_kernel(x, x), _kernel(y, y)))
     return float(within / (count * (count - 1)) - 2 * _kernel(x, y).mean())
@@ -166,13 +161,13 @@ def squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
 
 def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     base = x @ y.T / x.shape[1] + 1
-    return base * base * base  # a power of 3 takes ten times as long
+    return base * base * base  # ** 3 takes ten times as long
 
 
 def share_within_reach(features: np.ndarray, centres: np.ndarray, radii: Tensor) -> float:
-    """The share of features (N, D) that are no farther from some centre (M, D) than its radius (M,).
+    """The fraction of features (N, D) that are within the radius (M,) of at least one centre (M, D).
 
-    Precision is that of samples within reach of real images, recall the other way round.
+    Precision is the fraction of samples within reach of real images; recall swaps the two sets.
     """
     reached = []
     for block in _rows(features):
@@ -184,10 +179,10 @@ def share_within_reach(features: np.ndarray, centres: np.ndarray, radii: Tensor)
 
 
 def _radii(features: np.ndarray, neighborhood: int) -> Tensor:
-    """The distance of each row (M, D) to its `neighborhood`-th nearest other: (M,)."""
+    """The distance of each row (M, D) to its `neighborhood`-th nearest neighbour: (M,)."""
     radii = []
     for block in _rows(features):
-        nearest = torch.empty(len(block), 0, dtype=block.dtype)  # itself and others, ascending
+        nearest = torch.empty(len(block), 0, dtype=block.dtype)  # ascending, the row itself first
         for others in _rows(features):
             found = torch.cat([nearest, torch.cdist(block, others)], dim=1)
             nearest = found.topk(min(neighborhood + 1, found.shape[1]), dim=1, largest=False, sorted=True).values
@@ -200,22 +195,22 @@ def _rows(features: np.ndarray) -> Iterator[Tensor]:
 
 
 def _blocks(features: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    """The rows in float64, so many at a time."""
+    """The rows in float64, `size` at a time."""
     return (features[start : start + size].astype(np.float64) for start in range(0, len(features), size))
 
 
 def floor_metrics(real: np.ndarray, num_samples: int, config: EvaluationConfig) -> Metrics:
-    """Real images in the place of samples, against the other real images: about what a perfect model would get.
+    """Score some real images against the other real images: about what a perfect model would get.
 
-    As many of them as samples are scored, at most half, for both sides need some. Samples are scored against all real
-    images and these only against the others, so that the floor's bias is the larger one: where the others are few, the
-    floor of FID is rather too high. KID's subsets and the neighbourhood shrink with them where they must.
+    The floor uses as many real images as there are samples, but at most half. Samples are scored against all real
+    images, the floor only against the others, so its bias is larger: with few others, the floor of FID is too high.
+    KID's subsets and the neighbourhood are reduced if there are too few images.
 
-    Holds a copy of all features: an image has 2048 of Inception's, 8 KB.
+    Holds a copy of all features in memory; Inception's take 8 KB per image.
 
     Args:
-        real: features of the real images, (M, D); at least `MIN_REAL`.
-        num_samples: of the samples that it is the scale for.
+        real: features of the real images, (M, D), M ≥ `MIN_REAL`.
+        num_samples: number of samples that are scored.
         config: as for the samples.
     """
     order = torch.randperm(len(real), generator=rng.generator(0, "floor")).numpy()

@@ -80,7 +80,7 @@ def test_a_batch_holds_the_images_and_labels_of_its_indices() -> None:
 
 
 @given(sizes, st.lists(st.integers(0, 60), min_size=1, max_size=5), st.booleans(), st.integers(0, 1))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=25)
 def test_batches_made_for_several_steps_together_are_those_made_one_by_one(
     size: tuple[int, int], steps: list[int], resident: bool, rank: int
 ) -> None:
@@ -112,7 +112,7 @@ def test_labels_come_only_when_they_are_wanted() -> None:
 
 
 @given(sizes, st.integers(0, 20))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=25)
 def test_images_kept_on_the_device_give_the_same_batches(size: tuple[int, int], step: int) -> None:
     images = numbered(size[0], labelled=True)
     streamed = Batches(images, size[1], 0, "pretrain", CPU, with_labels=True)

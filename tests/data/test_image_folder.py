@@ -146,7 +146,7 @@ def test_grey_to_rgb_and_back() -> None:
     np.testing.assert_array_equal(back[..., 0], grey)
 
 
-def test_luma() -> None:
+def test_grey_is_luma() -> None:
     pixels = noise()
     luma = pixels @ np.array([0.299, 0.587, 0.114])
     grey = decode(encode(Image.fromarray(pixels)), config(channels=1))
@@ -215,8 +215,9 @@ def test_first_frame_of_an_animation() -> None:
 # --- folders and archives
 
 
-@pytest.mark.parametrize("ending", ["tar", "tar.gz", "tar.xz", "tar.bz2", "zip"])
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    ("ending", "threads"), [("tar", 1), ("tar", 3), ("tar.gz", 1), ("tar.xz", 1), ("tar.bz2", 1), ("zip", 3)]
+)
 def test_archives_equal_the_folder(ending: str, threads: int) -> None:
     files = make_folder()
     if ending == "zip":
@@ -417,8 +418,9 @@ BUILDERS: dict[str, Callable[[dict[str, bytes]], None]] = {
 }
 
 
-@pytest.mark.parametrize("root", BUILDERS)
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize(
+    ("root", "name"), [*(("photos", name) for name in BAD), *((root, "text.jpg") for root in BUILDERS if "." in root)]
+)
 def test_a_bad_image_is_named(root: str, name: str) -> None:
     content, reason = BAD[name]
     BUILDERS[root]({"z/ok.png": picture(), f"a/{name}": content})
@@ -539,7 +541,7 @@ def test_a_root_that_is_no_archive(content: bytes) -> None:
 @pytest.mark.parametrize(
     ("name", "mode"), [("p.tar", "w:"), ("p.tar.gz", "w:gz"), ("p.tar.bz2", "w:bz2"), ("p.tar.xz", "w:xz")]
 )
-@pytest.mark.parametrize("part", [0.1, 0.5, 0.8])
+@pytest.mark.parametrize("part", [0.1, 0.8])
 def test_part_of_a_tar_is_an_error(name: str, mode: str, part: float) -> None:
     rng = random.Random(0)
     make_tar(name, {f"{i}.png": picture(i) + rng.randbytes(2000) for i in range(20)}, mode)
@@ -576,20 +578,8 @@ def test_part_of_a_zip_is_an_error() -> None:
         run("p.zip")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-@pytest.mark.parametrize("locked", ["photos", "photos/train/cat", "photos/train/cat/2.png"])
-def test_no_permission(locked: str) -> None:
-    make_folder()
-    Path(locked).chmod(0)
-    try:
-        with pytest.raises(UserError, match=rf"cannot read .*{locked}.*: Permission denied"):
-            run("photos", on_bad_image="skip")
-    finally:
-        Path(locked).chmod(0o700)
-
-
 @pytest.mark.parametrize(("owner", "function"), [(os, "scandir"), (Path, "read_bytes"), (tarfile, "open")])
-def test_no_permission_for_any_user(monkeypatch: pytest.MonkeyPatch, owner: Any, function: str) -> None:
+def test_no_permission(monkeypatch: pytest.MonkeyPatch, owner: Any, function: str) -> None:
     make_tar("photos.tar", make_folder())
 
     def refuse(path: Any, *_: Any, **__: Any) -> Any:

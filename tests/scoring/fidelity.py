@@ -1,10 +1,7 @@
-"""torch-fidelity from outside: a file of Inception's weights, random ones, and its `fidelity` command."""
+"""A file of random weights of torch-fidelity's Inception."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from unittest.mock import patch
 
@@ -12,17 +9,9 @@ import torch
 
 from maskdm.base.torchvision_compat import declare_missing_operators
 
-# What the installed command `fidelity` runs; beside a PyTorch without torchvision's operators they are declared first.
-FIDELITY = """
-from maskdm.base.torchvision_compat import declare_missing_operators
-operators = declare_missing_operators()
-from torch_fidelity.fidelity import main
-main()
-"""
-
 
 def write_inception_weights(path: Path) -> None:
-    """Write random weights of torch-fidelity's Inception, in the form of its own download.
+    """Write random weights of torch-fidelity's Inception, in the format of its own download.
 
     Scaled so that images still differ behind a hundred layers.
     """
@@ -39,12 +28,3 @@ def write_inception_weights(path: Path) -> None:
         if isinstance(layer, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
     torch.save(model.state_dict(), path)
-
-
-def fidelity(*words: str) -> dict[str, float]:
-    """The scores that `fidelity` prints."""
-    command = [sys.executable, "-c", FIDELITY, *words, "--json", "--silent", "--no-cache"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    scores: dict[str, float] = json.loads(done.stdout)
-    return scores

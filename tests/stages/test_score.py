@@ -109,7 +109,7 @@ def test_a_protocol_survives_json() -> None:
     ],
 )
 def test_what_is_no_protocol_is_told(content: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="no protocol of this version"):
+    with pytest.raises(ValueError, match="not a protocol of this version"):
         Protocol.from_dict(content)
 
 
@@ -238,7 +238,7 @@ def test_statistics_of_other_features_are_refused(tmp_path: Path, count: int, di
     features, found = reference()
     references.save_statistics(tmp_path, found)
     np.save(paths.REAL_FEATURES, features[:count, :dim])
-    with pytest.raises(UserError, match="was computed of other features than those beside it; run first: maskdm feat"):
+    with pytest.raises(UserError, match="was computed from other features than those beside it; run first: maskdm fea"):
         references.open_reference(tmp_path, neighborhood)
 
 
@@ -246,7 +246,7 @@ def test_features_that_were_changed_afterwards_are_refused(tmp_path: Path) -> No
     features, found = reference()
     references.save_statistics(tmp_path, found)
     np.save(paths.REAL_FEATURES, features + 1)
-    with pytest.raises(UserError, match="was computed of other features"):
+    with pytest.raises(UserError, match="was computed from other features"):
         references.open_reference(tmp_path, 3)
 
 
@@ -290,11 +290,11 @@ def test_what_is_kept_is_brought_back_and_a_damaged_entry_is_left_out(
 ) -> None:
     features, found = reference()
     references.save_statistics(tmp_path, found)
-    assert references.bring_back("k" * 32, tmp_path / "nowhere", 3) is None
+    assert references.restore("k" * 32, tmp_path / "nowhere", 3) is None
     references.keep("k" * 32, tmp_path)
     other = tmp_path / "other"
     other.mkdir()
-    again = references.bring_back("k" * 32, other, 3)
+    again = references.restore("k" * 32, other, 3)
     assert again is not None
     assert "real features: taken from" in capsys.readouterr().err
     np.testing.assert_array_equal(again.features, features)
@@ -304,8 +304,8 @@ def test_what_is_kept_is_brought_back_and_a_damaged_entry_is_left_out(
     kept.write_bytes(b"other")
     for file in other.iterdir():
         file.unlink()
-    assert references.bring_back("k" * 32, other, 3) is None
-    assert "are damaged (the sha256 of reference.npy is another): computed anew" in capsys.readouterr().err
+    assert references.restore("k" * 32, other, 3) is None
+    assert "are damaged (the sha256 of reference.npy is another): computing them again" in capsys.readouterr().err
     assert not list(other.iterdir()), "what is written there next is not written into the kept file"
 
 
