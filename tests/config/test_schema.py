@@ -288,7 +288,7 @@ OTHER: dict[str, Any] = {"source": "digits", "image_size": 16, "channels": 1}
         ("evaluation/weights", "x.pth", "evaluation", "takes no weights"),
         ("pretrain/micro_batch_size", 5, "pretrain", "micro_batch_size 5 does not divide batch_size 32"),
         ("arms/patch-m50/pretrain", {"micro_batch_size": 5}, "arms.patch-m50", "5 does not divide batch_size 32"),
-        ("compute/devices", 3, "arms.scratch: pretrain.batch_size 32", "can't be shared by compute.devices 3"),
+        ("compute/devices", 3, "arms.scratch: pretrain.batch_size 32", "is not divisible by compute.devices 3"),
         ("compute/attention", "math", "compute.attention", "'auto', 'plain' or 'fused'"),
         ("arms/block.2", {"strategy": "none"}, "arms.block.2", "only a-z, 0-9 and '-'"),
         ("arms/Block2", {"strategy": "none"}, "arms.Block2", "only a-z, 0-9 and '-'"),
