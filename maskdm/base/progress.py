@@ -1,4 +1,4 @@
-"""Progress with an ETA: a live bar on a terminal, a line now and then in a log file; and what a tracker gets."""
+"""Progress with an ETA: a live bar in a terminal, occasional lines in a log file; and the interface of a tracker."""
 
 from __future__ import annotations
 
@@ -16,35 +16,27 @@ LOG_EVERY_SECONDS = 15.0
 
 
 class Progress:
-    """Counts up to `total`, showing rate, ETA and a note.
+    """Counts up to `total` and shows rate, ETA and a note.
 
     Args:
-        total: how much there is to do, in `unit`s.
+        total: the amount of work, in `unit`s.
         description: what is being done.
         unit: what is counted.
-        initial: how much was done before (a resumed run).
+        initial: how much was done before this process (a resumed run).
     """
 
     def __init__(self, total: int, description: str, unit: str = "it", initial: int = 0) -> None:
-        self._live = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=total,
-            desc=description,
-            unit=unit,
-            initial=initial,
-            disable=not self._live,
-            dynamic_ncols=True,
-            leave=True,
-        )
+        bar = {"total": total, "desc": description, "unit": unit, "initial": initial, "dynamic_ncols": True}
+        self._bar = tqdm(**bar) if sys.stderr.isatty() else None
         self._total, self._description, self._unit = total, description, unit
         self._done = self._initial = initial
         self._start = self._last = time.monotonic()
 
     def update(self, done: int = 1, note: str = "") -> None:
-        """Count `done` more; `note` is shown beside the bar."""
+        """Count `done` more; the note is shown beside the bar."""
         self._done += done
         with suppress(OSError):  # a closed terminal or pipe does not stop the work
-            if self._live:
+            if self._bar is not None:
                 if note:
                     self._bar.set_postfix_str(note, refresh=False)
                 self._bar.update(done)
@@ -52,13 +44,14 @@ class Progress:
                 self._print(note)
 
     def update_to(self, done: int, note: str = "") -> None:
-        """Say how much is done in all."""
+        """Set how much is done in all."""
         self.update(done - self._done, note)
 
     def close(self) -> None:
         """Finish the bar."""
         with suppress(OSError):
-            self._bar.close()
+            if self._bar is not None:
+                self._bar.close()
 
     def _print(self, note: str) -> None:
         self._last = time.monotonic()
@@ -85,21 +78,21 @@ def progress(items: Iterable[T], total: int, description: str, unit: str = "it")
 
 
 class StageRun:
-    """What a stage reports to MLflow; this one does nothing: `tracking.enabled` is false."""
+    """What a stage can report to a tracker; this one does nothing, for `tracking.enabled: false`."""
 
     def log(self, step: int, **metrics: float) -> None:
-        """Log metrics; costs microseconds.
+        """Log metrics.
 
         Args:
-            step: the optimizer's updates done, or what else the stage counts.
+            step: the number of optimizer updates done, or of what else the stage counts.
             metrics: plain numbers by name (`loss`, `lr`, `images_per_second`).
         """
 
     def params(self, **params: object) -> None:
-        """Log what the stage was given; MLflow forbids another value later."""
+        """Log the values of params.yaml that the stage depends on; MLflow does not allow to change them later."""
 
     def tags(self, **tags: object) -> None:
         """Tag the run."""
 
     def figure(self, file: Path) -> None:
-        """Attach a file; it is copied now, so the caller may move it afterwards."""
+        """Attach a copy of a file."""

@@ -31,13 +31,9 @@ examples:
   maskdm export results/finetune/patch-m50/seed-0/milestone-0.500.safetensors --out models/half
   maskdm export results/pretrain/patch-m50/seed-0 --which raw      the result of pretraining alone
 """
-CHECKPOINT_HELP = (
-    "a file in results/finetune/ARM/seed-S or results/pretrain/ARM/seed-S, or the folder: its last file"
-)
+CHECKPOINT_HELP = "a file in results/finetune/ARM/seed-S or results/pretrain/ARM/seed-S, or the folder: its last file"
 EXPORT_OUT_HELP = "the folder to write (default: exported/ARM-seed-S-MILESTONE); an earlier export there is replaced"
-WHICH_HELP = (
-    "the weights for model.safetensors; the others are written beside it (default: ema, if there are any)"
-)
+WHICH_HELP = "the weights for model.safetensors; the others are written beside it (default: ema, if there are any)"
 
 
 def add_import_arguments(command: argparse.ArgumentParser) -> None:
