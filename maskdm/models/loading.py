@@ -80,22 +80,26 @@ def open_model(
     Raises:
         UserError: the model is damaged, or its params cannot be found.
     """
-    place, flip = Path(place), None
+    place = Path(place)
     if place.is_dir() and not _is_logged(place):
-        network, params, config = load_network(place, which)
-        compute, (file, _) = _compute(params, device, threads), config.weights_file(place, which)
-        arm = str(config.source.get("arm"))
-        if arm in params.arms and params.pretrain_of(arm).checkpoint is None:  # else part of its training is not known
-            flip = params.training.flip
-        network = network.to(compute.device)
-        return Model(params, network, config.num_classes, compute, file, which or config.which, flip)
+        return _open_exported(place, device, threads, which)
     if place.is_dir():
         file, params = place / LOGGED_WEIGHTS, _read_params(place / LOGGED_PARAMS)
-        flip = params.training.flip
+        flip: float | None = params.training.flip
     else:
         file, params, flip = place, _params_of_checkpoint(place), _flip_of_checkpoint(place)
     compute, num_classes = _compute(params, device, threads), _num_classes(file)
     return Model(params, load_model(params, file, num_classes, compute), num_classes, compute, file, "ema", flip)
+
+
+def _open_exported(folder: Path, device: str | None, threads: int | None, which: WeightSet | None) -> Model:
+    network, params, config = load_network(folder, which)
+    compute, (file, _) = _compute(params, device, threads), config.weights_file(folder, which)
+    arm, flip = str(config.source.get("arm")), None
+    if arm in params.arms and params.pretrain_of(arm).checkpoint is None:  # else part of its training is not known
+        flip = params.training.flip
+    network = network.to(compute.device)
+    return Model(params, network, config.num_classes, compute, file, which or config.which, flip)
 
 
 def _compute(params: Params, device: str | None, threads: int | None) -> Compute:
