@@ -142,7 +142,10 @@ def move(source: Path, target: Path) -> None:
         (shutil.copytree if source.is_dir() else shutil.copyfile)(source, building)
         sync_tree(building)
         building.rename(target)
-        remove(source)
+        removed = source.with_name(f".{source.name}{BUILDING}")  # so that `source` is never incomplete
+        remove(removed)
+        source.rename(removed)
+        remove(removed)
     sync(target.parent)
 
 
