@@ -42,8 +42,7 @@ What every stage would do and cost, before anything runs: visible patches, steps
 Times on this machine come from a few seconds of real steps, sampling and scoring on random data, measured once and kept
 in .work/calibration.json; what is not estimated is named below the table. Times on GPUs are FLOPs / (datasheet rate ×
 utilisation): an assumption, not a measurement.
-Below the table it says what stands against the plan: fixed costs that eat what masking saves, steps that wait for
-their data, a disk that is too small.
+Below the table are warnings: fixed costs that use up what masking saves, too little memory, a disk that is too small.
 """
 PLAN_EPILOG = """\
 examples:

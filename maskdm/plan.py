@@ -1,7 +1,7 @@
 """`maskdm plan`: what every stage would do and cost, before anything runs.
 
-Steps and FLOPs are those of `config.runs`; memory and disk are closed forms. Times on this machine come from a few
-seconds of real work on random data, times on GPUs from datasheets. Importing this imports no torch.
+Steps and FLOPs come from `config.runs`; memory and disk are closed forms. Times on this machine come from a few seconds
+of real work on random data, times on GPUs from their datasheets. Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -12,15 +12,13 @@ import os
 import shutil
 import sys
 import textwrap
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cached_property, wraps
 from importlib import metadata
-from itertools import chain, count
-from pathlib import Path
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import NonNegativeFloat, TypeAdapter, ValidationError
@@ -34,12 +32,13 @@ from maskdm.config import Params, Run, Training, paths, resolve
 from maskdm.config.image_counts import most_real
 
 if TYPE_CHECKING:
-    from maskdm.data.arrays import ImageArrays
+    from pathlib import Path
+
     from maskdm.method.backbones.uvit import UViT
     from maskdm.training.devices import Compute
 
-# Dense rates in FLOP/s, without sparsity: bfloat16 with float32 accumulation, and float32 matrix products as this code
-# asks for them, which is TF32 where the hardware has it.
+# Dense FLOP/s without sparsity: bfloat16 with float32 accumulation, and float32 matrix products (this code runs them as
+# TF32 if the GPU can).
 # Source: NVIDIA's datasheets of the V100 SXM2, A100 SXM, H100 SXM and H200 SXM.
 GPUS = {
     "V100": {"fp32": 15.7e12},
@@ -51,18 +50,24 @@ DEFAULT_UTILISATION = 0.4
 
 
 class Gpus(NamedTuple):
-    """GPUs that times are given for: keys of `GPUS`, "bf16" or "fp32", and the share of the rate that they reach."""
+    """The GPUs that times are given for.
+
+    Attributes:
+        names: keys of `GPUS`.
+        precision: "bf16" or "fp32".
+        utilisation: the assumed fraction of the datasheet's rate.
+    """
 
     names: tuple[str, ...]
     precision: str
     utilisation: float = DEFAULT_UTILISATION
 
     def rate(self, name: str) -> float:
-        """FLOP/s of a datasheet, in this precision as this code would run it."""
+        """The datasheet's FLOP/s for products in this precision."""
         return GPUS[name].get(self.precision, GPUS[name]["fp32"])
 
     def seconds(self, name: str, num_flops: float) -> float:
-        """How long so many FLOPs take."""
+        """How long this many FLOPs take."""
         return num_flops / (self.rate(name) * self.utilisation)
 
 
@@ -73,14 +78,14 @@ def run(
     calibrate: bool = True,
     recalibrate: bool = False,
 ) -> str:
-    """Plan an experiment; the text to print.
+    """Plan an experiment, and return the text to print.
 
     Args:
         params: the experiment.
-        gpus: names of GPUs to give times for; none means all that are known.
-        utilisation: the share of their rate that they are said to reach.
+        gpus: the names of GPUs to give times for; all known ones if empty.
+        utilisation: the assumed fraction of their rate, in (0, 1].
         calibrate: whether to measure this machine.
-        recalibrate: measure even what was measured before.
+        recalibrate: whether to repeat measurements that were kept.
     """
     compute, missing = resolve_compute(params)
     machine = Machine(params, compute, recalibrate) if calibrate and not missing else None
@@ -93,7 +98,7 @@ def run(
 
 
 def resolve_compute(params: Params) -> tuple[Compute, str | None]:
-    """Where stages would compute here, on no more threads than there are cores, and what is missing for that."""
+    """Where stages would compute on this machine, and why that is not possible (then it is the CPU)."""
     from maskdm.training import devices
 
     config = params.compute.model_copy(update={"threads": min(params.compute.threads, num_cores())})
@@ -104,49 +109,53 @@ def resolve_compute(params: Params) -> tuple[Compute, str | None]:
 
 
 def num_cores() -> int:
-    """Those that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # --- times on this machine: measured once, and kept -------------------------------------------------------------------
 
 KEPT = paths.WORK / "calibration.json"
-LONGEST_SECONDS = 0.5  # of one measurement, unless a single call takes longer
-WARM_SECONDS = 2.0  # a first call that is longer counts; a shorter one is mostly caches, first allocations and imports
-MAX_REPETITIONS = 50
-# Work of more FLOPs is measured on fewer images, then on fewer patches, and scaled by its FLOPs: about a second on two
-# cores with bfloat16, and on a GPU enough to fill it.
+MIN_SECONDS = 0.5  # of the repetitions of one measurement
+# Work of more FLOPs is measured on fewer images, then on fewer patches, and scaled by its FLOPs. This is about a second
+# on two cores with bfloat16, and enough to fill a GPU.
 MAX_FLOPS = {"cpu": 2e11, "cuda": 2e13}
-LEAST_UNCERTAINTY = 0.2
-NUM_CLASSES = 10  # of networks before the data are known: the number costs no time
-MAX_SCORED = 1000  # rows of features on which the metrics are measured, if KID's subsets are not larger
-MAX_FEATURES = 512  # of an image; the metrics of more take too long to be measured
+MIN_UNCERTAINTY = 0.2
+NUM_CLASSES = 10  # of networks before the data are known; their number does not change the time
+MAX_SCORED = 1000  # rows of features on which the metrics are measured, unless KID's subsets are larger
+MAX_FEATURES = 512  # per image; the metrics of more take too long to be measured
 
 
 class Measurement(NamedTuple):
-    """Seconds of a unit of work: the median of repetitions, half the width of their middle half as a share, the day."""
+    """Seconds of a unit of work.
+
+    Attributes:
+        seconds: the median of the repetitions.
+        spread: half their interquartile range, as a fraction of the median.
+        day: when they were measured.
+    """
 
     seconds: NonNegativeFloat
     spread: NonNegativeFloat
     day: str
 
 
-Piece = tuple[Callable[[], object], float]  # what is timed, and how many units of work it does
-FILE = TypeAdapter(dict[str, Measurement])  # by a fingerprint of all that they depend on
+Piece = tuple[Callable[[], object], float]  # the work to time, and how many units it does
+FILE = TypeAdapter(dict[str, Measurement])  # the key is a hash of everything that the measurement depends on
 
 
 def measured(piece: Callable[..., Piece]) -> Callable[..., float]:
-    """Turn a method that prepares work into one that gives the seconds of a unit of it."""
+    """Turn a method that prepares work into one that returns the seconds of a unit of it."""
     return wraps(piece)(lambda machine, *arguments: machine.seconds(piece, *arguments))
 
 
 class Machine:
-    """Seconds of real pieces of work on this machine; each is measured when it is first asked for.
+    """Seconds of real pieces of work on this machine; each is measured when it is first needed.
 
     Args:
         params: the experiment.
         compute: device, threads and precision, as stages resolve them.
-        forget: measure even what was measured before.
+        forget: whether to repeat measurements that were kept.
     """
 
     def __init__(self, params: Params, compute: Compute, forget: bool = False) -> None:
@@ -158,12 +167,12 @@ class Machine:
         self._is_announced = False
         try:
             self._kept = {} if forget else FILE.validate_json(KEPT.read_bytes())
-        except (OSError, ValidationError):  # lost or damaged
+        except (OSError, ValidationError):  # missing or damaged
             self._kept = {}
 
     @measured
     def step(self, num_images: int, num_visible: int) -> Piece:
-        """One image of a training step of so many at once; getting them is not included."""
+        """One image of a training step of `num_images` with S visible patches; loading images is not included."""
         import torch
 
         from maskdm.method.diffusion import Diffusion, draw_step, masked_dsm_loss
@@ -174,7 +183,7 @@ class Machine:
         training, config, (height, width, channels) = params.training, params.diffusion, params.dataset.shape
         part, visible = self._affordable(num_images, num_visible)
         rate = 1 - visible / params.grid.num_patches
-        masking = Masking("patch" if rate else "none", params.grid, rate)  # drawing it costs next to nothing
+        masking = Masking("patch" if rate else "none", params.grid, rate)  # the time to draw masks is negligible
         diffusion = Diffusion(config.num_timesteps, config.schedule, config.prediction, device)
         generator = torch.Generator(device).manual_seed(0)
         optimizer, ema = make_optimizer(model, training, 1e-9), Ema(model, training.ema_decay)
@@ -194,7 +203,7 @@ class Machine:
 
     @measured
     def draw(self, batch_size: int) -> Piece:
-        """One image in one step of sampling so many at once."""
+        """One image in one sampling step of a batch."""
         from maskdm.models.drawing import draw_images
 
         compute, few = replace(self.compute, compile_mode=None), min(2, self.params.sampling.num_steps)
@@ -203,20 +212,10 @@ class Machine:
         params = self.params.model_copy(update={"sampling": config})
 
         def run() -> None:
-            with redirect_stderr(io.StringIO()):  # its progress
+            with redirect_stderr(io.StringIO()):  # hides the progress display
                 draw_images(params, self._model, NUM_CLASSES, 0, part, compute, "")
 
         return run, part * few
-
-    @measured
-    def gather(self, batch_size: int, _: str) -> Piece:
-        """A batch of images from the dataset of this sha256 to the device."""
-        from maskdm.data.batches import Batches
-
-        assert self.images is not None, "it is measured on prepared images"
-        batches = Batches(self.images, batch_size, 0, "plan", self.compute.device)
-        firsts = count(0, batches.steps_at_once)
-        return lambda: batches(next(firsts)), batches.steps_at_once
 
     @measured
     def classifier(self) -> Piece:
@@ -225,7 +224,7 @@ class Machine:
 
         from maskdm.scoring.classifier import train_classifier
 
-        num_images, num_epochs = 80, 4  # a batch of 64, and a fifth that is held out
+        num_images, num_epochs = 80, 4  # a batch of 64; a fifth of the images is held out
         images = np.random.default_rng(0).integers(256, size=(num_images, *self.params.dataset.shape), dtype=np.uint8)
         labels = np.arange(num_images) % NUM_CLASSES
 
@@ -236,21 +235,8 @@ class Machine:
         return run, num_images * num_epochs
 
     @measured
-    def extract(self) -> Piece:
-        """One image through a pretrained extractor."""
-        import torch
-
-        from maskdm.scoring.extractors import open_pretrained
-
-        config, device = self.params.evaluation, self.compute.device
-        num_images = min(config.batch_size, 8 if device.type == "cpu" else 256)
-        images = torch.randint(256, (num_images, *self.params.dataset.shape), dtype=torch.uint8, device=device)
-        embed = open_pretrained(config, device).embed
-        return torch.inference_mode()(lambda: embed(images)), num_images
-
-    @measured
     def metrics(self, num_samples: int, num_real: int) -> Piece:
-        """FID, KID, precision and recall, in proportion to fewer samples."""
+        """FID, KID, precision and recall, measured on fewer samples and scaled."""
         import numpy as np
 
         from maskdm.scoring.scores import Reference, compute_metrics
@@ -261,20 +247,10 @@ class Machine:
         real = Reference.of(rows[n:], config.prc_neighborhood)
         return lambda: compute_metrics(rows[:n], real, config), n / num_samples
 
-    def has_extractor(self) -> bool:
-        """Whether the extractor's weights are on this machine: a plan downloads nothing."""
-        import torch
-
-        from maskdm.scoring.extractors import PUBLISHED
-
-        features, weights = self.params.evaluation.features, self.params.evaluation.weights
-        downloaded = Path(torch.hub.get_dir(), "checkpoints", PUBLISHED.get(features, "unknown"))
-        return features in ("classifier", "pixels") or Path(weights or downloaded).is_file()
-
     @property
     def uncertainty(self) -> float:
-        """About how far the times are off, as a share."""
-        return max([LEAST_UNCERTAINTY, *(m.spread for m in self._used)])
+        """The approximate relative error of the times."""
+        return max([MIN_UNCERTAINTY, *(m.spread for m in self._used)])
 
     @property
     def title(self) -> str:
@@ -287,26 +263,16 @@ class Machine:
             name = torch.cuda.get_device_name(self.compute.device)
         return f"This machine ({name}): from a few seconds measured on {min(m.day for m in self._used)}"
 
-    @cached_property
-    def images(self) -> ImageArrays | None:
-        """The prepared dataset, if it is there and of the params' shape."""
-        from maskdm.data.inputs import open_data
-
-        try:
-            return open_data(self.params)
-        except UserError:
-            return None
-
     def save(self) -> None:
-        """Keep what was measured; a folder that can't be written costs the next plan its seconds, and nothing else."""
+        """Keep the measurements; if they cannot be written, the next plan measures again."""
         try:
             with replace_file(KEPT) as building:
                 building.write_bytes(FILE.dump_json(self._kept, indent=2))
         except UserError as error:
-            print(f"what was measured is not kept: {error}", file=sys.stderr)
+            print(f"the measurements are not kept: {error}", file=sys.stderr)
 
-    def seconds(self, piece: Callable[..., Piece], *arguments: int | str) -> float:
-        """A unit of a piece of work: as it was kept, or measured now."""
+    def seconds(self, piece: Callable[..., Piece], *arguments: int) -> float:
+        """Seconds of a unit of a piece of work, as it was kept, or measured now."""
         params = self.params
         key = short_hash(
             [cpu_name(), os.cpu_count(), metadata.version("torch"), self.compute.describe()],
@@ -319,29 +285,17 @@ class Machine:
                 print("measuring this machine, once: a few seconds of real work …", file=sys.stderr, flush=True)
             self._is_announced = True
             self._kept[key] = self._measure(*piece(self, *arguments))
-        if piece.__name__ != "gather":  # it is short, and often the noisiest
-            self._used.append(self._kept[key])
+        self._used.append(self._kept[key])
         return self._kept[key].seconds
 
     def _measure(self, run: Callable[[], object], num_units: float) -> Measurement:
-        """Once untimed, then again and again until the time is up; a long call once, timed."""
-        import numpy as np
-        import torch
+        """Time repeated calls after an untimed one."""
+        from torch.utils.benchmark import Timer
 
-        def once() -> float:
-            started = time.perf_counter()
-            run()
-            if self.compute.device.type == "cuda":
-                torch.cuda.synchronize(self.compute.device)
-            return time.perf_counter() - started
-
-        seconds = [once()]
-        if seconds[0] < WARM_SECONDS:
-            seconds = [once()]
-        while sum(seconds) < LONGEST_SECONDS and len(seconds) < MAX_REPETITIONS:
-            seconds.append(once())
-        low, median, high = map(float, np.percentile(seconds, [25, 50, 75]))
-        return Measurement(median / num_units, (high - low) / 2 / median, datetime.now(UTC).date().isoformat())
+        timer = Timer("run()", globals={"run": run}, num_threads=self.compute.threads)  # waits for the GPU
+        found = timer.blocked_autorange(min_run_time=MIN_SECONDS)
+        day = datetime.now(UTC).date().isoformat()
+        return Measurement(found.median / num_units, found.iqr / 2 / found.median, day)
 
     @cached_property
     def _model(self) -> UViT:
@@ -350,14 +304,14 @@ class Machine:
         return build_model(self._largest, NUM_CLASSES).to(self.compute.device)
 
     def _affordable(self, num_images: int, num_visible: int) -> tuple[int, int]:
-        """At most so many images and visible patches, of which a step costs no more FLOPs than it may."""
+        """At most this many images and visible patches, reduced so that a step costs at most `MAX_FLOPS`."""
         while num_visible > 1 and self.params.image_flops(num_visible) > self._max_flops:
             num_visible //= 2
         return max(1, min(num_images, int(self._max_flops / self.params.image_flops(num_visible)))), num_visible
 
 
 def num_features(params: Params) -> int | None:
-    """Of an image; None where they are so many that the metrics of them are not measured."""
+    """The number of features per image; None if scoring with this extractor is not measured."""
     known = {"classifier": 64, "pixels": math.prod(params.dataset.shape)}.get(params.evaluation.features)
     return known if known is not None and known <= MAX_FEATURES else None
 
@@ -365,18 +319,18 @@ def num_features(params: Params) -> int | None:
 # --- what every stage costs -------------------------------------------------------------------------------------------
 
 FLOAT32, BFLOAT16 = 4, 2  # bytes
-SETS_KEPT = 2  # of weights in a checkpoint: raw and averaged
-SETS_TO_RESUME = 4  # in a resumable state: these and AdamW's two moments
-# Python, PyTorch's libraries and what their kernels keep: the resident size of a stage with a tiny network, measured
-# on Linux with the CPU build of torch 2.13. On a GPU it is the host's memory, which is not counted here.
+SETS_KEPT = 2  # sets of weights in a checkpoint: raw and averaged
+SETS_TO_RESUME = 4  # sets in a resumable state: these and AdamW's two moments
+# The resident size of a stage with a tiny network: Python, PyTorch's libraries and buffers of their kernels, measured
+# on Linux with the CPU build of torch 2.13. With a GPU this is memory of the host, which is not counted here.
 PROCESS_BYTES = {"cpu": 0.40 * 2**30}
-SAMPLER_ARRAYS = 5  # float32, as large as a batch of images: x_t, the prediction, x_0, the direction, a product
+SAMPLER_ARRAYS = 5  # float32 arrays of the size of a batch: x_t, the prediction, x_0, the direction, a product
 
 
 def forward_flops(params: Params) -> float:
-    """FLOPs of one evaluation of the network on one whole image.
+    """FLOPs of one evaluation of the network on one unmasked image.
 
-    Training costs three times that, but for the first layers, whose inputs need no gradient.
+    Training costs three times as much, except in the first layers, whose inputs need no gradient.
     """
     model, num_patches = params.model, params.grid.num_patches
     first = num_patches * params.patch_dim * model.dim + (4 * model.dim**2 if model.mlp_time_embed else 0)
@@ -384,12 +338,12 @@ def forward_flops(params: Params) -> float:
 
 
 def activation_bytes(params: Params, compute: Compute, num_visible: int, trains: bool) -> float:
-    """What the network holds of an image at its peak.
+    """Bytes that the network holds per image at its peak.
 
-    For backward, of a block: the inputs of its norms in float32; in the precision of products those of its linear
-    layers, queries, keys, values, what GELU gets, and attention's weights where plain products compute them. If
-    activations are recomputed: the inputs of all blocks, and two whole ones. Without backward: the skips, and a block
-    at its widest.
+    In training, every block keeps for its backward pass: the inputs of its norms in float32, and in the precision of
+    products the inputs of its linear layers, queries, keys, values, the input of GELU, and the attention weights if
+    plain products compute them. With activation checkpointing it is the inputs of all blocks, and two whole blocks.
+    Without a backward pass it is the long skips, and one block at its widest.
     """
     from maskdm.method.backbones.uvit import uses_plain_attention
 
@@ -411,12 +365,12 @@ class Row(NamedTuple):
     """A line of the table: a stage, or a sum.
 
     Attributes:
-        name: of the line.
-        cells: visible patches, mask rate, GFLOP per step, steps × batch: what has no sum.
-        flops: of the network.
-        memory: bytes at the peak, of the device.
+        name: the name of the line.
+        cells: visible patches, mask rate, GFLOP per step, steps × batch: the columns that are not summed.
+        flops: FLOPs of the network.
+        memory: bytes on the device at the peak.
         disk: bytes of the outputs.
-        seconds: on this machine; None where they are not known.
+        seconds: the time on this machine; None if it is not known.
     """
 
     name: str
@@ -428,7 +382,7 @@ class Row(NamedTuple):
 
 
 def total(name: str, rows: Sequence[Row], times: int = 1) -> Row:
-    """Rows one after the other, so many times: the largest memory, the sum of all else that is known."""
+    """Rows one after the other, repeated `times`: the largest memory, the sum of everything else that is known."""
     known = [row.seconds for row in rows if row.seconds is not None]
     num_flops, disk = (times * sum(numbers) for numbers in zip(*((row.flops, row.disk) for row in rows), strict=True))
     memory, seconds = max(row.memory for row in rows), times * sum(known) if known else None
@@ -441,13 +395,13 @@ class Plan:
     Args:
         params: the experiment.
         compute: the device that memory is estimated for.
-        machine: gives times; None: there are none.
+        machine: gives times on this machine; None leaves them out.
 
     Attributes:
-        runs: of every arm, with the first seed.
-        arms: the rows of its stages.
-        seeds: the sum of all arms and seeds.
-        shared: the rows of what is done once for all arms.
+        runs: the run of every arm with the first seed.
+        arms: the rows of the stages of every arm.
+        seeds: the sum over all arms and seeds.
+        shared: the rows of the stages that all arms share.
     """
 
     def __init__(self, params: Params, compute: Compute, machine: Machine | None = None) -> None:
@@ -460,12 +414,12 @@ class Plan:
 
     @property
     def resumable(self) -> float:
-        """Bytes on disk of a training stage that runs: a state, the one that replaces it, and milestones."""
+        """Bytes on disk of a running training stage: a state, the one that replaces it, and milestones."""
         sets = 2 * SETS_TO_RESUME + SETS_KEPT * len(self.params.budget.milestones)
         return sets * self._weights(self.params)
 
     def micro_batch_of(self, stage: Training) -> int:
-        """Images of a rank that enter the network at once; for `auto` on a GPU the most that fit by this estimate."""
+        """Images per rank that enter the network at once; for `auto` on a GPU, as many as fit by this estimate."""
         own, given = stage.batch_size // self.params.compute.devices, stage.config.micro_batch_size
         if given != "auto":
             return min(given or own, own)
@@ -473,28 +427,18 @@ class Plan:
         return next((n for n in sizes if self._training_memory(stage, n) <= total_memory(self.compute)), sizes[-1])
 
     def image_seconds(self, stage: Training, machine: Machine) -> float:
-        """An image of a training step, without getting it."""
+        """Seconds of one image in a training step."""
         return machine.step(self.micro_batch_of(stage), stage.num_visible)
-
-    def gather_seconds(self, stage: Training, machine: Machine) -> float:
-        """Getting a batch; 0 where nothing is prepared."""
-        return 0.0 if machine.images is None else machine.gather(stage.batch_size, machine.images.sha256)
-
-    def step_seconds(self, stage: Training, machine: Machine) -> float:
-        """A whole training step."""
-        return stage.batch_size * self.image_seconds(stage, machine) + self.gather_seconds(stage, machine)
 
     @cached_property
     def num_images(self) -> tuple[int, int] | None:
-        """Of all images and of those that samples are compared with: as prepared, else as far as params tell."""
-        held_out, known = self.params.dataset.held_out, most_real(self.params)
+        """The numbers of all images and of those that samples are compared with; None if params do not tell them."""
+        held_out, num_real = self.params.dataset.held_out, most_real(self.params)
         share = {"train": 1 - held_out, "held_out": held_out, "all": 1.0}[self.params.evaluation.reference]
-        if self.machine is not None and self.machine.images is not None:
-            known = round(len(self.machine.images) / (1 - held_out) * share)
-        return None if known is None else (round(known / share), known)
+        return None if num_real is None else (round(num_real / share), num_real)
 
     def _stages(self, run: Run) -> Iterator[Row]:
-        """Those of an arm that do something: without steps, `pretrain` publishes the initialisation and no more."""
+        """The stages of an arm; without pretraining steps, `pretrain` only saves the initialisation and has no row."""
         num_milestones, has_pretraining = len(run.milestones), run.pretrain.num_steps > 0
         if has_pretraining:
             yield self._trained(run.pretrain, 1)
@@ -507,14 +451,16 @@ class Plan:
     def _trained(self, stage: Training, num_checkpoints: int) -> Row:
         micro = self.micro_batch_of(stage)
         batch = f"{stage.batch_size}" + (f" (by {micro})" if micro != stage.batch_size else "")
-        masking = str(stage.num_visible), f"{stage.realised_mask_rate:.3g}"
+        masking, seconds = (str(stage.num_visible), f"{stage.realised_mask_rate:.3g}"), None
+        if self.machine is not None:
+            seconds = stage.num_steps * stage.batch_size * self.image_seconds(stage, self.machine)
         return Row(
             stage.stage,
             (*masking, _gflop(stage.flops_per_step), f"{stage.num_steps:,} × {batch}"),
             flops=stage.flops,
             memory=self._training_memory(stage, micro),
             disk=num_checkpoints * SETS_KEPT * self._weights(stage.params),
-            seconds=stage.num_steps * self.step_seconds(stage, self.machine) if self.machine else None,
+            seconds=seconds,
         )
 
     def _sampled(self, times: int) -> Row:
@@ -536,17 +482,14 @@ class Plan:
         return "", "", "", f"{times * math.ceil(num_images / batch):,} × {min(batch, num_images)}"
 
     def _scored(self, num_extracted: int, times: int) -> float | None:
-        """Seconds of the features of so many images, and of the metrics so many times."""
-        if self.machine is None or not self.machine.has_extractor():
+        """Seconds to extract the features of this many images, and to compute the metrics this many times."""
+        if self.machine is None or num_features(self.params) is None:
             return None
-        num_samples, features = self.params.sampling.num_samples, self.params.evaluation.features
+        num_samples = self.params.sampling.num_samples
         _, num_real = self.num_images or (num_samples, num_samples)
-        if features == "classifier":
-            extract = self.machine.classifier() / 3  # what goes forward alone takes a third of training
-        else:
-            extract = 0.0 if features == "pixels" else self.machine.extract()
-        metrics = self.machine.metrics(num_samples, num_real) if num_features(self.params) and times else 0.0
-        return num_extracted * extract + times * metrics
+        # a forward pass takes a third of a training step
+        extract = self.machine.classifier() / 3 if self.params.evaluation.features == "classifier" else 0.0
+        return num_extracted * extract + (times * self.machine.metrics(num_samples, num_real) if times else 0.0)
 
     def _features(self) -> Row:
         if self.num_images is None:
@@ -558,19 +501,19 @@ class Plan:
         return Row("features", self._batches(num_real), seconds=seconds)
 
     def _scale(self) -> Row:
-        """The untrained network's samples; they and real images are scored."""
+        """The samples of the untrained network; they and real images are scored."""
         drawn, scored = self._sampled(1), self._scored(self.params.sampling.num_samples, 2)
         return total("scale", [drawn, Row("", seconds=scored)])._replace(cells=drawn.cells, disk=0.0)
 
     def _tuning(self) -> Row:
-        """All trials of all arms: each is an arm of its own, sampled once, its files removed afterwards."""
+        """All trials of all arms: each trains like an arm and is sampled once; its files are removed afterwards."""
         params, tuning = self.params, self.params.tuning
         runs = [resolve(params, arm, tuning.seed, trial) for arm in params.arms for trial in tuning.trials]
         rows = [row for run in runs for row in self._stages(run)]
         return total(f"tune: {len(runs)} trials", rows)._replace(disk=0.0)
 
     def _training_memory(self, stage: Training, micro: int) -> float:
-        """Bytes: weights, gradients, two moments, average, what it starts from; activations; a batch and its noise."""
+        """Bytes of weights, gradients, moments, average and initial weights, of activations, and of a noised batch."""
         params = stage.params
         activations = micro * activation_bytes(params, self.compute, stage.num_visible, trains=True)
         image = FLOAT32 * (math.prod(params.dataset.shape) + stage.num_visible * params.patch_dim)
@@ -578,7 +521,7 @@ class Plan:
         return self._held(params, 5 + (stage.stage == "finetune")) + activations + images
 
     def _sampling_memory(self, batch: int) -> float:
-        """Bytes: a checkpoint of two sets and the network, activations, the sampler's arrays, all images drawn."""
+        """Bytes of a checkpoint and the network, of activations and the sampler's arrays, and of all drawn images."""
         params, image = self.params, math.prod(self.params.dataset.shape)
         activations = activation_bytes(params, self.compute, params.grid.num_patches, trains=False)
         arrays = batch * (activations + SAMPLER_ARRAYS * FLOAT32 * image)
@@ -590,7 +533,7 @@ class Plan:
         return PROCESS_BYTES.get(self.compute.device.type, 0) + sets * self._weights(params)
 
     def _weights(self, params: Params) -> int:
-        """Bytes of one set."""
+        """Bytes of one set of weights."""
         import torch
 
         from maskdm.method.backbones import build_model
@@ -606,51 +549,46 @@ def _gflop(number: float) -> str:
     return f"{float(f'{number / 1e9:.3g}'):,g}"
 
 
-# --- what stands against it -------------------------------------------------------------------------------------------
+# --- warnings ---------------------------------------------------------------------------------------------------------
 
-# A masked step per image should cost, of an unmasked one, what its FLOPs do; where it costs this many times as much,
-# most of it is not arithmetic.
+# Compared per image, a masked step should cost the same fraction of an unmasked step in time as in FLOPs. If it costs
+# this many times as much, most of its time is not arithmetic.
 FIXED_COSTS_DOMINATE = 1.5
-# Measurements that scatter by more say nothing about either.
-TOO_NOISY = 0.5
-# The share of a step that goes into waiting for its batch, from which on a faster network would not help much.
-DATA_BOUND = 0.3
-# A GPU step of less arithmetic than this lasts as long as launching its kernels does: some milliseconds.
-LAUNCH_BOUND_SECONDS = 5e-3
+TOO_NOISY = 0.5  # measurements with a larger spread do not support a warning
+LAUNCH_BOUND_SECONDS = 5e-3  # a GPU step with less arithmetic takes as long as launching its kernels
 
 
 def warnings(plan: Plan, gpus: Gpus) -> list[str]:
-    """What stands against the plan."""
+    """What speaks against running the experiment like this, one sentence each."""
     params, cores = plan.params, num_cores()
     found = [*(f"{missing} yet" for missing in params.missing_files())]
     found += [*measured_warnings(plan), *launch_warnings(plan, gpus)]
     if params.compute.threads > cores:
         found.append(
-            f"compute.threads is {params.compute.threads}, and this machine has {cores} cores: stages would run slower "
-            f"for it. Times are measured with {cores}"
+            f"compute.threads is {params.compute.threads}, but this machine has {cores} cores: more threads than cores "
+            f"make stages slower. Times are measured with {cores}"
         )
     if (memory := plan.seeds.memory) > (there := total_memory(plan.compute)):
         found.append(
-            f"memory: a stage needs about {size(memory)}, and there are {size(there)} in all; "
+            f"memory: a stage needs about {size(memory)}, but there are only {size(there)} in all; "
             "a micro_batch_size in pretrain and finetune, or a smaller sampling.batch_size, lowers it"
         )
     if (disk := plan.seeds.disk + plan.resumable) > (free := free_bytes()):
-        found.append(f"disk: the experiment writes {size(disk)}, and {size(free)} are free here")
+        found.append(f"disk: the experiment writes {size(disk)}, but only {size(free)} are free here")
     return found
 
 
 def measured_warnings(plan: Plan) -> list[str]:
-    """What the measurements say against the plan, one sentence each; equal findings of several arms are one."""
+    """Arms whose masked steps take much more time than their FLOPs suggest; arms with equal numbers share a line."""
     machine = plan.machine
     if machine is None:
         return []
     if machine.uncertainty > TOO_NOISY:
         return [
             f"the measurements scatter by ±{machine.uncertainty:.0%}, too much to say whether masking helps here: "
-            "--recalibrate when the machine has nothing else to do"
+            "use --recalibrate when no other work runs on this machine"
         ]
-    fixed: dict[str, list[str]] = {}
-    slow_data: dict[str, list[str]] = {}
+    found: dict[str, list[str]] = {}
     for arm, run in plan.runs.items():
         masked, unmasked = run.pretrain, run.finetune
         seconds = plan.image_seconds(masked, machine) / plan.image_seconds(unmasked, machine)
@@ -661,23 +599,13 @@ def measured_warnings(plan: Plan) -> list[str]:
                 f"its FLOPs here ({seconds:.2f} of an unmasked image's time for {of_flops:.2f} of its FLOPs): fixed "
                 "costs dominate; a larger pretrain.batch_size amortises them"
             )
-            fixed.setdefault(message, []).append(arm)
-        for stage in (stage for stage in (masked, unmasked) if stage.num_steps):
-            share = plan.gather_seconds(stage, machine) / plan.step_seconds(stage, machine)
-            if share > DATA_BOUND:
-                message = (
-                    f"{share:.0%} of a {stage.stage} step at S = {stage.num_visible}, batch {stage.batch_size} is "
-                    "waiting for its images: masking can't shorten that"
-                )
-                slow_data.setdefault(message, []).append(arm)
-    return [f"{_names(plan, arms)}: {message}" for message, arms in (fixed | slow_data).items()]
+            found.setdefault(message, []).append(arm)
+    return [f"{_names(plan, arms)}: {message}" for message, arms in found.items()]
 
 
 def launch_warnings(plan: Plan, gpus: Gpus) -> list[str]:
-    """Where a GPU would spend its time on launching kernels: there masking saves FLOPs and no time."""
-    stages = {
-        arm: [stage for stage in (run.pretrain, run.finetune) if stage.num_steps] for arm, run in plan.runs.items()
-    }
+    """Arms whose steps on a GPU are so short that launching kernels dominates: masking saves FLOPs, but no time."""
+    stages = {arm: [s for s in (run.pretrain, run.finetune) if s.num_steps] for arm, run in plan.runs.items()}
     steps = {arm: min(stage.flops_per_step for stage in trained) for arm, trained in stages.items()}
     names: dict[tuple[str, ...], list[str]] = {}
     for name in gpus.names:
@@ -692,12 +620,11 @@ def launch_warnings(plan: Plan, gpus: Gpus) -> list[str]:
 
 
 def _names(plan: Plan, arms: Sequence[str]) -> str:
-    """The arms' names, unless they are all."""
     return "all arms" if len(arms) == len(plan.arms) > 1 else ", ".join(arms)
 
 
 def total_memory(compute: Compute) -> int:
-    """Bytes of the device."""
+    """Bytes of memory of the device."""
     import psutil
     import torch
 
@@ -707,16 +634,17 @@ def total_memory(compute: Compute) -> int:
 
 
 def free_bytes() -> int:
-    """Where results go."""
-    return shutil.disk_usage(paths.RESULTS if paths.RESULTS.exists() else Path()).free
+    """Free bytes on the disk of the results."""
+    place: Path = paths.RESULTS if paths.RESULTS.exists() else paths.RESULTS.parent
+    return shutil.disk_usage(place).free
 
 
 # --- the text ---------------------------------------------------------------------------------------------------------
 
 
 def format_table(plan: Plan, gpus: Gpus) -> str:
-    """A row per arm with its sum, a row per stage below it, and what all have in common."""
-    columns: dict[float, list[str]] = {}  # GPUs of equal rates share one
+    """The table: every arm's sum above the rows of its stages, then the shared stages and the sums of everything."""
+    columns: dict[float, list[str]] = {}  # GPUs with the same rate share a column
     for name in gpus.names:
         columns.setdefault(gpus.rate(name), []).append(name)
     header = ["arm, stage", f"visible\nof {plan.params.grid.num_patches}", "rate", "GFLOP\nper step", "steps × batch"]
@@ -741,54 +669,53 @@ def format_table(plan: Plan, gpus: Gpus) -> str:
 
 
 def words(plan: Plan, gpus: Gpus, missing: str | None) -> list[str]:
-    """How to read the table."""
+    """How to read the table, one paragraph each."""
     params, tuning, num_devices = plan.params, plan.params.tuning, plan.params.compute.devices
     shapes = {arm: run.pretrain.mask.visible.window for arm, run in plan.runs.items()}
     windows = ", ".join(f"{arm} {window[0]}×{window[1]}" for arm, window in shapes.items() if window is not None)
     on_cpu = plan.compute.device.type == "cpu"
     texts = [
-        f"An arm's row is one seed, its stages below; the seeds are {', '.join(map(str, params.seeds))}. Arms are "
-        f"matched by {params.budget.match}. Steps of sample and scale are evaluations of the network on a batch, those "
-        "of features and evaluate batches of images, for all milestones. A batch that enters the network in parts says "
-        "how large they are (by N)." + (f" Windows of crop in patches: {windows}." if windows else ""),
+        f"The row of an arm is one seed, the sum of the stages below it; the seeds are "
+        f"{', '.join(map(str, params.seeds))}. Arms are matched by {params.budget.match}. Steps of sample and scale "
+        "are evaluations of the network on a batch, steps of features and evaluate are batches of images, both for all "
+        "milestones. (by N) means that a batch enters the network in parts of N images."
+        + (f" Windows of crop in patches: {windows}." if windows else ""),
         _words_on_time(plan, missing),
         _words_on_gpus(gpus),
         f"Memory: the peak {'of the process, PyTorch included' if on_cpu else 'on the device'}, in closed form for "
         f"{plan.compute.describe()['precision']}{' with the attention of this CPU' if on_cpu else ''}: weights, "
-        "gradients, moments, average, what backward needs of a (micro-)batch. An estimate, good to about a fifth.",
-        f"Disk: outputs of {size(plan.seeds.disk)}, {size(free_bytes())} free; each training stage that is running "
+        "gradients, moments, average, and the activations of a (micro-)batch. An estimate, good to about a fifth.",
+        f"Disk: the outputs take {size(plan.seeds.disk)}, {size(free_bytes())} are free; each running training stage "
         f"needs up to {size(plan.resumable)} more. DVC's cache may hold the outputs a second time.",
     ]
     if num_devices > 1:
         texts.append(
-            f"compute.devices is {num_devices}: memory is that of each, with its share of a batch; times are those of "
-            "one alone, which several divide between them where they do not share cores."
+            f"compute.devices is {num_devices}: memory is for each device with its share of a batch; times are for one "
+            "device alone, and several divide them if they do not share cores."
         )
     if tuning.enabled:
         texts.append(
             f"Tuning: every arm tries {len(tuning.trials)} trials at {tuning.budget_fraction:.0%} of the budget on "
-            f"seed {tuning.seed}. The rows above are with the values as given; a chosen batch size changes them."
+            f"seed {tuning.seed}. The rows above use the values as given; a chosen batch size changes them."
         )
     return texts
 
 
 def _words_on_time(plan: Plan, missing: str | None) -> str:
-    machine, features = plan.machine, plan.params.evaluation.features
+    machine = plan.machine
     if machine is None:
         return f"This machine was not measured{f': {missing}' if missing else ' (--no-calibration)'}."
     left_out = {
         "prepare, choose and report": True,
-        "starting processes, saving and logging": True,
-        "waiting for images, as nothing is prepared yet": machine.images is None,
-        "features, as the number of images is not known before prepare": plan.num_images is None,
-        f"the extractor {features}, as its weights are not here yet": not machine.has_extractor(),
-        "what FID, KID, precision and recall take": num_features(plan.params) is None,
+        "starting processes, loading images, saving and logging": True,
+        "features, as params.yaml does not tell the number of images": plan.num_images is None,
+        f"scoring with the features {plan.params.evaluation.features}": num_features(plan.params) is None,
         "compilation": plan.compute.compile_mode is not None,
     }
     return (
-        f"{machine.title}; about ±{machine.uncertainty:.0%}, and more while other work runs. Stages one after the "
-        f"other; not estimated: {'; '.join(text for text, is_so in left_out.items() if is_so)}. --recalibrate measures "
-        "again."
+        f"{machine.title}; about ±{machine.uncertainty:.0%}, and more if other work runs meanwhile. Stages run one "
+        f"after the other; not estimated: {'; '.join(text for text, is_so in left_out.items() if is_so)}. "
+        "--recalibrate measures again."
     )
 
 

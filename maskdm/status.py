@@ -1,4 +1,4 @@
-"""`maskdm status` and `maskdm verify`: where every stage stands, and whether outputs are whole. Imports no torch."""
+"""`maskdm status` and `maskdm verify`: the state of every stage, and whether outputs are intact. Imports no torch."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from maskdm.config.stamps import damaged_files, read_stamp
 STATES = ("done", "running", "failed", "resumable", "out of date", "after tuning", "missing")
 FAILED, PROGRESS = "failed.json", "progress.json"  # in a work folder (`maskdm.stages.runner`)
 OUT_OF_DATE = " is out of date: "
-UNREADABLE = (UserError, OSError, ValueError, LookupError)  # a choice that is missing, outdated or damaged
+UNREADABLE = (UserError, OSError, ValueError, LookupError)  # raised if a choice is missing, outdated or damaged
 MIN_FREE_BYTES = 2**30
-REWRITTEN_SECONDS = 0.2  # by then DVC has rewritten its lock file, which is torn while it does
+REWRITTEN_SECONDS = 0.2  # DVC needs less to rewrite its lock file, which is incomplete meanwhile
 CLEAR_SCREEN = "\033[H\033[2J"
 Details = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class JobStatus:
-    """Where one job stands.
+    """The state of one job.
 
     Attributes:
-        job: which.
+        job: the job.
         state: one of `STATES`.
         details: plain values, as far as they are known: `reason`, `log`, `time`; `pid`, `host`, `since`; `done`,
             `total`, `unit`, `seconds_left`, and the `phase` of a trial.
@@ -55,14 +55,14 @@ class JobStatus:
 
 
 def run_status(as_json: bool = False, every_seconds: float | None = None) -> int:
-    """Print where the experiment in the working directory stands.
+    """Print the state of the experiment in the working directory.
 
     Args:
-        as_json: print one JSON object instead of the tables.
-        every_seconds: print it again after so long, until Ctrl-C; None prints it once.
+        as_json: print one JSON object instead of tables.
+        every_seconds: print it again every so many seconds, until Ctrl-C; None prints it once.
 
     Returns:
-        The exit code: 1 when something has failed or is in the way.
+        The exit code: 1 if a stage has failed or there is a problem.
 
     Raises:
         ParamsError: params.yaml is missing or not valid.
@@ -83,7 +83,7 @@ def run_status(as_json: bool = False, every_seconds: float | None = None) -> int
 
 
 def look_at(job: Job) -> JobStatus:
-    """Find out where a job stands."""
+    """Find out the state of a job."""
     folder, nothing_yet, reason, details = paths.work(job.output), "missing", "", {}
     if (holder := holder_of(job.lock)) is not None:
         return JobStatus(job, "running", {**holder, **_progress(folder, holder)})
@@ -98,7 +98,7 @@ def look_at(job: Job) -> JobStatus:
             return JobStatus(job, "resumable", saved)
     except OutdatedError:
         nothing_yet = "after tuning"
-    except UNREADABLE as error:  # e.g. every trial of the arm has failed; the later stages wait for pretraining
+    except UNREADABLE as error:  # e.g. every trial of the arm has failed; only pretraining shows it
         reason = reason or str(error)
         if job.stage == ARM_STAGES[0]:
             nothing_yet, details = "failed", {"reason": str(error)}
@@ -108,8 +108,8 @@ def look_at(job: Job) -> JobStatus:
 
 
 def _progress(folder: Path, holder: Details) -> Details:
-    """What the process at work has written of its progress; that of an earlier one does not count."""
-    with suppress(OSError, ValueError, LookupError, TypeError):  # it has not written any yet
+    """The progress that the running process has written; the progress of an earlier process is ignored."""
+    with suppress(OSError, ValueError, LookupError, TypeError):  # nothing is written yet
         file = max(folder.rglob(PROGRESS), key=lambda file: file.stat().st_mtime)
         note = {**json.loads(file.read_bytes()), **_phase(file)}
         if _time(note.pop("time")) >= _time(holder["since"]):
@@ -118,7 +118,7 @@ def _progress(folder: Path, holder: Details) -> Details:
 
 
 def _saved(job: Job, work: Path) -> Details:
-    """The step of the newest training state in a work folder; a trial finetunes after it has pretrained."""
+    """The step of the newest training state in a work folder; in a trial, finetuning comes after pretraining."""
     files = work.rglob("state-*.safetensors")
     newest = max(files, key=lambda file: (file.parent.name == "finetune", file.name), default=None)
     if newest is None:
@@ -130,39 +130,39 @@ def _saved(job: Job, work: Path) -> Details:
 
 
 def _phase(file: Path) -> Details:
-    """The training stage within a trial, whose files are in a folder of its name."""
+    """The training stage within a trial: the folder of its files has its name."""
     return {"phase": file.parent.name} if file.parent.name in ARM_STAGES else {}
 
 
 def find_problems() -> list[str]:
-    """What is in the way, with the command that helps; a line each."""
+    """Problems outside of the stages, one line each, with the command that solves them."""
     damaged = [
-        f"{file} was damaged and is not used: its stage resumes from what was saved before; to remove it: rm {file}"
+        f"{file} is damaged and not used: its stage resumes from an earlier state; to remove it: rm {file}"
         for file in sorted(paths.WORK.rglob("*.damaged"))
     ]
     free = shutil.disk_usage(".").free
-    full = [f"the disk is nearly full: {size(free)} are free; remove something"] if free < MIN_FREE_BYTES else []
+    full = [f"the disk is nearly full: {size(free)} are free; remove files"] if free < MIN_FREE_BYTES else []
     return [*_dvc_lock(), *damaged, *full]
 
 
 def _dvc_lock() -> list[str]:
-    """DVC's lock file, where DVC refuses to work because of it; pids that do not exist it drops by itself."""
+    """The lock file of DVC, if DVC refuses to work because of it; DVC itself drops the entries of ended processes."""
     file = paths.project_root() / ".dvc" / "tmp" / "rwlock"
     shown = os.path.relpath(file)
     if (content := _read(file)) is None and file.exists():
         time.sleep(REWRITTEN_SECONDS)
         if (content := _read(file)) is None and file.exists():
-            return [f"{shown} is torn, and DVC refuses to work; if no DVC is running: rm {shown}"]
+            return [f"{shown} is incomplete, so DVC refuses to work; if no DVC is running: rm {shown}"]
     pids = {int(pid) for pid in re.findall(r'"pid": (\d+)', json.dumps(content))} - {os.getpid()}
     found = {one.pid: one.info["cmdline"] or [] for one in psutil.process_iter(["cmdline"]) if one.pid in pids}
     if not found or any("dvc" in (Path(word).name for word in words[:3]) for words in found.values()):
         return []
-    names = f"process {', '.join(map(str, sorted(found)))}, which is not DVC any more"
-    return [f"{shown} names {names}: DVC refuses to work; if no DVC is running: rm {shown}"]
+    names = f"process {', '.join(map(str, sorted(found)))}, which is not DVC"
+    return [f"{shown} names {names}, so DVC refuses to work; if no DVC is running: rm {shown}"]
 
 
 def as_plain(params: Params, found: list[JobStatus], problems: list[str]) -> str:
-    """One JSON object."""
+    """The states as one JSON object."""
     jobs = [
         {
             **{name: getattr(one.job, name) for name in ("stage", "arm", "seed", "trial")},
@@ -175,19 +175,19 @@ def as_plain(params: Params, found: list[JobStatus], problems: list[str]) -> str
 
 
 def as_text(params: Params, found: list[JobStatus], problems: list[str]) -> str:
-    """Tables of all jobs, details below them, what is in the way, and what to do next."""
+    """The states as tables, with details, problems and the next command below."""
     counts = Counter(one.state for one in found)
     last = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
     if counts["done"] < len(found):
         snakefile = os.path.relpath(paths.project_root() / "Snakefile")
         elsewhere = f"-s {snakefile} " if snakefile != "Snakefile" and Path(snakefile).is_file() else ""
-        last += f"; the same command again resumes: snakemake {elsewhere}--cores N, or dvc repro"
-    parts = [*_tables(params, found), _lines(found), [f"in the way: {line}" for line in problems], [last]]
+        last += f"; run the same command again, it resumes: snakemake {elsewhere}--cores N, or dvc repro"
+    parts = [*_tables(params, found), _lines(found), [f"problem: {line}" for line in problems], [last]]
     return "\n\n".join("\n".join(part) for part in parts if part)
 
 
 def _tables(params: Params, found: list[JobStatus]) -> Iterator[list[str]]:
-    """The stages of the experiment, the trials, and a row for every arm and seed."""
+    """A table of the stages of the experiment, one of the trials, and one with a row for every arm and seed."""
     cells = {(one.job.stage, one.job.arm, one.job.seed, one.job.trial): _cell(one) for one in found}
     shared = [one.job.stage for one in found if one.job.arm is None]
     yield _aligned(["experiment", *shared], [[params.name, *(cells[stage, None, None, None] for stage in shared)]])
@@ -212,7 +212,7 @@ def _cell(one: JobStatus) -> str:
 
 
 def _lines(found: list[JobStatus]) -> list[str]:
-    """A line for every state and its details; the jobs that share them are named together."""
+    """A line for every state with its details; jobs with equal details share a line."""
     titles: dict[str, list[str]] = {}
     for one in sorted(found, key=lambda one: STATES.index(one.state)):
         if one.details:
@@ -225,7 +225,7 @@ def _first_few(names: list[str], most: int = 4) -> str:
 
 
 def _sentence(details: Details) -> str:
-    """Details in words; of outputs that are out of date for the same reason only the first one is named."""
+    """Details in words; a chain of outputs that are out of date is shortened to the first one."""
     parts = []
     if "reason" in details:
         parts.append(OUT_OF_DATE.join(" ".join(str(details["reason"]).split()).split(OUT_OF_DATE)[-2:]))
@@ -236,40 +236,40 @@ def _sentence(details: Details) -> str:
     parts += [f"{duration(details['seconds_left'])} left"] if "seconds_left" in details else []
     parts += [f"process {details['pid']} on {details.get('host')}"] if "pid" in details else []
     if at := details.get("since") or details.get("time"):
-        with suppress(ValueError, TypeError):  # a damaged note
+        with suppress(ValueError, TypeError):  # the file is damaged
             parts.append(f"{'since ' if 'since' in details else ''}{_time(at):%Y-%m-%d %H:%M}")
     parts += [f"log: {details['log']}"] if details.get("log") else []
     return "; ".join(parts)
 
 
 def _read(file: Path) -> Details | None:
-    """A JSON object; None where there is none."""
+    """The JSON object in a file; None if there is none."""
     with suppress(OSError, ValueError, TypeError):
         return dict(json.loads(file.read_bytes()))
     return None
 
 
 def _time(text: str) -> datetime.datetime:
-    """A time in ISO's format, in this machine's zone."""
+    """A time in ISO format, in the time zone of this machine."""
     return datetime.datetime.fromisoformat(text).astimezone()
 
 
 def run_verify() -> int:
-    """Hash every file of every output of the experiment in the working directory, and print what is damaged.
+    """Hash every file of every output of the experiment in the working directory, and print which are damaged.
 
-    Outputs that are whole but out of date are not damaged.
+    Outputs that are intact but out of date are not damaged.
 
     Returns:
-        The exit code: 1 where an output is damaged.
+        The exit code: 1 if an output is damaged.
 
     Raises:
         ParamsError: params.yaml is missing or not valid.
-        UserError: a file may not be read.
+        UserError: a file cannot be read at the moment.
     """
     stamps = {job: read_stamp(job.output) for job in Jobs(load_params()).all() if job.output.exists()}
     damaged: dict[Job, list[str]] = {}
     for job, stamp in progress(stamps.items(), len(stamps), "verify", "output"):
-        if stamp is None:  # that of a single file is compared with its content when it is read
+        if stamp is None:  # the stamp of a single file was compared with its content when it was read
             damaged[job] = [f"{job.output} has no stamp that fits its content"]
         elif found := list(damaged_files(job.output, stamp)):
             damaged[job] = found
@@ -277,5 +277,5 @@ def run_verify() -> int:
         print(f"damaged: {_first_few(found)}; to make it again: {job.command} --force")
     if not damaged:
         num_files = sum(len(stamp.files) or 1 for stamp in stamps.values() if stamp is not None)
-        print(f"{len(stamps)} outputs, {num_files} files: all are what was written")
+        print(f"{len(stamps)} outputs, {num_files} files: all are intact")
     return int(bool(damaged))

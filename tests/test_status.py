@@ -129,7 +129,7 @@ def everything(experiment: Experiment) -> dict[str, tuple[int, bytes | None]]:
 
 def test_missing_before_anything_has_run(tiny: Experiment) -> None:
     tiny.keep_arm(ARM).change(tuning={"trials": {}})
-    assert last_line(tiny) == "9 missing; the same command again resumes: snakemake --cores N, or dvc repro"
+    assert last_line(tiny) == "9 missing; run the same command again, it resumes: snakemake --cores N, or dvc repro"
     assert [file.name for file in tiny.folder.iterdir()] == ["params.yaml"]
 
 
@@ -232,7 +232,7 @@ def test_out_of_date_says_what_differs(whole: Experiment) -> None:
     output = paths.finetune(ARM, 0)
     named = ", ".join(f"{stage} {ARM} seed 0" for stage in ("finetune", "sample", "evaluate"))
     assert f"{named}: out of date: {output} is out of date: finetune.lr was 0.002, is 0.004\n" in shown
-    assert shown.splitlines()[-1].startswith("5 done, 4 out of date; the same command again resumes: ")
+    assert shown.splitlines()[-1].startswith("5 done, 4 out of date; run the same command again, it resumes: ")
     found = jobs(whole)
     assert found["pretrain"]["state"] == "done"
     assert str(output) in found["evaluate"]["details"]["reason"]
@@ -270,7 +270,7 @@ def test_a_damaged_choice(shared: Experiment) -> None:
     assert "the checksum differs" in text(shared, 1)
 
 
-# --- what is in the way
+# --- problems
 
 
 def rwlock(experiment: Experiment, content: str) -> Path:
@@ -288,8 +288,8 @@ def entries(pid: int) -> str:
 def test_a_lock_of_dvcs_whose_pid_is_another_process_by_now(tiny: Experiment, start: Start) -> None:
     pid = start("sleep", "300").pid
     rwlock(tiny, entries(pid))
-    line = next(line for line in text(tiny, 1).splitlines() if line.startswith("in the way: "))
-    assert f"names process {pid}, which is not DVC any more" in line and line.endswith(": rm .dvc/tmp/rwlock")
+    line = next(line for line in text(tiny, 1).splitlines() if line.startswith("problem: "))
+    assert f"names process {pid}, which is not DVC, so" in line and line.endswith(": rm .dvc/tmp/rwlock")
 
 
 def test_a_lock_of_dvcs_whose_process_has_ended_unnoticed(tiny: Experiment) -> None:
@@ -301,12 +301,12 @@ def test_a_lock_of_dvcs_whose_process_has_ended_unnoticed(tiny: Experiment) -> N
 
 def test_a_lock_of_dvcs_that_is_not_in_the_way(tiny: Experiment, start: Start) -> None:
     file = rwlock(tiny, entries(2**22 + 1))  # above every pid: DVC drops it by itself
-    assert "in the way" not in text(tiny)
+    assert "problem: " not in text(tiny)
     file.write_text(json.dumps({"write": {}, "read": {}}))
-    assert "in the way" not in text(tiny)
+    assert "problem: " not in text(tiny)
     tiny.path("dvc").write_text("import time; time.sleep(300)")
     file.write_text(entries(start(sys.executable, "dvc", "repro").pid))
-    assert "in the way" not in text(tiny)
+    assert "problem: " not in text(tiny)
 
 
 @pytest.mark.parametrize("content", ["", '{"write": {'])
@@ -317,10 +317,10 @@ def test_a_torn_lock_of_dvcs_is_seen_from_below_the_project(tiny: Experiment, co
     tiny.path("Snakefile").touch()
     shutil.copyfile(tiny.file, folder / "params.yaml")
     shown = text(Experiment(folder), 1)
-    assert "in the way: ../../.dvc/tmp/rwlock is torn" in shown and ": rm ../../.dvc/tmp/rwlock\n" in shown
+    assert "problem: ../../.dvc/tmp/rwlock is incomplete" in shown and ": rm ../../.dvc/tmp/rwlock\n" in shown
     assert "snakemake -s ../../Snakefile --cores N" in shown
     file.unlink()
-    assert "in the way" not in text(Experiment(folder))
+    assert "problem: " not in text(Experiment(folder))
 
 
 def test_damaged_files_and_a_full_disk(tiny: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,7 +333,7 @@ def test_damaged_files_and_a_full_disk(tiny: Experiment, monkeypatch: pytest.Mon
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     outcome = tiny.run("status", "--json")
     assert outcome.code == 1
-    assert json.loads(outcome.out)["problems"] == ["the disk is nearly full: 512 MiB are free; remove something"]
+    assert json.loads(outcome.out)["problems"] == ["the disk is nearly full: 512 MiB are free; remove files"]
 
 
 # --- the command
@@ -362,7 +362,7 @@ def test_watch_shows_it_again_until_ctrl_c(tiny: Experiment, stop_when: Stop) ->
     def is_shown_twice() -> bool:
         assert process.stdout is not None
         shown.append(process.stdout.readline())
-        return sum("missing; the same command" in line for line in shown) == 2
+        return sum("missing; run the same command" in line for line in shown) == 2
 
     outcome = stop_when(process, is_shown_twice, signal.SIGINT)
     assert outcome.code == 0 and outcome.err == ""
@@ -394,7 +394,7 @@ def flip(file: Path) -> None:
 def test_verify_of_what_was_written(whole: Experiment) -> None:
     outcome = whole.succeed("verify")
     outputs, files = (int(word) for word in outcome.out.split() if word.isdigit())
-    assert outcome.out == f"{outputs} outputs, {files} files: all are what was written\n"
+    assert outcome.out == f"{outputs} outputs, {files} files: all are intact\n"
     assert outputs == 9 and files > 20
     whole.change(finetune={"lr": 0.004})
     assert whole.succeed("verify").out == outcome.out, "out of date, but whole"

@@ -1,1 +1,1 @@
-"""What needs nothing else of ours: errors, seeds, hashes, locks, progress, signals, files that appear whole."""
+"""Basics that need nothing else of maskdm: errors, seeds, hashes, locks, progress, signals, atomic writing."""

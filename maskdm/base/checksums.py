@@ -1,4 +1,4 @@
-"""Plain values and files: hashes, descriptions that carry their own, and where two values differ."""
+"""Hashes of plain values and files, values that contain their own hash, and differences between values."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-# Why a file that is whole may be unreadable for now: nothing is to be taken for damaged because of these.
+# Errors that may be temporary: a file that cannot be read because of them is not taken to be damaged.
 NOT_NOW = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ENOMEM}
-CHECKSUM = "checksum"  # the key of a description that holds its hash
+CHECKSUM = "checksum"  # the key of the hash in values of `with_checksum`
 
 
 def file_sha256(path: Path) -> str:
-    """The sha256 of a file's content.
+    """The sha256 of the content of a file.
 
     Raises:
         OSError: it can't be read.
@@ -25,26 +25,26 @@ def file_sha256(path: Path) -> str:
 
 
 def values_sha256(values: Any) -> str:
-    """The sha256 of plain values: equal values, equal hash."""
+    """The sha256 of plain values; equal values have equal hashes."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def short_hash(*parts: Any) -> str:
-    """A short hash of plain values or sections of params: equal values, equal hash."""
+    """A short hash of plain values or sections of params; equal values have equal hashes."""
     plain = [part.model_dump(mode="json") if hasattr(part, "model_dump") else part for part in parts]
     return values_sha256(plain)[:16]
 
 
 def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
-    """Plain values with a key more, which holds their hash."""
+    """Plain values with one more key, which is their hash."""
     return {**content, CHECKSUM: values_sha256(json.loads(json.dumps(content)))}
 
 
 def checked(content: Any) -> Any:
-    """The values that `with_checksum` was given.
+    """The values that were given to `with_checksum`.
 
     Raises:
-        ValueError: they are others.
+        ValueError: the hash is missing or wrong.
     """
     if not isinstance(content, dict) or CHECKSUM not in content:
         raise ValueError(f"it has no {CHECKSUM}: not a file of this version of maskdm")
@@ -55,7 +55,7 @@ def checked(content: Any) -> Any:
 
 
 def differing(one: Any, other: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Every place in which they differ, as `pretrain.lr`, with both values there; None where one has no such place."""
+    """Every path at which two values differ, such as `pretrain.lr`, with both values; None if one has no such path."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         for key in sorted({*one, *other}):
             yield from differing(one.get(key), other.get(key), f"{path}.{key}" if path else str(key))

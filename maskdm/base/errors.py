@@ -1,14 +1,14 @@
-"""The errors that are the user's to mend: shown as one message, never as a traceback, and nothing in it obeyed."""
+"""Errors that the user can fix: shown as one message, without a traceback or terminal control characters."""
 
 
 class UserError(Exception):
-    """Something the user can put right: what was got, what was expected, what to do.
+    """An error that the user can fix; its message says what was got, what was expected and what to do.
 
     The command line prints the message and exits with `exit_code`.
 
     Args:
-        message: for the user.
-        reason: what is wrong, alone, where callers need it.
+        message: the message for the user.
+        reason: only what is wrong, for callers that write a message of their own.
     """
 
     exit_code = 1
@@ -19,21 +19,21 @@ class UserError(Exception):
 
 
 class ParamsError(UserError):
-    """params.yaml or a command-line argument is wrong: found before any work starts."""
+    """params.yaml or a command-line argument is wrong; raised before any work starts."""
 
     exit_code = 2
 
 
 class NonFiniteLossError(UserError):
-    """The loss became NaN or infinite; the update of that step, and every later one, was not made."""
+    """The loss became NaN or infinite; neither the update of that step nor any later one was made."""
 
 
 def printable(text: str, most: int = 300) -> str:
-    """Text of unknown origin, such as a name out of an archive, as a message may show it.
+    """Text of unknown origin, such as a file name from an archive, safe to show in a terminal.
 
     Args:
-        text: what a terminal would obey in it, and what is not a character, is escaped.
-        most: characters: it is cut in the middle if it has more.
+        text: the text; control characters and undecodable bytes are escaped.
+        most: the largest number of characters; a longer text is cut in the middle.
     """
     if len(text) > most:
         text = f"{text[: most // 2]}…{text[-(most // 2) :]}"

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a lost terminal: the first signal may wait for a good moment, the second ends at once."""
+"""Ctrl-C, SIGTERM and a closed terminal: the first signal may wait until work is saved, the second ends at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 
-# What pre-emption, Ctrl-C and a closed terminal send; one that was ignored from outside (nohup) stays so.
+# Sent by pre-emption, Ctrl-C and a closed terminal. A signal that is ignored from outside (nohup) stays ignored.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -17,8 +17,8 @@ class Stopped(KeyboardInterrupt):
     """A signal ended the work.
 
     Args:
-        number: of the signal.
-        message: what became of the work.
+        number: the number of the signal.
+        message: what was saved, and how to resume.
     """
 
     def __init__(self, number: int, message: str = "") -> None:
@@ -27,13 +27,13 @@ class Stopped(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
-        """The shell's convention: 130 for Ctrl-C, 143 for SIGTERM."""
+        """128 plus the signal's number, as in the shell: 130 for Ctrl-C, 143 for SIGTERM."""
         return 128 + self.number
 
 
 @dataclass
 class Deferral:
-    """Whether a signal has come while it was to wait: the first one."""
+    """The first signal that came while signals were deferred; None if there was none."""
 
     requested: signal.Signals | None = None
 
@@ -42,7 +42,7 @@ _deferral: Deferral | None = None
 
 
 def install() -> None:
-    """Let the signals raise `Stopped` in the main thread, or wait where the work is `deferring`."""
+    """Make the signals raise `Stopped` in the main thread, or wait while `deferring` is active."""
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _handle)
@@ -50,10 +50,10 @@ def install() -> None:
 
 @contextmanager
 def deferring() -> Iterator[Deferral]:
-    """Let the first signal wait until the block looks at it, at the latest until it ends; a second one does not.
+    """Defer the first signal until the block handles it, at the latest until it ends; a second one is not deferred.
 
     Raises:
-        Stopped: a signal came and the block ended without looking.
+        Stopped: a signal came, and the block ended without handling it.
     """
     global _deferral
     before, _deferral = _deferral, Deferral()
@@ -68,10 +68,12 @@ def deferring() -> Iterator[Deferral]:
 
 def _handle(number: int, frame: FrameType | None) -> None:
     if _deferral is not None and _deferral.requested is signal.SIGHUP and number == signal.SIGHUP:
-        return  # shell and kernel may both send it
+        return  # the shell and the kernel may both send it
     if _deferral is None or _deferral.requested is not None:
         raise Stopped(number)
     _deferral.requested = signal.Signals(number)
-    message = f"maskdm: {_deferral.requested.name}: saving after this step and stopping (once more: at once)\n"
-    with suppress(OSError):  # the terminal, or the next command in a pipe, may have ended
+    message = (
+        f"maskdm: {_deferral.requested.name}: saving after this step, then stopping (send it again to stop at once)\n"
+    )
+    with suppress(OSError):  # the terminal, or the other end of a pipe, may be closed
         os.write(2, message.encode())

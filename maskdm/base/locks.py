@@ -1,4 +1,4 @@
-"""One writer at a time. The kernel frees the lock when its holder dies: a killed process never blocks the next."""
+"""File locks. The kernel frees a lock when its holder dies, so a killed process never blocks the next one."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ NOT_SUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 @contextmanager
 def one_writer(lock: Path, what: str) -> Iterator[None]:
-    """Let one process at a time run the block; another waits and says for whom.
+    """Let one process at a time run the block; others wait, and print which process they wait for.
 
-    Where the file system has no locks the block runs all the same, with a warning.
+    If the file system does not support locks, the block runs after a warning.
 
     Args:
-        lock: a file of its own; holds who is at work.
-        what: for messages.
+        lock: the lock file; it contains who holds the lock.
+        what: the name of the work, for messages.
 
     Raises:
-        UserError: the place can't be written.
+        UserError: the file can't be written.
     """
     with explain_refusals(lock):
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def one_writer(lock: Path, what: str) -> Iterator[None]:
 
 
 def holder_of(lock: Path) -> dict[str, Any] | None:
-    """Who holds a lock, as {"pid", "host", "what", "since"}; empty where it does not say; None where it is free."""
+    """The holder of a lock, {"pid", "host", "what", "since"}; empty if it is not known, None if the lock is free."""
     try:
         with lock.open("r", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -75,9 +75,8 @@ def _acquire(file: TextIO, what: str) -> None:
     except OSError as error:
         if error.errno not in NOT_SUPPORTED:
             raise
-        _say(
-            f"warning: {file.name} can't be locked ({error.strerror}): make sure that one process at a time runs {what}"
-        )
+        advice = f"make sure that only one process at a time runs {what}"
+        _say(f"warning: {file.name} can't be locked ({error.strerror}): {advice}")
 
 
 def _say(message: str) -> None:

@@ -1,4 +1,4 @@
-"""The machine and the working tree; time, memory and provenance of a piece of work."""
+"""The machine, the git working tree, and time, memory and provenance of a piece of work."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ PACKAGES = (
 
 @cache
 def git_state(folder: Path = Path()) -> tuple[str | None, bool | None]:
-    """The commit of the working tree that a folder lies in, and whether it has changes, when first asked for.
+    """The commit of the working tree that contains a folder, and whether it has uncommitted changes.
 
-    (None, None) outside a git repository.
+    (None, None) outside a git repository. The answer is cached.
     """
     commit = _git(folder, "rev-parse", "HEAD")
     if commit is None:
@@ -45,13 +45,13 @@ def git_state(folder: Path = Path()) -> tuple[str | None, bool | None]:
 
 
 def peak_memory_gib() -> float:
-    """The largest resident size of this process so far, in GiB."""
+    """The peak resident size of this process so far, in GiB."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def cpu_name() -> str:
-    """The processor's name, as far as the system knows it."""
+    """The name of the processor, as the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -68,7 +68,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def launched() -> tuple[int, int] | None:
-    """This process's rank and the number of ranks, where a launcher such as torchrun has started it; else None."""
+    """The rank of this process and the number of ranks; None if no launcher such as torchrun started it."""
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if not all(name in os.environ for name in names):
         return None
@@ -76,13 +76,13 @@ def launched() -> tuple[int, int] | None:
 
 
 def is_follower() -> bool:
-    """Whether another process is the first of those that share this stage's batches."""
+    """Whether this process is a rank above 0."""
     return (launched() or (0, 1))[0] > 0
 
 
 @contextmanager
 def measured(params: object, record: dict[str, Any]) -> Iterator[None]:
-    """Time the block; add its time, memory and provenance to `record` when it ends well."""
+    """Add time, memory and provenance of the block to `record`, if it ends without an exception."""
     started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
     yield
     record.update(provenance(params))
@@ -92,7 +92,7 @@ def measured(params: object, record: dict[str, Any]) -> Iterator[None]:
 
 
 def provenance(params: object) -> dict[str, Any]:
-    """What produced a number: commit, params, versions, machine."""
+    """What produced a result: commit, params, versions, machine."""
     commit, dirty = git_state()
     return {
         "maskdm": __version__,

@@ -1,4 +1,4 @@
-"""Progress with an ETA: a live bar on a terminal, a line now and then in a log file; and what is logged."""
+"""Progress with an ETA: a live bar in a terminal, occasional lines in a log file; and what takes curves."""
 
 from __future__ import annotations
 
@@ -15,35 +15,27 @@ LOG_EVERY_SECONDS = 15.0
 
 
 class Progress:
-    """Counts up to `total`, showing rate, ETA and a note.
+    """Counts up to `total` and shows rate, ETA and a note.
 
     Args:
-        total: how much there is to do, in `unit`s.
+        total: the amount of work, in `unit`s.
         description: what is being done.
         unit: what is counted.
-        initial: how much was done before (a resumed run).
+        initial: how much was done before this process (a resumed run).
     """
 
     def __init__(self, total: int, description: str, unit: str = "it", initial: int = 0) -> None:
-        self._live = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=total,
-            desc=description,
-            unit=unit,
-            initial=initial,
-            disable=not self._live,
-            dynamic_ncols=True,
-            leave=True,
-        )
+        bar = {"total": total, "desc": description, "unit": unit, "initial": initial, "dynamic_ncols": True}
+        self._bar = tqdm(**bar) if sys.stderr.isatty() else None
         self._total, self._description, self._unit = total, description, unit
         self._done = self._initial = initial
         self._start = self._last = time.monotonic()
 
     def update(self, done: int = 1, note: str = "") -> None:
-        """Count `done` more; `note` is shown beside the bar."""
+        """Count `done` more; the note is shown beside the bar."""
         self._done += done
         with suppress(OSError):  # a closed terminal or pipe does not stop the work
-            if self._live:
+            if self._bar is not None:
                 if note:
                     self._bar.set_postfix_str(note, refresh=False)
                 self._bar.update(done)
@@ -51,13 +43,14 @@ class Progress:
                 self._print(note)
 
     def update_to(self, done: int, note: str = "") -> None:
-        """Say how much is done in all."""
+        """Set how much is done in all."""
         self.update(done - self._done, note)
 
     def close(self) -> None:
         """Finish the bar."""
         with suppress(OSError):
-            self._bar.close()
+            if self._bar is not None:
+                self._bar.close()
 
     def _print(self, note: str) -> None:
         self._last = time.monotonic()

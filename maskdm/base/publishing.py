@@ -1,4 +1,4 @@
-"""Files and folders appear whole or not at all: built beside their place, synced, moved there."""
+"""Atomic writing: files and folders are built beside their place, synced, then renamed, so they appear complete."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 from maskdm.base.checksums import with_checksum
 from maskdm.base.errors import UserError
 
-BUILDING = ".building"  # the suffix of what is not whole yet
-# What the disk may refuse; any other OSError is not about the output.
+BUILDING = ".building"  # the suffix of incomplete files and folders
+# Errors of the disk; any other OSError has nothing to do with the output.
 REFUSALS = {
     errno.ENOSPC,
     errno.EIO,
@@ -27,16 +27,16 @@ REFUSALS = {
     errno.ENOTDIR,
     errno.EISDIR,
     errno.EEXIST,
-    None,  # NumPy's, of an array that could be written in part only
+    None,  # raised by NumPy if it could write only part of an array
 }
 
 
 @contextmanager
 def explain_refusals(output: Path) -> Iterator[None]:
-    """Say which output the disk refuses to write in the block.
+    """Turn errors of the disk in the block into an error that names the output.
 
     Raises:
-        UserError: it refuses.
+        UserError: the output can't be written.
     """
     try:
         yield
@@ -49,12 +49,12 @@ def explain_refusals(output: Path) -> Iterator[None]:
 
 @contextmanager
 def publish_folder(output: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill; when the block ends well, it becomes `output`.
+    """Yield an empty folder to fill; it replaces `output` if the block ends without an exception.
 
-    When the block raises, what was built is removed and an existing `output` stays as it was.
+    If the block raises, the new folder is removed and an existing `output` stays as it was.
 
     Raises:
-        UserError: the place can't be written.
+        UserError: the output can't be written.
     """
     building = output.with_name(f".{output.name}{BUILDING}")
     with explain_refusals(output):
@@ -83,10 +83,10 @@ def publish_folder(output: Path) -> Iterator[Path]:
 
 @contextmanager
 def replace_file(file: Path) -> Iterator[Path]:
-    """Yield a free path beside a file; when the block ends well, what is there takes the file's place.
+    """Yield a path to write to; what is written replaces `file` if the block ends without an exception.
 
     Raises:
-        UserError: the place can't be written.
+        UserError: the file can't be written.
     """
     building = file.with_name(f".{file.name}.{os.getpid()}{BUILDING}")
     with explain_refusals(file):
@@ -102,35 +102,35 @@ def replace_file(file: Path) -> Iterator[Path]:
 
 
 def publish_text(output: Path, text: str) -> None:
-    """Write a small file whole.
+    """Write a small file atomically.
 
     Raises:
-        UserError: the place can't be written.
+        UserError: the file can't be written.
     """
     with replace_file(output) as building:
         building.write_text(text, encoding="utf-8")
 
 
 def publish_json(output: Path, content: Any) -> None:
-    """Write plain values as readable JSON, whole; equal values give equal bytes.
+    """Write plain values as readable JSON, atomically; equal values give equal bytes.
 
     Raises:
-        UserError: the place can't be written.
+        UserError: the file can't be written.
     """
     publish_text(output, json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
 def publish_description(output: Path, content: dict[str, Any]) -> None:
-    """`publish_json`, with a checksum, which readers compare (`checksums.checked`).
+    """Like `publish_json`, with a checksum that readers verify (`checksums.checked`).
 
     Raises:
-        UserError: the place can't be written.
+        UserError: the file can't be written.
     """
     publish_json(output, with_checksum(content))
 
 
 def move(source: Path, target: Path) -> None:
-    """Move a file or folder to a free place; to another disk it is copied there whole first."""
+    """Move a file or folder to a path that does not exist; on another disk a complete copy is made first."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         source.rename(target)
@@ -142,15 +142,15 @@ def move(source: Path, target: Path) -> None:
         (shutil.copytree if source.is_dir() else shutil.copyfile)(source, building)
         sync_tree(building)
         building.rename(target)
-        gone = source.with_name(f".{source.name}{BUILDING}")  # at no moment is half of it in its place
-        remove(gone)
-        source.rename(gone)
-        remove(gone)
+        removed = source.with_name(f".{source.name}{BUILDING}")  # so that `source` is never incomplete
+        remove(removed)
+        source.rename(removed)
+        remove(removed)
     sync(target.parent)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give a file a second name; where its filesystem can't, or it is another one, copy it."""
+    """Hard-link a file; copy it if that is not possible."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)
@@ -160,7 +160,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder, a file or a link, if it is there."""
+    """Remove a folder, a file or a link, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -169,7 +169,7 @@ def remove(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have a file, or a folder's names, on the disk."""
+    """Flush a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -178,7 +178,7 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(path: Path) -> None:
-    """`sync` a file, or a folder and all that is in it."""
+    """Flush a file, or a folder with everything in it, to the disk."""
     for inner in (*(path.rglob("*") if path.is_dir() else ()), path):
         if inner.is_file() or inner.is_dir():
             sync(inner)

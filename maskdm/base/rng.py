@@ -1,6 +1,6 @@
-"""Randomness as an argument: every generator is a pure function of (seed, stream, index).
+"""Random generators that are pure functions of (seed, stream, index).
 
-Nothing draws from a global generator, so a resumed run, another engine or another batch size sees the same draws.
+Nothing draws from a global generator, so a resumed run, another engine or another batch size gets the same draws.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ def derive_seed(seed: int, stream: str, index: int = 0) -> int:
     """A 63-bit seed for one use of randomness; different streams and indices are independent.
 
     Args:
-        seed: the experiment's seed.
-        stream: what the randomness is for, e.g. "pretrain".
-        index: the step, epoch or image it is for.
+        seed: the seed of the run.
+        stream: the name of the use, such as "pretrain".
+        index: the step, epoch or image.
     """
     digest = hashlib.blake2b(f"{seed}/{stream}/{index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

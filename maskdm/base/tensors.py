@@ -1,4 +1,4 @@
-"""Tensors on disk: safetensors with a description of what they are and a checksum, never pickles."""
+"""Tensors on disk: safetensors files with a description and a checksum, never pickles."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ Sets = dict[str, dict[str, Tensor]]
 
 
 class DamagedError(UserError):
-    """A file of tensors is not what was written."""
+    """A file of tensors is damaged, or was not written by `save_tensors`."""
 
 
 def save_tensors(path: Path, sets: Sets, info: dict[str, Any]) -> None:
-    """Write named sets of tensors, e.g. {"raw": …, "ema": …}; equal content gives equal bytes.
+    """Write named sets of tensors, such as {"raw": …, "ema": …}; equal content gives equal bytes.
 
     Args:
-        path: the file, not there yet.
+        path: the file; it does not exist yet.
         sets: name of the set → name of the tensor → tensor.
-        info: plain values that describe them; of weights, `architecture` too.
+        info: plain values that describe the tensors; for weights, they include `architecture`.
 
     Raises:
         OSError: the file can't be written.
@@ -42,11 +42,11 @@ def save_tensors(path: Path, sets: Sets, info: dict[str, Any]) -> None:
         for name, tensor in named.items()
     }
     plain = json.loads(json.dumps({"format": FORMAT, **info}))
-    # one metadata key: several would be written in random order
+    # only one metadata key, because safetensors writes several in random order
     metadata = {"maskdm": json.dumps({**plain, "sha256": _digest(tensors, plain)}, sort_keys=True)}
     try:
         save_file(tensors, path, metadata)
-    except SafetensorError as error:  # how safetensors reports a full disk: "… (os error 28)"
+    except SafetensorError as error:  # safetensors reports a full disk as "… (os error 28)"
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
 
@@ -57,18 +57,18 @@ def load_weights(path: Path, which: str, architecture: dict[str, Any]) -> tuple[
     Args:
         path: a file of `save_tensors`.
         which: `ema` or `raw`.
-        architecture: what the weights must be for.
+        architecture: the architecture of the network that needs the weights.
 
     Returns:
         the weights by parameter name, and the file's info.
 
     Raises:
-        UserError: the file is damaged, not ours, or for another architecture.
+        UserError: the file is damaged, was not written by maskdm, or has another architecture.
     """
     sets, info = load_tensors(path)
     if "architecture" not in info:
-        raise _unreadable(path, "it does not say of which architecture its weights are")
-    differing = [  # what the file does not say may be anything: initial weights serve every diffusion
+        raise _unreadable(path, "it does not say which architecture its weights have")
+    differing = [  # a file need not contain every value: initial weights fit every diffusion
         f"{key} is {value!r} there and {architecture.get(key)!r} in params.yaml"
         for key, value in sorted(info["architecture"].items())
         if value != architecture.get(key)
@@ -81,14 +81,14 @@ def load_weights(path: Path, which: str, architecture: dict[str, Any]) -> tuple[
 
 
 def load_tensors(path: Path) -> tuple[Sets, dict[str, Any]]:
-    """Read every set of tensors of a file of `save_tensors`, and its info; what does not match its checksum is refused.
+    """Read and verify all sets of tensors of a file of `save_tensors`, and its info.
 
     Raises:
-        DamagedError: the file is damaged or not ours.
-        UserError: it can't be read now.
+        DamagedError: the file is damaged or was not written by maskdm.
+        UserError: it can't be read at the moment.
     """
     try:
-        path.open("rb").close()  # safetensors says of a file that may not be read that there is none
+        path.open("rb").close()  # safetensors reports a file without read permission as missing
         with safe_open(path, framework="pt") as file:
             info = _info(path, file.metadata())
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
@@ -106,7 +106,7 @@ def load_tensors(path: Path) -> tuple[Sets, dict[str, Any]]:
 
 
 def load_into(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Put weights into a network.
+    """Load weights into a network.
 
     Raises:
         UserError: names or shapes differ.
@@ -119,7 +119,7 @@ def load_into(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
 
 
 def _digest(tensors: dict[str, Tensor], info: dict[str, Any]) -> str:
-    """The sha256 of the info and of every tensor's name, type, shape and bytes."""
+    """The sha256 of the info and of the name, type, shape and bytes of every tensor."""
     digest = hashlib.sha256(json.dumps({**info, "sha256": None}, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]

@@ -1,9 +1,9 @@
-"""Let torchvision be imported beside a PyTorch build that lacks its compiled operators.
+"""Makes torchvision importable with a PyTorch build that its compiled operators do not match.
 
-torch-fidelity imports torchvision, whose Python code registers fake implementations of the operators `nms` and
-`qnms` at import. Where torchvision's compiled library does not match PyTorch (the registry's torchvision beside a
-CPU-only PyTorch), those operators do not exist and the import fails with "operator torchvision::nms does not
-exist". Declaring their schemas is enough; nothing of ours calls them, and calling them still fails loudly.
+torch-fidelity imports torchvision, which registers fake implementations of the operators `nms` and `qnms` at import.
+If its compiled library does not match PyTorch (for example torchvision of PyPI with a CPU-only PyTorch), these
+operators do not exist, and the import fails with "operator torchvision::nms does not exist". It is enough to declare
+their schemas: maskdm never calls them, and calling them still raises an error.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _SCHEMAS = {
 
 @cache
 def declare_missing_operators() -> torch.library.Library | None:
-    """Import torchvision, declaring the operators first if the import needs it; harmless to call again.
+    """Import torchvision, after declaring the operators if that is necessary; it may be called repeatedly.
 
     Returns:
-        the library that holds the declarations (they vanish with it), or None if torchvision needs no help.
+        the library of the declarations, which end when it is deleted; None if none were necessary.
     """
     try:
         _import_torchvision()

@@ -8,7 +8,7 @@ BINARY = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
 
 def duration(seconds: float) -> str:
-    """Two units at most, as exact as an estimate deserves."""
+    """A duration in at most two units, rounded as an estimate should be."""
     if seconds < 0.1:
         return "< 0.1 s"
     if seconds < 9.95:
@@ -31,12 +31,12 @@ def duration(seconds: float) -> str:
 
 
 def flops(number: float) -> str:
-    """With a metric prefix: 4.68 EFLOP."""
+    """A number of FLOPs with a metric prefix: 4.68 EFLOP."""
     return f"{_prefixed(number, METRIC, 1000)}FLOP"
 
 
 def size(num_bytes: float) -> str:
-    """In powers of 1024: 1.2 GiB."""
+    """A number of bytes in powers of 1024: 1.2 GiB."""
     return _prefixed(num_bytes, BINARY, 1024)
 
 

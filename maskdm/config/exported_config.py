@@ -1,8 +1,8 @@
-"""What lies in the folder of an exported network, as far as it is known without its weights; imports no torch.
+"""The folder of an exported network, as far as it can be read without torch.
 
 The folder:
-    model.safetensors        the weights, by the bare names of `UViT.named_parameters`
-    model-raw.safetensors    the other set, where there are both: ema here and raw there, or the other way round
+    model.safetensors        the weights, by the names of `UViT.named_parameters`
+    model-raw.safetensors    the other set of weights, if there are two (or model-ema.safetensors)
     config.json              {"format", "params": a whole params.yaml, "num_classes", "which", "weights", "source"}
     README.md                the model card
 """
@@ -16,13 +16,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from maskdm.base.errors import UserError, printable
-from maskdm.config import Params, parse_params
 from maskdm.config.paths import WeightSet
+from maskdm.config.reading import parse_params
+from maskdm.config.schema import Params
 
 FORMAT = "maskdm-model/2"
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 SECOND: dict[WeightSet, str] = {"raw": "model-raw.safetensors", "ema": "model-ema.safetensors"}
-MAX_HEADER_BYTES = 2**20  # of a weights file: a tensor's entry has a hundred
 
 
 class _Section(BaseModel):
@@ -30,18 +30,18 @@ class _Section(BaseModel):
 
 
 class _WeightsFile(_Section):
-    file: Literal["model.safetensors", "model-raw.safetensors", "model-ema.safetensors"]  # never a path
+    file: Literal["model.safetensors", "model-raw.safetensors", "model-ema.safetensors"]  # so it is never another path
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Config(_Section):
-    """What config.json holds.
+    """The content of config.json.
 
     Attributes:
         params: the content of a whole params.yaml.
-        num_classes: of the dataset; counts only for a class-conditional network.
-        which: the set of weights that model.safetensors holds.
-        weights: by set, its file.
+        num_classes: number of classes of the dataset; ignored unless the network is class-conditional.
+        which: the set of weights in model.safetensors.
+        weights: the file of every set of weights.
         source: where the weights come from, for people.
     """
 
@@ -53,7 +53,7 @@ class Config(_Section):
     source: dict[str, Any]
 
     def weights_file(self, folder: Path, which: WeightSet | None = None) -> tuple[Path, str]:
-        """The file of a set of weights (None: those of model.safetensors), and its sha256.
+        """The file of a set of weights, and its sha256; None takes the set in model.safetensors.
 
         Raises:
             UserError: there is no such set.
@@ -64,10 +64,10 @@ class Config(_Section):
 
 
 def read_config(folder: Path) -> tuple[Config, Params]:
-    """The config.json of an exported folder, and the params in it.
+    """Read the config.json of an exported folder, and the params in it.
 
     Raises:
-        UserError: there is none, or it is not what was written.
+        UserError: there is none, or it is not valid.
     """
     path = folder / CONFIG
     if not path.is_file():
@@ -84,16 +84,18 @@ def read_config(folder: Path) -> tuple[Config, Params]:
 
 
 def check_fits(folder: Path, params: Params, num_classes: int | None = None) -> None:
-    """Whether training could start from an exported folder, as far as that is known without torch.
+    """Check whether training could start from an exported folder, as far as it can be told without torch.
 
     Args:
-        folder: of `maskdm export` or `maskdm import-checkpoint`.
-        params: of the experiment.
-        num_classes: of its dataset; None where they are not known yet, and not compared.
+        folder: a folder of `maskdm export` or `maskdm import-checkpoint`.
+        params: the experiment.
+        num_classes: number of classes of its dataset; None if it is not known yet: it is not compared.
 
     Raises:
-        UserError: it is not such a folder, of another network or diffusion, or its weights are missing or cut off.
+        UserError: it is not such a folder, has another network or diffusion, or its weights are missing or damaged.
     """
+    from safetensors import SafetensorError, safe_open  # imports NumPy, not torch
+
     config, own = read_config(folder)
     there = own.architecture(config.num_classes)
     here = params.architecture(config.num_classes if num_classes is None else num_classes)
@@ -102,23 +104,9 @@ def check_fits(folder: Path, params: Params, num_classes: int | None = None) -> 
         raise UserError(f"the model in {folder} does not fit the experiment: {'; '.join(differing)}")
     path, _ = config.weights_file(folder)
     try:
-        _check_whole(path)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is cut off or damaged"
+        if not path.is_file():
+            raise FileNotFoundError("there is no such file")
+        safe_open(path, framework="np")  # compares the length of the file with its header
+    except (OSError, SafetensorError) as error:
+        reason = "it is cut off or damaged" if isinstance(error, SafetensorError) else str(error)
         raise UserError(f"{path} can't be used ({reason}): export, import or copy the model again") from None
-
-
-def _check_whole(path: Path) -> None:
-    """Whether a safetensors file is as long as its header says: 8 bytes of the header's length, it, the tensors.
-
-    Raises:
-        ValueError: it is not, or its header can't be read.
-    """
-    if path.exists() and not path.is_file():
-        raise ValueError("no regular file")
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(min(length, MAX_HEADER_BYTES)))
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    if path.stat().st_size != 8 + length + max(ends, default=0):
-        raise ValueError("cut off")

@@ -1,4 +1,4 @@
-"""FLOPs of a training step in closed form, and how a budget becomes steps."""
+"""FLOPs of a training step in closed form, and the split of a budget into steps."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ def training_flops(
     num_tokens: int,
     mlp_time_embed: bool = False,
 ) -> int:
-    """FLOPs of forward and backward of one image through U-ViT, 2 per multiply-add, attention included, no optimizer.
+    """FLOPs of forward and backward for one image in a U-ViT, without the optimizer; a multiply-add counts as 2.
 
-    Backward costs twice the forward, but once where the input needs no gradient. The tests hold this equal to what
-    PyTorch counts on the real network (`compute.count_image_flops`).
+    Backward costs twice as much as forward, but only once as much for layers whose input needs no gradient. The tests
+    compare this with what PyTorch counts on the real network (`maskdm.method.backbones.count_image_flops`).
 
     Args:
-        num_visible: S.
-        patch_dim: P.
-        dim: D of a token.
-        depth: number of blocks.
-        hidden_dim: of the blocks' MLPs.
-        num_tokens: S and the extra tokens of time and class.
+        num_visible: S, the number of visible patches.
+        patch_dim: P, the number of values in a patch.
+        dim: D, the width of a token.
+        depth: the number of blocks.
+        hidden_dim: the hidden width of the blocks' MLPs.
+        num_tokens: S plus the extra tokens of time and class.
         mlp_time_embed: whether an MLP makes the time token.
     """
     linear = depth * num_tokens * (4 * dim**2 + 2 * dim * hidden_dim)  # qkv, proj, fc1, fc2
@@ -35,17 +35,17 @@ def training_flops(
     head = num_visible * dim * patch_dim
     time_mlp = 4 * dim**2 if mlp_time_embed else 0
     whole = linear + skips + attention + head + time_mlp
-    without_input_gradient = num_visible * patch_dim * dim + time_mlp  # the patches, the timestep's embedding
+    without_input_gradient = num_visible * patch_dim * dim + time_mlp  # the embeddings of patches and time
     return 2 * (3 * whole + 2 * without_input_gradient)
 
 
 class Split(NamedTuple):
-    """An arm's budget in steps.
+    """The budget of an arm in steps.
 
     Attributes:
-        pretrain_steps: of masked pretraining.
-        finetune_steps: of finetuning, to the end of the budget.
-        milestone_steps: finetuning steps done at each milestone; the last is `finetune_steps`.
+        pretrain_steps: steps of masked pretraining.
+        finetune_steps: steps of finetuning, up to the end of the budget.
+        milestone_steps: finetuning steps done at each milestone; the last one is `finetune_steps`.
     """
 
     pretrain_steps: int
@@ -61,18 +61,19 @@ def split_budget(
     finetune_cost: float,
     milestones: Sequence[float],
 ) -> Split:
-    """Pretraining takes its share, or so many steps; finetuning what these really left.
+    """Split a budget: pretraining takes its share, or a number of steps; finetuning spends what is left.
 
     Args:
         budget: what the arm may spend, in the unit of the costs.
-        share: the part of it for pretraining.
-        steps: so many pretraining steps instead of the share.
-        pretrain_cost: of a pretraining step.
-        finetune_cost: of a finetuning step.
-        milestones: increasing fractions of the budget that end with 1.
+        share: the fraction of the budget for pretraining.
+        steps: the number of pretraining steps, instead of the share.
+        pretrain_cost: the cost of a pretraining step.
+        finetune_cost: the cost of a finetuning step.
+        milestones: increasing fractions of the budget; the last is 1.
 
     Raises:
-        ValueError: less than one step of either stage, a milestone within pretraining, or two on one step.
+        ValueError: the budget pays for less than one step of a stage, a milestone falls into pretraining, or two
+            milestones fall on one step.
     """
     if steps is None:
         steps = round(share * budget / pretrain_cost)
@@ -88,7 +89,7 @@ def split_budget(
     if milestones[0] <= spent:
         raise ValueError(
             f"the first milestone ({milestones[0]:g} of the budget) falls into pretraining, which takes {spent:.3g} "
-            "of it; milestones are taken while finetuning"
+            "of it; milestones are taken during finetuning"
         )
     if left < finetune_cost:
         raise ValueError(

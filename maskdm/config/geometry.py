@@ -1,7 +1,4 @@
-"""How many patches a mask leaves visible: plain arithmetic, shared by the schema and the torch code.
-
-Nothing here imports torch, so that ``maskdm validate`` can refuse an impossible mask at once.
-"""
+"""How many patches a mask leaves visible: plain arithmetic without torch, for the schema and for the masks."""
 
 from __future__ import annotations
 
@@ -10,23 +7,23 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 Strategy = Literal["none", "patch", "block", "crop"]
-WITH_BLOCKS: tuple[Strategy, ...] = ("block",)  # need block_size, the side of a block in patches
+WITH_BLOCKS: tuple[Strategy, ...] = ("block",)  # these need block_size, the side of a block in patches
 
 
 class Grid(NamedTuple):
-    """The token grid: an image of (rows·p) × (cols·p) pixels in patches of p × p."""
+    """The token grid: an image of (rows·p) × (cols·p) pixels is divided into patches of p × p pixels."""
 
     rows: int
     cols: int
 
     @property
     def num_patches(self) -> int:
-        """N in patches: rows × cols."""
+        """N = rows × cols."""
         return self.rows * self.cols
 
 
 class VisibleShape(NamedTuple):
-    """What a mask leaves: S patches, and for `crop` the window that holds them."""
+    """What a mask leaves visible: S patches, and for `crop` the (height, width) of their window in patches."""
 
     num_visible: int
     window: tuple[int, int] | None = None
@@ -34,17 +31,17 @@ class VisibleShape(NamedTuple):
 
 @dataclass(frozen=True)
 class Mask:
-    """How M is drawn for an arm, as far as it is known without drawing (see `maskdm.method.masks`).
+    """What is known of a mask before it is drawn (`maskdm.method.masks` draws it).
 
     Args:
-        strategy: `patch` (uniformly), `block` (block_size × block_size groups together), `crop` (one window stays
-            visible) or `none`.
+        strategy: `patch` masks patches uniformly at random, `block` masks blocks of block_size × block_size patches,
+            `crop` leaves one window visible, `none` masks nothing.
         grid: the token grid.
         mask_rate: the paper's m, in [0, 1).
-        block_size: side of a block in patches; `block` only.
+        block_size: the side of a block in patches; only for `block`.
 
     Raises:
-        ValueError: the mask can't be realised on this grid (see `visible_shape`).
+        ValueError: the mask is not possible on this grid (see `visible_shape`).
     """
 
     strategy: Strategy
@@ -57,7 +54,7 @@ class Mask:
 
     @cached_property
     def visible(self) -> VisibleShape:
-        """S, and the window of `crop`."""
+        """S, and the window if the strategy is `crop`."""
         return visible_shape(self.strategy, self.mask_rate, self.grid, self.block_size)
 
     @property
@@ -67,30 +64,30 @@ class Mask:
 
     @property
     def realised_mask_rate(self) -> float:
-        """1 − S/N, the mask rate that the grid gives."""
+        """1 − S/N, the mask rate that is possible on this grid."""
         return 1.0 - self.num_visible / self.grid.num_patches
 
 
 def visible_shape(strategy: Strategy, mask_rate: float, grid: Grid, block_size: int | None = None) -> VisibleShape:
-    """The number of visible patches S for a requested mask rate.
+    """The number S of visible patches for a requested mask rate.
 
-    `patch` and `block` realise round((1 − m)·N) exactly: `block` cuts its last block to do so. `crop` takes,
-    among the windows whose sides follow the grid's (square to within one patch on a square grid), the one whose
-    area is nearest to it.
+    `patch` and `block` leave exactly round((1 − m)·N) patches visible; `block` cuts its last block for that. `crop`
+    considers the windows with the aspect ratio of the grid (to within one patch) and takes the one whose area is
+    nearest to that number.
 
     Args:
-        strategy: how the mask is drawn; `none` sees everything.
+        strategy: how the mask is drawn; `none` leaves all patches visible.
         mask_rate: the paper's m, in [0, 1).
         grid: the token grid.
-        block_size: side of a block in patches; `block` only.
+        block_size: the side of a block in patches; only for `block`.
 
     Raises:
-        ValueError: the rate is outside [0, 1), leaves no patch visible or, though positive, masks none, or the
-            block does not fit the grid.
+        ValueError: the rate is outside [0, 1), leaves no patch visible, is positive but masks no patch, or the block
+            does not fit on the grid.
 
     Source: MaskDM (arXiv 2306.11363), section 3.2; m = 1 − S/N.
-    Differs: the authors' code masks ⌊m·N⌋ patches (231 of 256 visible at 0.1, here 230) and crops to squares (11×11
-    at 0.5, here 11×12, which is nearer); blocks are never cut there, so "10 %" of 4×4 blocks masks 6.25 %.
+    Differs: the authors' code masks ⌊m·N⌋ patches (231 of 256 are visible at 0.1, here 230), crops to squares (11×11
+    at 0.5; here 11×12, which is nearer) and never cuts blocks, so that "10 %" of 4×4 blocks masks 6.25 %.
     """
     if not 0.0 <= mask_rate < 1.0:
         raise ValueError(f"mask_rate {mask_rate} is outside [0, 1)")
@@ -117,9 +114,9 @@ def _crop_window(num_visible: int, grid: Grid) -> VisibleShape:
         (h, w)
         for h in range(1, grid.rows + 1)
         for w in range(1, grid.cols + 1)
-        if abs(h * grid.cols - w * grid.rows) <= max(grid)  # the grid's aspect to within one patch
+        if abs(h * grid.cols - w * grid.rows) <= max(grid)  # the aspect ratio of the grid, to within one patch
     ]
-    # Nearest area first; between equals one that masks something, then the squarer, the larger, the wider window.
+    # The nearest area; among equals a window that masks something, then the squarer, the larger, the wider one.
     h, w = min(
         windows,
         key=lambda s: (abs(s[0] * s[1] - num_visible), s == tuple(grid), abs(s[0] - s[1]), -s[0] * s[1], s[0]),

@@ -1,32 +1,26 @@
-"""How many images of a source are used and held out: of those that are there, or as far as that is known before."""
+"""The number of images of a source that are used and held out, as far as it is known before they are read."""
 
 from __future__ import annotations
 
-from maskdm.config import DatasetConfig, Params
+from maskdm.config.schema import SPLITS, DatasetConfig, Params
 
-# Of the whole sources, by split.
-NUM_IMAGES = {
-    "digits": {"train": 1_797},
-    "mnist": {"train": 60_000, "test": 10_000, "all": 70_000},
-    "fashion_mnist": {"train": 60_000, "test": 10_000, "all": 70_000},
-    "svhn": {"train": 73_257, "test": 26_032, "extra": 531_131},
-}
+NUM_IMAGES = {**SPLITS, "digits": {"train": 1_797}}  # of the whole sources, by split
 
 
 def num_used(dataset: DatasetConfig, available: int) -> int:
-    """How many of the images of the classes used `limit` or `fraction` leave."""
+    """The number of images that `limit` or `fraction` leaves, of those whose classes are used."""
     if dataset.fraction is not None:
         return max(1, round(dataset.fraction * available))
     return available if dataset.limit is None else min(dataset.limit, available)
 
 
 def num_held_out(dataset: DatasetConfig, used: int) -> int:
-    """How many of the images used are kept from training."""
+    """The number of used images that are not trained on."""
     return round(dataset.held_out * used)
 
 
 def most_real(params: Params) -> int | None:
-    """How many images samples are compared with at most; None where only the images tell."""
+    """The largest possible number of real images to compare samples with; None if it is not known before `prepare`."""
     dataset = params.dataset
     available = NUM_IMAGES.get(dataset.source, {}).get(dataset.split or "train")
     used = dataset.limit if available is None else num_used(dataset, available)

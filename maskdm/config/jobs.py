@@ -1,7 +1,7 @@
-"""What every stage is: its version, output and inputs; and whether its output is what params.yaml asks for.
+"""The runs of all stages: version, output and inputs of each, and whether its output is what params.yaml asks for.
 
 The stamp of an output (`stamps`) says what it was made from; a `Job` says what it would be made from now. Engines may
-start a stage as often as they like: it works only where the two differ. Nothing here imports torch.
+start a stage as often as they like: it works only if the two differ. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from maskdm.config.runs import Run, resolve, shared_values
 from maskdm.config.schema import Params
 from maskdm.config.stamps import Stamp, missing_files, read_stamp
 
-# Raised when a stage's code computes something else (not when a comment changes: a training of days must survive that).
-# dvc.yaml and the Snakefile carry them too: DVC runs a stage again when its command changes.
+# Raise a version when the stage computes something else, not when its code only reads differently: outputs of older
+# versions are made again. dvc.yaml and the Snakefile contain the versions too, because DVC compares commands.
 STAGE_VERSIONS = {
     "prepare": 5,
     "features": 5,
@@ -42,7 +42,7 @@ OUTPUTS = {
     "choose": paths.CHOSEN,
     "report": paths.REPORT,
 }
-OUTPUTS_OF_A_RUN: dict[str, Callable[[str, Any], Path]] = {  # of an arm, and of its trial or seed
+OUTPUTS_OF_A_RUN: dict[str, Callable[[str, Any], Path]] = {  # of an arm, and its trial or seed
     "tune": paths.trial,
     "pretrain": paths.pretrain,
     "finetune": paths.finetune,
@@ -54,10 +54,10 @@ EVERYTHING = "(or everything: dvc repro)"
 
 
 class OutdatedError(UserError):
-    """An output is missing, or not what params.yaml asks for.
+    """An output is missing, or is not what params.yaml asks for.
 
     Args:
-        job: that makes it. If what that one reads is missing or out of date itself, the error is about this.
+        job: the job that makes it. If one of its own inputs is missing or out of date, the error is about that one.
     """
 
     def __init__(self, job: Job) -> None:
@@ -70,9 +70,9 @@ class Input:
     """Something that a stage reads.
 
     Attributes:
-        name: for the stamp.
-        digest: of its content; None where it is not there.
-        job: that makes it; None for a file of the user's.
+        name: its name in the stamp.
+        digest: returns the digest of its content; None if it is missing.
+        job: the job that makes it; None for a file of the user.
     """
 
     name: str
@@ -82,14 +82,14 @@ class Input:
 
 @dataclass(frozen=True)
 class Job:
-    """One run of one stage. What it finds out about its files it remembers.
+    """One run of one stage; it caches what it reads from files.
 
     Attributes:
-        jobs: all of the experiment, to find others.
-        stage: its name.
-        arm: where it works on one.
-        seed: of the arm's run.
-        trial: of the arm's tuning.
+        jobs: all jobs of the experiment.
+        stage: the name of the stage.
+        arm: the key of the arm; None for a stage of the whole experiment.
+        seed: the seed of the arm's run.
+        trial: the name of the trial of the arm's tuning.
     """
 
     jobs: Jobs = field(repr=False, compare=False)
@@ -105,7 +105,7 @@ class Job:
 
     @property
     def run(self) -> Run:
-        """The arm and seed, or the trial, with the values that were chosen for it.
+        """The arm and seed, or the trial, with the values that were chosen for the arm.
 
         Raises:
             OutdatedError: the choice is missing or out of date.
@@ -116,24 +116,24 @@ class Job:
 
     @property
     def name(self) -> str:
-        """For files: `pretrain-patch-m50-seed-0`."""
+        """A name for files: `pretrain-patch-m50-seed-0`."""
         return paths.name_of(self.stage, self.arm, self.seed, self.trial)
 
     @property
     def title(self) -> str:
-        """For messages: `pretrain patch-m50 seed 0`."""
+        """A name for messages: `pretrain patch-m50 seed 0`."""
         which = f"trial {self.trial}" if self.trial is not None else f"seed {self.seed}"
         return self.stage if self.arm is None else f"{self.stage} {self.arm} {which}"
 
     @property
     def words(self) -> list[str]:
-        """The words after `maskdm` that run it."""
+        """The command line that runs it, without `maskdm`."""
         which = ["--trial", self.trial] if self.trial is not None else ["--seed", str(self.seed)]
         return [self.stage] if self.arm is None else [self.stage, "--arm", self.arm, *which]
 
     @property
     def command(self) -> str:
-        """What to type."""
+        """The command line that runs it."""
         return " ".join(["maskdm", *self.words])
 
     @property
@@ -145,12 +145,12 @@ class Job:
 
     @property
     def record(self) -> Path:
-        """Time, machine and provenance: what differs between equal runs."""
+        """The file with time, machine and provenance: what differs between equal runs."""
         return paths.record(self.stage, self.arm, self.seed, self.trial)
 
     @property
     def lock(self) -> Path:
-        """Held by the process that works on it."""
+        """The lock file that a process holds while it works on it."""
         return paths.work(self.output) / "lock"
 
     @property
@@ -164,34 +164,38 @@ class Job:
         return list(_inputs(self) if self.arm is None else _inputs_of_a_run(self))
 
     def wanted(self) -> Stamp:
-        """The stamp that its output would have now, but for what is in it."""
+        """The stamp that its output would have now, without the content."""
         inputs = {one.name: one.digest() for one in self.inputs}
         return Stamp(self.stage, STAGE_VERSIONS[self.stage], self.values, inputs)
 
     def require_inputs(self) -> None:
-        """Raises: OutdatedError, if an input is missing or out of date; the report does without what is missing."""
+        """Raise an OutdatedError if an input is missing or out of date; the report leaves out what is missing."""
         for one in self.inputs if self.stage != "report" else ():
             if one.job is not None and one.job.why_outdated():
                 raise OutdatedError(one.job)
 
     def why_outdated(self) -> str:
-        """Why its output is not what params.yaml asks for, with the path; empty where it is."""
-        return self._found[0]
+        """Why its output is not what params.yaml asks for, with the path; empty if it is up to date."""
+        return self._comparison[0]
 
     @property
     def first(self) -> Job:
-        """What to run first where its output is out of date: this, or what makes an input that is out of date."""
-        return self._found[1]
+        """The job to run first if the output is out of date: this one, or the one that makes an outdated input."""
+        return self._comparison[1]
 
     @cached_property
-    def _found(self) -> tuple[str, Job]:
+    def _comparison(self) -> tuple[str, Job]:
         try:
             return self._compare(), self
         except OutdatedError as error:
             return f"{self.output} is out of date: {error.reason}", error.job
 
     def _compare(self) -> str:
-        """Raises: OutdatedError, if an input is missing or out of date."""
+        """Compare the stamp of the output with the wanted one.
+
+        Raises:
+            OutdatedError: an input is missing or out of date.
+        """
         if not self.output.exists():
             return f"{self.output} is missing"
         if (stamp := read_stamp(self.output)) is None:
@@ -203,7 +207,7 @@ class Job:
             raise
         except UserError as error:
             return f"{self.output} is out of date: {error}"
-        for one in self.inputs:  # a file of the user's that has gone since is taken for what it was
+        for one in self.inputs:  # a file of the user that was removed since is taken to be unchanged
             if one.job is None and wanted.inputs[one.name] is None and one.name in stamp.inputs:
                 wanted.inputs[one.name] = stamp.inputs[one.name]
         if stamp.key != wanted.key:
@@ -214,7 +218,7 @@ class Job:
 
 
 class Jobs:
-    """Every job of an experiment; what is found out about one is remembered.
+    """All jobs of an experiment, cached together with what they have read from files.
 
     Args:
         params: the experiment.
@@ -231,7 +235,7 @@ class Jobs:
         return self._jobs.setdefault(key, Job(self, *key))
 
     def all(self) -> Iterator[Job]:
-        """Every job, each behind those that it needs."""
+        """Every job, after the jobs that it depends on."""
         params = self.params
         yield from (self.find(stage) for stage in ("prepare", "features", "scale"))
         yield from (self.find("tune", arm, trial=trial) for arm in params.arms for trial in params.tuning.trials)
@@ -241,11 +245,11 @@ class Jobs:
         yield self.find("report")
 
     def forget(self) -> None:
-        """Look at all files anew."""
+        """Drop the caches: all files are read again."""
         self._jobs, self._runs = {}, {}
 
     def run_of(self, arm: str, seed: int | None, trial: str | None = None) -> Run:
-        """An arm and seed, or a trial, resolved with the values that were chosen for it.
+        """An arm and seed, or a trial, resolved with the values that were chosen for the arm.
 
         Raises:
             OutdatedError: the choice is missing or out of date.
@@ -258,11 +262,11 @@ class Jobs:
         return self._runs[key]
 
     def chosen_values(self, arm: str) -> dict[str, Any] | None:
-        """The values of the trial that was chosen for an arm; None where nothing is tuned.
+        """The values of the trial that was chosen for an arm; None if nothing is tuned.
 
         Raises:
             OutdatedError: the choice is missing or out of date.
-            UserError: no trial could be chosen.
+            UserError: no trial could be chosen, or the choice is damaged.
         """
         if not self.params.tuning.enabled:
             return None
@@ -274,13 +278,13 @@ class Jobs:
             raise UserError(f"{paths.chosen(arm)} is damaged ({error}); run first: {command} --force") from None
         if choice["trial"] is None:
             raise UserError(
-                f"every trial of arm {arm} has failed ({choice['failed']}): it can't run; give tuning.trials smaller "
-                "learning rates, or remove the arm"
+                f"every trial of arm {arm} has failed ({choice['failed']}): the arm can't run; give tuning.trials "
+                "smaller learning rates, or remove the arm"
             )
         return dict(choice["values"])
 
     def _require_choice(self, arm: str) -> None:
-        """Raises: OutdatedError, if an arm's choice would be another now; other arms' trials do not matter to it."""
+        """Raise an OutdatedError if an arm's choice could differ now; trials of other arms do not matter."""
         trials = [_output(self.find("tune", arm, trial=trial)) for trial in self.params.tuning.trials]
         for trial in trials:
             if trial.job is not None and trial.job.why_outdated():
@@ -298,7 +302,7 @@ class Jobs:
 
 
 def _inputs(job: Job) -> Iterator[Input]:
-    """What a stage of the whole experiment reads."""
+    """The inputs of a stage of the whole experiment."""
     find, params = job.jobs.find, job.params
     match job.stage:
         case "features":
@@ -312,13 +316,13 @@ def _inputs(job: Job) -> Iterator[Input]:
         case "choose":
             for arm in params.arms:
                 yield from (_output(find("tune", arm, trial=trial)) for trial in params.tuning.trials)
-        case "report":  # shows times, and so reads the records too
+        case "report":  # it shows times, so it also reads the records
             for other in list(job.jobs.all())[:-1]:
                 yield from (_output(other), _file(str(other.record), other.record, other))
 
 
 def _inputs_of_a_run(job: Job) -> Iterator[Input]:
-    """What a stage of an arm and a seed, or a trial, reads."""
+    """The inputs of a stage of an arm and seed, or of a trial."""
     of_all, of_arm = job.jobs.find, partial(job.jobs.find, arm=job.arm, seed=job.seed)
     match job.stage:
         case "tune":
@@ -338,13 +342,13 @@ def _pretrained_on(job: Job) -> Iterator[Input]:
     """The images of pretraining, and the weights that it starts from."""
     config = job.run.params.pretrain_of(job.run.arm)
     yield _data(job, paths.DATA if config.dataset is None else paths.pretrain_data(config.dataset))
-    if config.checkpoint is not None:  # its config.json has the hash of the weights, which the stage checks
-        description = Path(config.checkpoint) / "config.json"
-        yield Input("pretrain.checkpoint", lambda: _said(description, lambda it: it["weights"][it["which"]]["sha256"]))
+    if config.checkpoint is not None:  # config.json has the hash of the weights, which the stage verifies
+        file = Path(config.checkpoint) / "config.json"
+        yield Input("pretrain.checkpoint", lambda: _json_value(file, lambda it: it["weights"][it["which"]]["sha256"]))
 
 
 def _output(job: Job) -> Input:
-    """What a job makes."""
+    """The output of another job."""
 
     def digest() -> str | None:
         stamp = read_stamp(job.output)
@@ -354,8 +358,8 @@ def _output(job: Job) -> Input:
 
 
 def _data(job: Job, folder: Path = paths.DATA) -> Input:
-    """A dataset; its pixels and labels count, not where they came from."""
-    return Input(str(folder), lambda: _said(folder / MANIFEST, lambda it: it["sha256"]), job.jobs.find("prepare"))
+    """A prepared dataset; its digest covers pixels and labels, not where they came from."""
+    return Input(str(folder), lambda: _json_value(folder / MANIFEST, lambda it: it["sha256"]), job.jobs.find("prepare"))
 
 
 def _file(name: str, file: Path, job: Job | None = None) -> Input:
@@ -368,8 +372,8 @@ def _file(name: str, file: Path, job: Job | None = None) -> Input:
     return Input(name, digest, job)
 
 
-def _said(file: Path, of: Callable[[Any], Any]) -> str | None:
-    """A value in a JSON file; None where there is none."""
+def _json_value(file: Path, of: Callable[[Any], Any]) -> str | None:
+    """A value from a JSON file; None if the file or the value is missing."""
     try:
         return str(of(json.loads(file.read_bytes())))
     except (OSError, ValueError, LookupError, TypeError, RecursionError):

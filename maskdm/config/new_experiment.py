@@ -1,4 +1,4 @@
-"""`maskdm new`: an experiment of one's own from another one, some values changed, comments kept."""
+"""`maskdm new`: a new experiment from another one, with some values changed and comments kept."""
 
 from __future__ import annotations
 
@@ -17,29 +17,30 @@ from maskdm.config.reading import read_yaml
 from maskdm.config.schema import EMBEDDED, SOURCES
 
 PIPELINE = "dvc.yaml"
-PATHS = ("root", "weights", "checkpoint")  # keys whose values are paths, seen from the folder of params.yaml
-WIDE = 4096  # columns: no line is broken
+PATHS = ("root", "weights", "checkpoint")  # keys whose values are paths relative to params.yaml
+WIDTH = 4096  # columns, so that no line is wrapped
 
 
 def new_experiment(folder: Path, source: Path, changes: Sequence[str], arms: Sequence[str]) -> None:
-    """Make an experiment's folder: a changed copy of another one's params.yaml, and a link to the pipeline for DVC.
+    """Make the folder of an experiment: a changed copy of a params.yaml, and a link to the pipeline for DVC.
 
-    Paths in it stay those of the same files. Where `changes` say no `name`, it is that of the folder.
+    Relative paths are adapted, so that they lead to the same files. The experiment is named after its folder, unless
+    `changes` contain `name`.
 
     Args:
-        folder: to be made.
-        source: a params.yaml, or the folder of one.
-        changes: `path.to.key=value`, the value as in YAML; sections that are missing are made.
-        arms: the keys of those that are kept; none: all.
+        folder: the folder to make.
+        source: a params.yaml, or its folder.
+        changes: `path.to.key=value`, with the value in YAML; missing sections are added.
+        arms: the keys of the arms to keep; empty keeps all.
 
     Raises:
-        ParamsError: the source or the changed params are not valid, or a change can't be understood.
-        UserError: the folder is there already, or does not lie in a maskdm project.
+        ParamsError: the source or the changed params are not valid, or a change is malformed.
+        UserError: the folder exists and is not empty, or the source is not in a maskdm project.
     """
     source = source / PARAMS_FILE if source.is_dir() else source
     load_params(source)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is there already: name a folder that is not")
+        raise UserError(f"{folder} is there already: name a folder that does not exist")
     pipeline = _project(source) / PIPELINE
     content = _yaml().load(source.read_text(encoding="utf-8"))
     _move_paths(content, source.parent, folder, set())
@@ -51,7 +52,7 @@ def new_experiment(folder: Path, source: Path, changes: Sequence[str], arms: Seq
     _checked(content)
     given = [*changes, *([f"--arms {','.join(arms)}"] if arms else [])]
     changed = f", changed: {printable(' '.join(given), 2000)}" if given else ""
-    origin = f"# From {printable(str(source))}{changed}; the comment below was written of that one.\n"
+    origin = f"# From {printable(str(source))}{changed}; the comment below describes that one.\n"
     publish_text(folder / PARAMS_FILE, origin + _dumped(content))
     try:
         (folder / PIPELINE).symlink_to(os.path.relpath(pipeline, folder.resolve()))
@@ -60,30 +61,30 @@ def new_experiment(folder: Path, source: Path, changes: Sequence[str], arms: Seq
 
 
 def next_steps(folder: Path) -> str:
-    """What to do with a new experiment."""
+    """What to do with a new experiment, as text for people."""
     quoted = shlex.quote(str(folder))
     with_dvc = "" if project_root(folder) == folder.resolve() else f"     or     dvc repro {quoted}/{PIPELINE}"
     return (
-        f"made {folder}; look into {folder / PARAMS_FILE}, then\n"
+        f"made {folder}; check {folder / PARAMS_FILE}, then\n"
         f"  (cd {quoted} && maskdm validate && maskdm plan)\n"
         f"  snakemake -d {quoted} --cores 2{with_dvc}"
     )
 
 
 def _project(source: Path) -> Path:
-    """The folder of the pipeline that the source belongs to."""
-    linked = (source.parent / PIPELINE).resolve()  # where `new` has made the source elsewhere
+    """The folder of the project that an experiment belongs to."""
+    linked = (source.parent / PIPELINE).resolve()  # if `maskdm new` made the source outside the project
     for folder in (*source.resolve().parents, linked.parent):
         if (folder / PIPELINE).is_file() and (folder / "Snakefile").is_file():
             return folder
-    raise UserError(f"{source} does not lie in a maskdm project: no folder above it holds {PIPELINE} and a Snakefile")
+    raise UserError(f"{source} is not in a maskdm project: no folder above it has both {PIPELINE} and a Snakefile")
 
 
 def _yaml() -> Any:
     from ruamel.yaml import YAML
 
     yaml = YAML()  # keeps comments
-    yaml.width = WIDE
+    yaml.width = WIDTH
     return yaml
 
 
@@ -94,12 +95,12 @@ def _dumped(content: Any) -> str:
 
 
 def _checked(content: Any) -> Params:
-    """The params as the commands will read them."""
+    """The params as commands will read them."""
     return parse_params(read_yaml(_dumped(content).encode(), "the new params.yaml"), source="the new params.yaml")
 
 
 def _move_paths(content: Any, before: Path, after: Path, seen: set[int]) -> None:
-    """Make relative paths lead to the same files from another folder; what an alias repeats, once."""
+    """Make relative paths lead to the same files from another folder; a section that aliases repeat is changed once."""
     if not hasattr(content, "non_merged_items") or id(content) in seen:
         return
     seen.add(id(content))
@@ -113,7 +114,7 @@ def _move_paths(content: Any, before: Path, after: Path, seen: set[int]) -> None
 
 
 def _name_roots(content: Any, before: Path, after: Path) -> None:
-    """Say where the files of a dataset are if they are looked for beside params.yaml because it does not say."""
+    """Add `root` to datasets that do not have it and whose files are searched beside params.yaml."""
     params = _checked(content)
     datasets = [(content["dataset"], params.dataset)]
     datasets += [(content["datasets"][name], dataset) for name, dataset in params.datasets.items()]
@@ -123,7 +124,7 @@ def _name_roots(content: Any, before: Path, after: Path) -> None:
 
 
 def _change(content: Any, change: str) -> None:
-    """Set one value; what it is, YAML says."""
+    """Set one value, given as `path.to.key=YAML`."""
     from ruamel.yaml.error import YAMLError
 
     path, is_given, text = change.partition("=")
@@ -142,9 +143,9 @@ def _change(content: Any, change: str) -> None:
 
 
 def _keep(content: Any, arms: Sequence[str]) -> None:
-    """Leave out all arms but these."""
+    """Remove all arms but these."""
     if not isinstance(content["arms"], dict):
-        return  # the schema will say so
+        return  # validation reports this
     if unknown := [arm for arm in arms if arm not in content["arms"]]:
         raise ParamsError(f"--arms: there is no arm {unknown[0]!r}; expected some of {', '.join(content['arms'])}")
     for arm in [arm for arm in content["arms"] if arms and arm not in arms]:

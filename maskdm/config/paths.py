@@ -1,7 +1,4 @@
-"""Where every stage reads and writes, relative to the folder of params.yaml: one place, for code and engines.
-
-Names that the files of results/ have in common stand here as well.
-"""
+"""The paths that stages read and write, relative to the folder of params.yaml, and names that their files share."""
 
 from __future__ import annotations
 
@@ -13,40 +10,40 @@ if TYPE_CHECKING:
 
 RESULTS = Path("results")
 DATA = RESULTS / "data"
-HELD_OUT = DATA / "held_out"  # its part that is never trained on
+HELD_OUT = DATA / "held_out"  # the images that are never trained on
 FEATURES = RESULTS / "features"
 TUNING = RESULTS / "tuning"
 CHOSEN = RESULTS / "chosen"
-SCALE = RESULTS / "metrics" / "scale.json"  # of the metrics: real against real, and the untrained network
+SCALE = RESULTS / "metrics" / "scale.json"  # scores of real images and of the untrained network
 REPORT = RESULTS / "report"
-WORK = Path(".work")  # locks, unfinished work and previous outputs: never an output of a stage
+WORK = Path(".work")  # locks, unfinished work and previous outputs
 CURVE = "curve.csv"  # in the folders of pretrain and finetune
 CHECKPOINT = "checkpoint.safetensors"  # of pretrain
-MILESTONES = "milestones.json"  # of finetune: what is spent by each
+MILESTONES = "milestones.json"  # of finetune: the compute spent at each milestone
 FEATURES_INFO, CLASSIFIER, REAL_FEATURES = "features.json", "classifier.safetensors", "reference.npy"  # of features
-DOWNLOADED = Path("data")  # beside params.yaml
-MARKERS = WORK / "done"  # empty files that Snakemake takes for outputs
+DOWNLOADED = Path("data")  # downloaded files of datasets
+MARKERS = WORK / "done"  # empty files that are the outputs of Snakemake's rules
 
-WeightSet = Literal["raw", "ema"]  # of the two sets of weights that training keeps
+WeightSet = Literal["raw", "ema"]  # the sets of weights that training keeps: as trained, and averaged
 
 TRAINING_STAGES = ("pretrain", "finetune")
-ARM_STAGES = (*TRAINING_STAGES, "sample", "evaluate")  # of an arm and a seed, in their order
-GIVEN = "given"  # the trial that was chosen for every arm where nothing is tuned
-ORIGIN_KEYS = ("extractor", "extractor_sha256", "data_sha256")  # scores may be compared only where these agree
+ARM_STAGES = (*TRAINING_STAGES, "sample", "evaluate")  # the stages of an arm and a seed, in order
+GIVEN = "given"  # the name of the "chosen trial" of every arm if nothing is tuned
+ORIGIN_KEYS = ("extractor", "extractor_sha256", "data_sha256")  # scores may be compared only if these agree
 
 
 def milestone_name(fraction: float) -> str:
-    """`milestone-0.500`: files of a milestone start with it."""
+    """The beginning of the names of a milestone's files: `milestone-0.500`."""
     return f"milestone-{fraction:.3f}"
 
 
 def milestone_file(fraction: float) -> str:
-    """The weights at a fraction of the budget."""
+    """The name of the file of weights at a fraction of the budget."""
     return f"{milestone_name(fraction)}.safetensors"
 
 
 def root_of(dataset: DatasetConfig) -> Path:
-    """Where a dataset's files are looked for and downloaded to, from the folder of params.yaml."""
+    """The folder in which the files of a dataset are searched, and to which they are downloaded."""
     return DOWNLOADED / dataset.source if dataset.root is None else Path(dataset.root)
 
 
@@ -86,21 +83,21 @@ def metrics(arm: str, seed: int) -> Path:
 
 
 def record(stage: str, arm: str | None = None, seed: int | None = None, trial: str | None = None) -> Path:
-    """The provenance and timing of one run of a stage: what differs between equal runs lives here alone."""
+    """The file with provenance and timing of one run of a stage: what differs between equal runs is only here."""
     return RESULTS / "records" / f"{name_of(stage, arm, seed, trial)}.json"
 
 
 def name_of(stage: str, arm: str | None = None, seed: int | None = None, trial: str | None = None) -> str:
-    """The name of one run of a stage, for files: `pretrain-patch-m50-seed-0`."""
+    """The name of one run of a stage for files: `pretrain-patch-m50-seed-0`."""
     return stage if arm is None else f"{stage}-{arm}-seed-{seed}" if trial is None else f"{stage}-{arm}-trial-{trial}"
 
 
 def work(output: Path) -> Path:
-    """The work folder of an output; in it, one folder for every key of a stamp (`maskdm.config.stamps`)."""
+    """The work folder of an output; it has a subfolder for every key of a stamp (`maskdm.config.stamps`)."""
     return WORK / output.with_suffix("")
 
 
 def project_root(start: Path | None = None) -> Path:
-    """The nearest folder at or above `start` that holds a DVC repository, else `start` itself."""
+    """The nearest folder at or above `start` that is a DVC repository; `start` itself if there is none."""
     here = (start or Path.cwd()).resolve()
     return next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), here)

@@ -1,19 +1,19 @@
-"""What would make an experiment fail after hours of work, and can be told before; imports no torch."""
+"""Mistakes that would make an experiment fail only after hours of work; imports no torch."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from maskdm.base.errors import ParamsError, UserError
-from maskdm.config import Params
 from maskdm.config.exported_config import check_fits
 from maskdm.config.image_counts import most_real
+from maskdm.config.schema import Params
 
 
 def check(params: Params) -> None:
-    """Look at what params alone do not tell: known numbers of images, and the folders that training starts from.
+    """Check the number of real images, as far as it is known, and the folders of weights that training starts from.
 
-    A folder that is not there yet is not looked at (`Params.missing_files` names it).
+    Folders that do not exist yet are skipped; `Params.missing_files` names them.
 
     Raises:
         ParamsError: one line per mistake.
@@ -36,14 +36,14 @@ def check(params: Params) -> None:
 
 
 def check_num_real(params: Params, num_real: int | None) -> None:
-    """Whether samples can be scored against so many real images.
+    """Check whether there are enough real images to score samples.
 
     Args:
         params: the experiment.
-        num_real: how many there are at most; None where that is not known.
+        num_real: the number of real images, at most; None if it is not known.
 
     Raises:
-        UserError: they are too few.
+        UserError: there are too few.
     """
     config = params.evaluation
     if num_real is not None and (shortage := config.shortage(num_real, "real images")):

@@ -1,4 +1,4 @@
-"""From the file params.yaml to `Params` that are possible as a whole."""
+"""From the file params.yaml to valid `Params`."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from maskdm.base.errors import ParamsError, printable
 from maskdm.config.runs import Run, resolve
 from maskdm.config.schema import PARAMS_FILE, Params, validated
 
-MAX_BYTES = 2**18  # of params.yaml: a thousand arms; YAML is read at 100 kB a second
+MAX_BYTES = 2**18  # of params.yaml: this is enough for a thousand arms
 MAX_MISTAKES = 20  # shown at once
-KEY = re.compile(r"[a-z0-9][a-z0-9-]*")  # of an arm, a trial, a dataset: it names files and stages
-# What PyYAML raises for values that can't be what their tags say, such as a date with a thirteenth month.
+KEY = re.compile(r"[a-z0-9][a-z0-9-]*")  # of an arm, a trial, a dataset: it is part of the names of files and stages
+# What PyYAML raises for values that do not fit their tags, such as a date with a thirteenth month.
 NOT_PLAIN_YAML = (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, OverflowError)
 
 
 def load_params(path: Path = PARAMS_FILE) -> Params:
-    """Read and validate params.yaml, wherever it comes from: no tag is obeyed, and its size is bounded.
+    """Read and validate params.yaml; nothing in it is executed.
 
     Raises:
-        ParamsError: it is missing, not plain YAML, too large, or does not satisfy the schema; one line per mistake.
+        ParamsError: it is missing, too large, not plain YAML, or does not satisfy the schema; one line per mistake.
     """
     if not path.is_file():
         what = f"{path} is not a file" if path.exists() else f"no {path}"
         raise ParamsError(
-            f"{what} in {Path.cwd()}: run this where a params.yaml is (the project's root or experiments/<name>)"
+            f"{what} in {Path.cwd()}: run this in a folder with a params.yaml (the project's root or "
+            "experiments/<name>)"
         )
     try:
-        with path.open("rb") as file:
-            text = file.read(MAX_BYTES + 1)
+        if path.stat().st_size > MAX_BYTES:
+            raise ParamsError(f"{path} is larger than {MAX_BYTES} bytes: is it another file?")
+        text = path.read_bytes()
     except OSError as error:
         raise ParamsError(f"cannot read {path}: {error.strerror}") from None
-    if len(text) > MAX_BYTES:
-        raise ParamsError(f"{path} is larger than {MAX_BYTES} bytes: is it another file?")
     return parse_params(read_yaml(text, str(path)), source=str(path))
 
 
@@ -55,11 +55,25 @@ def read_yaml(text: bytes, source: str) -> Any:
         raise ParamsError(f"{source} is not plain YAML: {printable(' '.join(str(error).split()))}") from None
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice: PyYAML silently takes the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            is_merge = key_node.tag == "tag:yaml.org,2002:merge"
+            key = key_node.value if is_merge else self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
 def parse_params(content: Any, source: str = "params.yaml") -> Params:
     """Validate the content of a params.yaml.
 
     Raises:
-        ParamsError: one line per mistake, each begins with `source`.
+        ParamsError: one line per mistake; each begins with `source`.
     """
     if not isinstance(content, dict):
         raise ParamsError(f"{source}: expected a mapping of sections, got {type(content).__name__}")
@@ -70,7 +84,7 @@ def parse_params(content: Any, source: str = "params.yaml") -> Params:
             if not KEY.fullmatch(arm):
                 raise ParamsError(
                     f"arms.{arm}: an arm's key may hold only a-z, 0-9 and '-', and not start with '-' "
-                    "(it names files and stages)"
+                    "(files and stages are named after it)"
                 )
             resolve(params, arm, params.seeds[0])
         _check_trials(params)
@@ -83,10 +97,10 @@ def parse_params(content: Any, source: str = "params.yaml") -> Params:
 
 
 def _check_sections(params: Params) -> None:
-    """What the sections demand of each other, the arms and trials aside.
+    """Check whether the sections fit each other, except arms and trials.
 
     Raises:
-        ParamsError: a combination is not possible.
+        ParamsError: they do not.
     """
     if len(set(params.seeds)) != len(params.seeds):
         raise ParamsError(f"seeds: expected different numbers, got {params.seeds}")
@@ -98,14 +112,14 @@ def _check_sections(params: Params) -> None:
             )
         if dataset.channels != params.dataset.channels:
             raise ParamsError(
-                f"{where}.channels {dataset.channels} must be those of dataset, {params.dataset.channels}: "
+                f"{where}.channels {dataset.channels} must be equal to dataset.channels {params.dataset.channels}: "
                 "the same network sees both"
             )
     for name in params.datasets:
         if not KEY.fullmatch(name):
             raise ParamsError(f"datasets.{name}: a dataset's name may hold only a-z, 0-9 and '-'")
     if params.evaluation.reference == "held_out" and not params.dataset.held_out:
-        raise ParamsError("evaluation.reference: held_out needs dataset.held_out, the part of the images held out")
+        raise ParamsError("evaluation.reference: held_out needs dataset.held_out, the fraction of images to hold out")
     if params.sampling.num_steps > params.diffusion.num_timesteps:
         raise ParamsError(
             f"sampling.num_steps {params.sampling.num_steps} is more than diffusion.num_timesteps "
@@ -116,10 +130,10 @@ def _check_sections(params: Params) -> None:
 
 
 def _check_trials(params: Params) -> None:
-    """Whether every arm gets the same number of different trials, each of which could be run and be chosen.
+    """Check whether every arm gets the same number of different trials, and could run with the values of each.
 
     Raises:
-        ParamsError: that is not so.
+        ParamsError: it does not.
     """
     tuning = params.tuning
     if tuning.seed in params.seeds:
@@ -141,7 +155,7 @@ def _check_trials(params: Params) -> None:
 
 
 def _resolve_trial(params: Params, arm: str, trial: str) -> Run:
-    """The run of a trial, of an arm that could also run with its values."""
+    """The run of a trial, after checking that the arm itself could run with the same values."""
     try:
         resolve(params, arm, params.seeds[0], chosen=params.tuning.trials[trial])
         return resolve(params, arm, params.tuning.seed, trial)
@@ -150,31 +164,3 @@ def _resolve_trial(params: Params, arm: str, trial: str) -> Run:
         if "budget.unmasked_steps" in lines[-1]:
             lines[-1] += f", or raise tuning.budget_fraction (now {params.tuning.budget_fraction:g})"
         raise ParamsError("\n".join(lines)) from None
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain values alone; no key twice, and aliases that written out would not fill the memory."""
-
-    _values = 0  # composed so far, aliases written out
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        """Refuse aliases of too many values, or within what they stand for: merging and messages write them out."""
-        before, is_alias = self._values, self.check_event(yaml.AliasEvent)
-        node: Any = super().compose_node(parent, index)
-        if not is_alias:
-            node.values = self._values - before + 1
-        self._values = before + getattr(node, "values", MAX_BYTES)
-        if self._values > MAX_BYTES:  # a file without aliases has fewer values than bytes
-            raise ValueError(f"its aliases stand for more than {MAX_BYTES} values")
-        return node
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Refuse a key that is given twice: PyYAML takes the last one and says nothing."""
-        seen = set()
-        for key_node, _ in node.value:
-            is_merge = key_node.tag == "tag:yaml.org,2002:merge"
-            key = key_node.value if is_merge else self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)

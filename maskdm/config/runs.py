@@ -1,6 +1,6 @@
-"""One arm and one seed, resolved once: masks, steps, FLOPs, and the values that each stage's result depends on.
+"""One arm with one seed, resolved once: masks, steps, FLOPs, and the values that the result of each stage depends on.
 
-Everything that runs, plans, reports or tracks an arm reads a `Run`; nothing computes these things again.
+Stages, plan, report and tracking read a `Run`; none of them computes these things again.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from maskdm.config.geometry import Grid, Mask
 from maskdm.config.paths import ARM_STAGES
 from maskdm.config.schema import Params, Section, StageConfig, suggestion, validated
 
-# Values that change rounding alone: no result is made again for them.
+# Values that change only rounding: no result is recomputed when they change.
 ROUNDING = {"micro_batch_size"}
-# What a classifier or another extractor computes on the real images; the rest of `evaluation` is about samples.
+# The values of `evaluation` that features of real images depend on; the others are about samples.
 OF_FEATURES = {"features", "reference", "batch_size", "prc_neighborhood", "classifier_epochs"}
-OF_A_MASK = ("strategy", "mask_rate", "block_size")  # the grid follows from the dataset and the patches
+OF_A_MASK = ("strategy", "mask_rate", "block_size")  # the grid follows from image size and patch size
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Spent:
     """Compute spent so far.
 
     Attributes:
-        images_seen: images that went through the network.
+        images_seen: images that the network was trained on, repetitions included.
         tokens_seen: visible patches of these images.
-        flops: forward and backward.
+        flops: FLOPs of forward and backward.
     """
 
     images_seen: int = 0
@@ -38,7 +38,7 @@ class Spent:
     flops: int = 0
 
     def as_dict(self) -> dict[str, int]:
-        """Plain values."""
+        """The plain values."""
         return asdict(self)
 
 
@@ -47,15 +47,15 @@ class Training:
     """One training stage of one arm and seed.
 
     Attributes:
-        stage: which; also the stream of its randomness, so that arms of a seed share their draws where shapes agree.
-        params: the experiment, with the dataset of this stage as `dataset`.
-        arm: its key.
-        seed: of the run.
-        trial: of tuning, if it is one.
+        stage: its name; it also names the stream of randomness, so arms with one seed share draws of equal shape.
+        params: the experiment; `dataset` is the dataset of this stage.
+        arm: the key of the arm.
+        seed: the seed of the run.
         config: learning rate, batch size, warm-up.
-        mask: how masks are drawn; `none` in finetuning.
-        num_steps: optimizer updates.
-        milestones: steps whose weights are kept.
+        mask: how masks are drawn; strategy `none` in finetuning.
+        num_steps: number of optimizer updates.
+        trial: the name of the tuning trial; None if this is not a trial.
+        milestones: the steps after which weights are kept.
         before: compute spent before this stage.
     """
 
@@ -72,7 +72,7 @@ class Training:
 
     @property
     def title(self) -> str:
-        """For messages and progress."""
+        """A name for messages and progress displays."""
         return f"{self.stage} {self.arm} {f'seed {self.seed}' if self.trial is None else f'trial {self.trial}'}"
 
     @property
@@ -82,12 +82,12 @@ class Training:
 
     @property
     def num_visible(self) -> int:
-        """S, the tokens of an image that enter the network."""
+        """S, the number of patches of an image that enter the network."""
         return self.mask.num_visible
 
     @property
     def realised_mask_rate(self) -> float:
-        """1 − S/N, the mask rate that the grid gives."""
+        """1 − S/N, the mask rate that is possible on this grid."""
         return self.mask.realised_mask_rate
 
     @property
@@ -97,16 +97,16 @@ class Training:
 
     @cached_property
     def flops_per_step(self) -> int:
-        """Forward and backward of a whole batch, 2 FLOPs per multiply-add."""
+        """FLOPs of forward and backward for a whole batch, 2 per multiply-add."""
         return self.batch_size * self.params.image_flops(self.num_visible)
 
     @property
     def flops(self) -> int:
-        """FLOPs of the whole stage."""
+        """FLOPs of the stage."""
         return self.num_steps * self.flops_per_step
 
     def spent_after(self, num_steps: int) -> Spent:
-        """Compute spent after so many steps of this stage, earlier stages included."""
+        """Compute spent after this many steps of the stage, earlier stages included."""
         images = num_steps * self.batch_size
         return Spent(
             self.before.images_seen + images,
@@ -116,9 +116,9 @@ class Training:
 
     @property
     def values(self) -> dict[str, Any]:
-        """What this stage's result depends on, beside its inputs."""
+        """The values that the result of this stage depends on, in addition to its inputs."""
         known = {"arm": self.arm, "seed": self.seed, **_network(self.params), "num_steps": self.num_steps}
-        if not self.num_steps:  # the initialisation
+        if not self.num_steps:  # the result is the random initialisation
             return known
         return {
             **known,
@@ -133,14 +133,14 @@ class Training:
 
 @dataclass(frozen=True)
 class Run:
-    """One arm with one seed, or one trial of its tuning.
+    """One arm with one seed, or one trial of an arm's tuning.
 
     Attributes:
-        params: the experiment with the values that this run has: the chosen trial's, or the trial's own.
-        arm: its key.
-        seed: of all randomness.
-        trial: of tuning, if it is one.
-        pretrain: masked pretraining; no step for strategy `none`.
+        params: the experiment, with the values of this trial or of the chosen trial.
+        arm: the key of the arm.
+        seed: the seed of all randomness.
+        trial: the name of the tuning trial; None if this is not a trial.
+        pretrain: masked pretraining; it has no steps for strategy `none`.
         finetune: unmasked finetuning.
         milestones: (fraction of the budget, finetuning steps done by then).
     """
@@ -160,16 +160,16 @@ class Run:
 
     @property
     def has_primer(self) -> bool:
-        """Whether the pretrained weights are sampled too: if `sampling.primer` asks for it, and there are some."""
+        """Whether images are also drawn from the pretrained weights: `sampling.primer` asks for it and they exist."""
         return self.params.sampling.primer and self.pretrain.mask.strategy != "none"
 
     @property
     def mask(self) -> dict[str, Any]:
-        """The mask as params.yaml gives it."""
+        """Strategy, mask rate and block size as given in params.yaml."""
         return self.params.arm(self.arm).model_dump(include={*OF_A_MASK})
 
     def values(self, stage: str) -> dict[str, Any]:
-        """Exactly the values that the result of a stage depends on, beside its inputs; in clear."""
+        """Exactly the values that the result of a stage depends on, in addition to its inputs; in plain text."""
         params, spent = self.params, self.finetune.before.as_dict()
         arm_and_seed = {"arm": self.arm, "seed": self.seed}
         scored = {"sampling": _plain(params.sampling, {"grid_images", "primer"}), "evaluation": _evaluation(params)}
@@ -203,7 +203,7 @@ class Run:
         raise AssertionError(stage)
 
     def fingerprint(self, stage: str | None = None) -> str:
-        """A short hash of the values of a stage; without one, of all that this run's scores depend on."""
+        """A short hash of the values of a stage; if `stage` is None, of all values that the scores depend on."""
         if stage is not None:
             return short_hash(self.values(stage))
         every = {name: self.values(name) for name in ARM_STAGES}
@@ -211,7 +211,7 @@ class Run:
 
 
 def shared_values(stage: str, params: Params) -> dict[str, Any]:
-    """Exactly the values that the result of a stage of the whole experiment depends on, beside its inputs."""
+    """Exactly the values that the result of an experiment-wide stage depends on, in addition to its inputs."""
     match stage:
         case "prepare":
             datasets = {name: _plain(dataset) for name, dataset in params.datasets.items()}
@@ -230,19 +230,19 @@ def shared_values(stage: str, params: Params) -> dict[str, Any]:
         case "choose":
             return {"arms": list(params.arms), "trials": list(params.tuning.trials), "tuning": _plain(params.tuning)}
         case "report":
-            unseen = dict.fromkeys(("compute", "data", "saving", "tracking"), True)
-            unread = {**unseen, "pretrain": ROUNDING, "finetune": ROUNDING}
-            return {**_plain(params, unread), "order": list(params.arms)}
+            sections = dict.fromkeys(("compute", "data", "saving", "tracking"), True)
+            not_shown = {**sections, "pretrain": ROUNDING, "finetune": ROUNDING}
+            return {**_plain(params, not_shown), "order": list(params.arms)}
     raise AssertionError(stage)
 
 
 def _plain(section: Section, exclude: set[str] | dict[str, Any] | None = None) -> dict[str, Any]:
-    """A section as plain values, without what is not given."""
+    """A section as plain values, without those that are None."""
     return section.model_dump(mode="json", exclude=exclude, exclude_none=True)
 
 
 def _network(params: Params) -> dict[str, Any]:
-    """What describes the network, the classes of the dataset aside."""
+    """The values that describe the network, except the number of classes."""
     return {"image_shape": list(params.dataset.shape), "model": _plain(params.model)}
 
 
@@ -255,7 +255,7 @@ def _evaluation(params: Params) -> dict[str, Any]:
 
 
 def _flat(training: Training) -> dict[str, Any]:
-    """Its values, those of its own section not below one: people read `finetune.lr was …` of a trial too."""
+    """The values of a stage, with its section merged in, so that differences are named `finetune.lr` in trials too."""
     values = training.values
     own = values.pop(training.stage, {})
     return {**values, **own}
@@ -264,18 +264,18 @@ def _flat(training: Training) -> dict[str, Any]:
 def resolve(params: Params, arm: str, seed: int, trial: str | None = None, chosen: dict[str, Any] | None = None) -> Run:
     """Resolve one arm and seed.
 
-    Pretraining takes its share of the budget, finetuning what pretraining really left, so that all arms spend the same
-    to within half a step.
+    Pretraining takes its share of the budget and finetuning spends the rest, so all arms spend the same to within half
+    a step.
 
     Args:
         params: the experiment.
-        arm: its key.
-        seed: of the run; a trial has the one of `tuning`.
-        trial: of the arm's tuning, by name.
-        chosen: the values of the trial that was chosen for the arm; None runs with the values as given.
+        arm: the key of the arm.
+        seed: the seed of the run; a trial uses `tuning.seed` instead.
+        trial: the name of a tuning trial; None resolves the arm itself.
+        chosen: the values of the trial that was chosen for the arm; None uses the values of params.yaml.
 
     Raises:
-        ParamsError: there is no such arm, a value is not possible, or the budget is too small for it.
+        ParamsError: there is no such arm, a value is not valid, or the budget is too small for the arm.
     """
     if trial is not None:
         params, seed = for_trial(params, arm, params.tuning.trials[trial]), params.tuning.seed
@@ -309,13 +309,13 @@ def resolve(params: Params, arm: str, seed: int, trial: str | None = None, chose
 
 
 def _split(params: Params, arm: str, num_visible: int) -> Split:
-    """An arm's budget in steps.
+    """Split the budget of an arm into steps.
 
-    The budget is the cost of `budget.unmasked_steps` finetuning steps as `finetune` describes them, whatever the arm's
-    own batch size is; `budget.match` says what cost means.
+    The budget is the cost of `budget.unmasked_steps` steps of the section `finetune`, whatever the arm's own batch size
+    is; `budget.match` says what cost means.
 
     Raises:
-        ValueError: the budget is too small for it.
+        ValueError: the budget is too small for the arm.
     """
     pretrain, num_patches = params.pretrain_of(arm), params.grid.num_patches
 
@@ -335,16 +335,16 @@ def _split(params: Params, arm: str, num_visible: int) -> Split:
 
 
 def _check_stages(params: Params, arm: str) -> None:
-    """Whether an arm can be trained as its own values and the shared ones say.
+    """Check whether an arm's own values and the rest of params.yaml fit each other.
 
     Raises:
-        ParamsError: a value of its own is not possible, or does not fit the rest of params.yaml.
+        ParamsError: they do not.
     """
     devices = params.compute.devices
     for section, stage in (("pretrain", params.pretrain_of(arm)), ("finetune", params.finetune_of(arm))):
         where, micro = f"arms.{arm}: {section}", stage.micro_batch_size
         if stage.batch_size % devices:
-            raise ParamsError(f"{where}.batch_size {stage.batch_size} can't be shared by compute.devices {devices}")
+            raise ParamsError(f"{where}.batch_size {stage.batch_size} is not divisible by compute.devices {devices}")
         if isinstance(micro, int) and stage.batch_size // devices % micro:
             raise ParamsError(
                 f"{where}.micro_batch_size {micro} does not divide the {stage.batch_size // devices} images of each "
@@ -358,7 +358,7 @@ def _check_stages(params: Params, arm: str) -> None:
     if named is not None and here.held_out and here.may_share_images_with(there):
         raise ParamsError(
             f"arms.{arm}: pretrain.dataset {named!r} may hold images that dataset.held_out keeps from training: "
-            "give it another source or root, or classes that `dataset` has not"
+            "give it another source or root, or classes that `dataset` does not use"
         )
     if params.sampling.primer and there.shape != here.shape:
         raise ParamsError(
@@ -368,15 +368,15 @@ def _check_stages(params: Params, arm: str) -> None:
 
 
 def with_values(params: Params, arm: str, values: dict[str, Any]) -> Params:
-    """The params with a trial's values in the place of an arm's own, and nothing left to tune.
+    """The params with a trial's values instead of an arm's own, and without tuning.
 
     Args:
         params: the experiment.
-        arm: its key.
-        values: by dotted path; those of `pretrain` mean nothing to an arm without pretraining.
+        arm: the key of the arm.
+        values: by dotted path; those of `pretrain` are ignored by an arm without pretraining.
 
     Raises:
-        ParamsError: a path or a value is not possible.
+        ParamsError: a path or a value is not valid.
     """
     content = params.model_dump(mode="json", exclude_unset=True)
     content["tuning"]["trials"] = {}
@@ -395,10 +395,10 @@ def with_values(params: Params, arm: str, values: dict[str, Any]) -> Params:
 
 
 def for_trial(params: Params, arm: str, values: dict[str, Any]) -> Params:
-    """The params of a trial: its values, on the tuning seed, at its fraction of the budget.
+    """The params of a trial: its values, with the seed and the fraction of the budget that `tuning` gives.
 
     Raises:
-        ParamsError: a path or a value is not possible.
+        ParamsError: a path or a value is not valid.
     """
     given, fraction = with_values(params, arm, values), params.tuning.budget_fraction
     own, steps = given.arm(arm), given.pretrain_of(arm).steps
@@ -406,6 +406,6 @@ def for_trial(params: Params, arm: str, values: dict[str, Any]) -> Params:
         own = own.model_copy(update={"pretrain": {**own.pretrain, "steps": max(1, round(fraction * steps))}})
     unmasked_steps = max(1, round(fraction * params.budget.unmasked_steps))
     budget = given.budget.model_copy(update={"unmasked_steps": unmasked_steps, "milestones": [1.0]})
-    tuning = given.tuning.model_copy(update={"seed": params.tuning.seed + 1})  # not the run's: a valid params.yaml
+    tuning = given.tuning.model_copy(update={"seed": params.tuning.seed + 1})  # must differ from seeds
     changes = {"arms": {arm: own}, "seeds": [params.tuning.seed], "budget": budget, "tuning": tuning}
     return given.model_copy(update=changes)

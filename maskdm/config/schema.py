@@ -1,7 +1,7 @@
-"""params.yaml: the one schema, used by the commands, by Snakemake and by the tests.
+"""Every knob of params.yaml, with its default and its meaning.
 
-Every knob is declared here, with its default and its meaning; an unknown key or a wrong type is a `ParamsError` that
-says where and what would be right. `reading` opens the file and checks what sections demand of each other.
+An unknown key or a wrong type raises a `ParamsError` that says where it is and what was expected. `reading` opens the
+file and checks whether the sections fit each other.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ PARAMS_FILE = Path("params.yaml")
 
 EMBEDDED = ("digits", "swissroll")
 HUGGING_FACE = re.compile(r"huggingface:(?!\.)[\w.-]+(/(?!\.)[\w.-]+)?(:[\w.-]+)?")  # owner/name:configuration
-SPLITS = {
-    "mnist": ("train", "test", "all"),
-    "fashion_mnist": ("train", "test", "all"),
-    "svhn": ("train", "test", "extra"),
+SPLITS = {  # and their numbers of images
+    "mnist": {"train": 60_000, "test": 10_000, "all": 70_000},
+    "fashion_mnist": {"train": 60_000, "test": 10_000, "all": 70_000},
+    "svhn": {"train": 73_257, "test": 26_032, "extra": 531_131},
 }
 SOURCES = (*EMBEDDED, *SPLITS, "lsun", "image_folder")
 FORMER_SOURCES = {
@@ -50,13 +50,14 @@ LSUN_OBJECTS = (
     *("airplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining_table", "dog"),
     *("horse", "motorbike", "person", "potted_plant", "sheep", "sofa", "train", "tv-monitor"),
 )
-LSUN_CATEGORIES = (*LSUN_SCENES, *LSUN_OBJECTS, "test")  # the test images of all scenes are one database
+LSUN_CATEGORIES = (*LSUN_SCENES, *LSUN_OBJECTS, "test")  # one database has the test images of all scenes
 
-# Where a name is added: here, and where it is computed (`maskdm.method`); masks have theirs in `geometry`.
+# To add a name, add it here and where it is computed (`maskdm.method`); the strategies of masks are in `geometry`.
 Schedule = Literal["linear", "cosine"]
 Prediction = Literal["epsilon", "x_0", "v"]
 Sampler = Literal["ddim", "ddpm", "dpmsolver++", "unipc"]
-# The one that is trained on the dataset's own labels, the pixels as they are, and torch-fidelity's by name.
+# `classifier` is trained on the labels of the dataset, `pixels` are the plain pixel values, the others are networks of
+# torch-fidelity.
 Extractor = Literal[
     "classifier",
     "pixels",
@@ -79,7 +80,7 @@ Extractor = Literal[
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 readers give `2e-4` as a string; YAML 1.2 (and DVC) as a number. Mean the number."""
+    """Read `2e-4` as a number, as YAML 1.2 and DVC do; PyYAML reads it as a string."""
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
         return float(value)
     return value
@@ -104,14 +105,14 @@ def _known_source(source: str) -> str:
     if source in SOURCES or HUGGING_FACE.fullmatch(source):
         return source
     if source in FORMER_SOURCES:
-        raise ValueError(f"there is no source {source} any more: write {FORMER_SOURCES[source]}")
+        raise ValueError(f"source {source} was removed: write {FORMER_SOURCES[source]}")
     raise ValueError(
-        f"unknown dataset {source!r}{suggestion(source, [*SOURCES])}, or huggingface:NAME for a dataset there"
+        f"unknown dataset {source!r}{suggestion(source, [*SOURCES])}, or huggingface:NAME for a dataset of its hub"
     )
 
 
 def _check_lsun_category(split: str | None) -> None:
-    """Raises: ValueError, if it names neither a category nor its database or folder."""
+    """Raise a ValueError unless the split names a category, or the database or folder of one."""
     if split is None:
         raise ValueError("source lsun needs split: its category, such as church_outdoor or bedroom")
     category = re.sub(r"(_train|_val)?(_lmdb)?$", "", split)
@@ -131,51 +132,52 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
-    """A section of params.yaml: immutable, typed strictly, no key that is not declared."""
+    """A section of params.yaml: immutable, strictly typed, without undeclared keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
 
 class DatasetConfig(Section):
-    """What `prepare` turns into arrays."""
+    """The images, and how `prepare` turns them into arrays."""
 
-    source: Annotated[str, AfterValidator(_known_source)] = Field(
-        description="digits and swissroll are embedded; mnist, fashion_mnist, svhn: downloaded, or their original "
-        "files in root; lsun: its databases in root; image_folder: your own; huggingface:NAME[:CONFIGURATION]"
-    )
-    root: str | None = Field(
-        default=None,
-        description="where the files lie, from this params.yaml; of image_folder a folder tree, .zip or .tar",
-    )
-    split: Annotated[str, Field(min_length=1)] | None = Field(
-        default=None,
-        description="of a named dataset: train (the default), test, …; of lsun its category, e.g. church_outdoor",
-    )
-    image_size: Annotated[int | list[int], BeforeValidator(_side_or_sides)] = Field(
-        description="side of the square images in pixels, or [height, width]"
-    )
+    source: Annotated[str, AfterValidator(_known_source)]
+    """Where the images come from.
+
+    `digits` and `swissroll` are embedded. `mnist`, `fashion_mnist` and `svhn` are downloaded, unless their original
+    files are in `root`. `lsun` reads the databases in `root`, `image_folder` your own images in `root`.
+    `huggingface:NAME[:CONFIGURATION]` is a dataset of the Hugging Face hub.
+    """
+    root: str | None = None
+    """The folder of the files, relative to params.yaml; for `image_folder` a folder tree, a .zip or a .tar."""
+    split: Annotated[str, Field(min_length=1)] | None = None
+    """The part of a named dataset: train (the default), test, …; for `lsun` its category, e.g. church_outdoor."""
+    image_size: Annotated[int | list[int], BeforeValidator(_side_or_sides)]
+    """The side of the square images in pixels, or [height, width]."""
     channels: Literal[1, 3]
-    crop: Literal["none", "center", "box"] = Field(
-        default="center", description="largest centred square; none stretches"
-    )
-    crop_box: Annotated[list[Natural], Field(min_length=3, max_length=3)] | None = Field(
-        default=None, description="crop box: top row, left column and side of the square, in pixels"
-    )
-    resize_filter: Literal["lanczos", "bicubic"] = Field(default="lanczos", description="antialiased, never nearest")
+    """1 for grey images, 3 for RGB."""
+    crop: Literal["none", "center", "box"] = "center"
+    """What is cut out before resizing: `center` the largest centred square, `box` the `crop_box`, `none` nothing (the
+    image is stretched)."""
+    crop_box: Annotated[list[Natural], Field(min_length=3, max_length=3)] | None = None
+    """For crop `box`: top row, left column and side of the square, in pixels."""
+    resize_filter: Literal["lanczos", "bicubic"] = "lanczos"
+    """The filter for resizing; both are antialiased."""
     on_bad_image: Literal["error", "skip"] = "error"
-    max_pixels: Count = Field(default=64_000_000, description="an image with more is bad: guards against image bombs")
-    classes: Annotated[list[str], Field(min_length=1)] | None = Field(
-        default=None, description="use only the images of these classes, by name"
-    )
-    limit: Count | None = Field(default=None, description="use so many images, drawn by seed")
-    fraction: Annotated[Number, Field(gt=0, le=1)] | None = Field(
-        default=None, description="use this part of the images, drawn by seed"
-    )
-    held_out: Fraction = Field(
-        default=0.0, description="part of the images used that is never trained on, drawn by seed"
-    )
-    seed: Natural = Field(default=0, description="of limit, fraction and held_out")
-    shard_images: Count = Field(default=8192, description="images per array file")
+    """What happens to an image that cannot be decoded: an error, or it is skipped and recorded."""
+    max_pixels: Count = 64_000_000
+    """An image with more pixels is a bad image: this guards against decompression bombs."""
+    classes: Annotated[list[str], Field(min_length=1)] | None = None
+    """Use only the images of these classes, by name."""
+    limit: Count | None = None
+    """Use this many images, drawn at random with `seed`."""
+    fraction: Annotated[Number, Field(gt=0, le=1)] | None = None
+    """Use this fraction of the images, drawn at random with `seed`."""
+    held_out: Fraction = 0.0
+    """The fraction of the used images that is never trained on, drawn at random with `seed`."""
+    seed: Natural = 0
+    """The seed of `limit`, `fraction` and `held_out`."""
+    shard_images: Count = 8192
+    """Images per array file."""
 
     @property
     def height(self) -> int:
@@ -193,7 +195,7 @@ class DatasetConfig(Section):
         return self.height, self.width, self.channels
 
     def may_share_images_with(self, other: DatasetConfig) -> bool:
-        """Whether both may hold the same images: of one source, unless their classes differ."""
+        """Whether both may contain the same images: they have the same source and no disjoint classes."""
         if (self.source, self.root, self.split) != (other.source, other.root, other.split):
             return False
         return self.classes is None or other.classes is None or not set(self.classes).isdisjoint(other.classes)
@@ -205,7 +207,9 @@ class DatasetConfig(Section):
         if self.source in EMBEDDED and self.root:
             raise ValueError(f"source {self.source} is embedded and takes no root; did you mean source: image_folder?")
         if self.split is not None and self.source in (*EMBEDDED, "image_folder"):
-            raise ValueError(f"source {self.source} has no split: name a part by fraction, limit, classes or held_out")
+            raise ValueError(
+                f"source {self.source} has no split: select images with fraction, limit, classes or held_out"
+            )
         if self.split is not None and self.split not in SPLITS.get(self.source, (self.split,)):
             known = ", ".join(SPLITS[self.source])
             raise ValueError(f"source {self.source} has no split {self.split!r}; expected one of {known}")
@@ -216,9 +220,9 @@ class DatasetConfig(Section):
     @model_validator(mode="after")
     def _images_can_be_made(self) -> Self:
         if (self.crop == "box") != (self.crop_box is not None):
-            raise ValueError("crop_box (top row, left column, side) belongs to crop: box, and crop: box needs it")
+            raise ValueError("crop: box and crop_box (top row, left column, side) need each other: give both or none")
         if self.crop == "box" and self.height != self.width:
-            raise ValueError(f"crop: box cuts a square, and image_size is {self.image_size}: use center or none")
+            raise ValueError(f"crop: box cuts a square, but image_size is {self.image_size}: use center or none")
         if self.crop_box is not None and self.crop_box[2] < 1:
             raise ValueError(f"crop_box {self.crop_box}: its side is {self.crop_box[2]}; expected 1 or more")
         if self.limit is not None and self.fraction is not None:
@@ -229,16 +233,24 @@ class DatasetConfig(Section):
 
 
 class ModelConfig(Section):
-    """U-ViT's architecture."""
+    """The architecture of the U-ViT."""
 
     patch_size: Count
+    """The side p of a patch in pixels."""
     dim: Count
-    depth: Count = Field(description="blocks; odd: (depth−1)/2 in, one in the middle, (depth−1)/2 out")
+    """The width D of the tokens."""
+    depth: Count
+    """The number of transformer blocks, odd: (depth−1)/2 before the middle one, as many after it."""
     num_heads: Count
+    """The number of attention heads; it divides `dim`."""
     mlp_ratio: Positive = 4.0
+    """The hidden width of a block's MLP, as a multiple of `dim`."""
     qkv_bias: bool = False
+    """Whether queries, keys and values have a bias."""
     mlp_time_embed: bool = False
-    class_conditional: bool = Field(default=False, description="a class token beside the time token")
+    """Whether an MLP processes the sinusoidal time embedding."""
+    class_conditional: bool = False
+    """Whether a class token is added beside the time token."""
 
     @model_validator(mode="after")
     def _dims_fit(self) -> Self:
@@ -247,16 +259,19 @@ class ModelConfig(Section):
         if self.dim % 2:
             raise ValueError(f"dim {self.dim} is odd; the time embedding needs pairs of sine and cosine")
         if self.depth % 2 == 0:
-            raise ValueError(f"depth {self.depth} is even; U-ViT's long skips pair blocks around one in the middle")
+            raise ValueError(f"depth {self.depth} is even; U-ViT's long skips pair the blocks around a middle one")
         return self
 
 
 class DiffusionConfig(Section):
-    """The forward process and what the network predicts."""
+    """The forward process, and what the network predicts."""
 
     num_timesteps: Annotated[int, Field(ge=2)] = 1000
+    """The number T of discrete time steps."""
     schedule: Schedule = "linear"
+    """The noise schedule."""
     prediction: Prediction = "epsilon"
+    """What the network predicts: the noise (`epsilon`), the clean image (`x_0`) or the velocity (`v`)."""
 
     @model_validator(mode="after")
     def _schedule_keeps_signal(self) -> Self:
@@ -269,37 +284,48 @@ class DiffusionConfig(Section):
 
 
 class BudgetConfig(Section):
-    """What every arm may spend, pretraining and finetuning together."""
+    """What every arm may spend on pretraining and finetuning together."""
 
-    match: Literal["flops", "images", "steps"] = Field(default="flops", description="what the arms have in common")
-    unmasked_steps: Count = Field(description="the budget: the cost of so many unmasked finetuning steps")
-    milestones: Annotated[list[Number], Field(min_length=1), AfterValidator(_increasing_to_one)] = Field(
-        [0.5, 1.0], description="fractions of the budget at which weights are kept, sampled and scored"
-    )
+    match: Literal["flops", "images", "steps"] = "flops"
+    """What all arms spend equally much of."""
+    unmasked_steps: Count
+    """The budget: the cost of this many unmasked finetuning steps."""
+    milestones: Annotated[list[Number], Field(min_length=1), AfterValidator(_increasing_to_one)] = [0.5, 1.0]
+    """The fractions of the budget at which weights are kept, sampled and scored."""
 
 
 class TrainingConfig(Section):
-    """What pretraining and finetuning share."""
+    """What pretraining and finetuning have in common."""
 
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.99, 0.99]
+    """The two betas of AdamW."""
     weight_decay: NonNegative = 0.03
-    decay: Literal["all", "weights"] = Field(default="all", description="weights: none on biases, norms, embeddings")
+    """The weight decay of AdamW."""
+    decay: Literal["all", "weights"] = "all"
+    """Which parameters decay: `all`, or only `weights` (no biases, norms and embeddings)."""
     ema_decay: Fraction = 0.999
+    """The decay of the exponential moving average of the weights."""
     grad_clip: Positive | None = None
-    flip: Annotated[Number, Field(ge=0, le=1)] = Field(default=0.0, description="probability of a left-right flip")
+    """The largest norm of the gradient; None does not clip."""
+    flip: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    """The probability of a left-right flip of a training image."""
     log_every: Count = 100
+    """Steps between two rows of the training curve."""
 
 
 class StageConfig(Section):
-    """Optimisation of one training stage."""
+    """How one training stage is optimised."""
 
     lr: Positive
+    """The learning rate after the warm-up."""
     batch_size: Count
-    micro_batch_size: Count | Literal["auto"] | None = Field(
-        default=None, description="accumulate gradients over chunks of this size; auto: the largest that fits in memory"
-    )
+    """Images per step, over all devices."""
+    micro_batch_size: Count | Literal["auto"] | None = None
+    """Accumulate gradients over chunks of this many images; `auto`: the largest that fits in memory."""
     warmup_steps: Natural = 0
+    """Steps over which the learning rate rises linearly."""
     lr_decay: Literal["constant", "cosine"] = "constant"
+    """How the learning rate changes after the warm-up."""
 
     @model_validator(mode="after")
     def _micro_batches_fill_the_batch(self) -> Self:
@@ -314,12 +340,14 @@ Stage = TypeVar("Stage", bound=StageConfig)
 class PretrainConfig(StageConfig):
     """Masked pretraining."""
 
-    share: Fraction = Field(default=0.3, description="the part of the budget spent on pretraining")
-    steps: Count | None = Field(default=None, description="so many pretraining steps instead of a share of the budget")
-    dataset: str | None = Field(default=None, description="a key of `datasets`: pretrain on it instead of `dataset`")
-    checkpoint: str | None = Field(
-        default=None, description="start from the weights in a folder of `maskdm import-checkpoint` or `maskdm export`"
-    )
+    share: Fraction = 0.3
+    """The fraction of the budget that is spent on pretraining."""
+    steps: Count | None = None
+    """This many pretraining steps, instead of a share of the budget."""
+    dataset: str | None = None
+    """A key of `datasets`: pretrain on it instead of `dataset`."""
+    checkpoint: str | None = None
+    """Start from the weights in a folder of `maskdm import-checkpoint` or `maskdm export`."""
 
     @model_validator(mode="after")
     def _share_or_steps(self) -> Self:
@@ -332,16 +360,23 @@ class FinetuneConfig(StageConfig):
     """Unmasked finetuning."""
 
     init_from: Literal["ema", "raw"] = "ema"
+    """The pretrained weights to start from: averaged (`ema`) or `raw`."""
 
 
 class ArmConfig(Section):
     """One cell of the ablation."""
 
     strategy: Strategy
+    """How masks are drawn: uniformly (`patch`), in blocks (`block`), one window stays visible (`crop`); `none` does not
+    pretrain."""
     mask_rate: Fraction | None = None
+    """The fraction of patches that is masked, the paper's m."""
     block_size: Count | None = None
-    pretrain: dict[str, Any] = Field(default={}, description="what differs from `pretrain` for this arm")
-    finetune: dict[str, Any] = Field(default={}, description="what differs from `finetune` for this arm")
+    """The side of a block in patches, for strategy `block`."""
+    pretrain: dict[str, Any] = {}
+    """Values that differ from the section `pretrain` for this arm."""
+    finetune: dict[str, Any] = {}
+    """Values that differ from the section `finetune` for this arm."""
 
     @model_validator(mode="after")
     def _mask_is_complete(self) -> Self:
@@ -356,41 +391,56 @@ class ArmConfig(Section):
 
 
 class SamplingConfig(Section):
-    """How images are drawn from the EMA weights."""
+    """How images are drawn from the averaged weights."""
 
     sampler: Sampler = "ddim"
-    num_steps: Count = Field(default=50, description="network evaluations per image")
-    eta: NonNegative = Field(default=0.0, description="ddim only: 0 is deterministic, 1 is ddpm's variance")
+    """The sampler."""
+    num_steps: Count = 50
+    """Network evaluations per image."""
+    eta: NonNegative = 0.0
+    """For `ddim`: 0 is deterministic, 1 has the variance of ddpm."""
     num_samples: Count = 1000
+    """Images that are drawn and scored at each milestone."""
     batch_size: Count = 250
+    """Images that are drawn at once."""
     clip_x_0: bool = True
-    grid_images: Count = Field(default=64, description="images in the PNG grid")
-    primer: bool = Field(default=False, description="draw from the pretrained weights too, before any finetuning")
+    """Whether every estimate of the clean image is clipped to [−1, 1]."""
+    grid_images: Count = 64
+    """Images in the PNG grid."""
+    primer: bool = False
+    """Whether images are also drawn from the pretrained weights, before any finetuning."""
 
 
 class EvaluationConfig(Section):
     """How samples are scored."""
 
     features: Extractor = "classifier"
-    weights: str | None = Field(default=None, description="a local weights file of a torch-fidelity extractor")
-    reference: Literal["train", "held_out", "all"] = Field(
-        default="train", description="the real images that samples are compared with"
-    )
+    """The feature extractor: `classifier` is trained on the labels of the dataset, `pixels` takes the pixel values, the
+    others are pretrained networks of torch-fidelity."""
+    weights: str | None = None
+    """A local file with the weights of a pretrained extractor; None downloads them."""
+    reference: Literal["train", "held_out", "all"] = "train"
+    """The real images that samples are compared with."""
     batch_size: Count = 256
+    """Images per batch of the extractor."""
     kid_subsets: Count = 100
+    """The number of random subsets that KID is averaged over."""
     kid_subset_size: Annotated[int, Field(ge=2)] = 500
+    """Images per subset of KID."""
     prc_neighborhood: Count = 3
+    """The k of the k-nearest-neighbour balls of precision and recall."""
     classifier_epochs: Count = 20
+    """Epochs that the classifier is trained for."""
 
     def shortage(self, count: int, what: str) -> str | None:
-        """Whether there are fewer samples, or fewer real images, than the metrics need.
+        """What to tell people if there are fewer images than the metrics need.
 
         Args:
             count: how many there are.
-            what: they are.
+            what: what they are: samples, or real images.
 
         Returns:
-            one line for people; None if they suffice.
+            one line; None if there are enough.
         """
         needed = max(self.kid_subset_size, self.prc_neighborhood + 1)
         if count >= needed:
@@ -410,8 +460,8 @@ class EvaluationConfig(Section):
             raise ValueError("features: pixels takes no weights: it compares pixel values")
         if self.features.startswith("dinov2"):
             raise ValueError(
-                f"{self.features} takes no local weights: remove weights, and copy torch.hub's folder where there is "
-                "no network"
+                f"{self.features} takes no local weights: remove weights, and copy the folder of torch.hub if this "
+                "machine has no network"
             )
         return self
 
@@ -419,37 +469,41 @@ class EvaluationConfig(Section):
 class ComputeConfig(Section):
     """The machine: results are byte-identical only for equal values here, on the same machine.
 
-    `device` and `precision` are part of what a result is made from. All other values change rounding at most: changing
-    them reruns nothing, and each run records the values that it had. On a GPU runs are equal to rounding only: the
-    backward pass of its attention adds up in any order.
+    Results depend on `device` and `precision`. All other values change rounding at most: changing them reruns nothing,
+    and each record says which values its run had. On a GPU, runs are equal up to rounding only, because the backward
+    pass of attention adds up in an arbitrary order.
     """
 
     device: Literal["auto", "cpu", "cuda"]
+    """Where stages compute; `auto`: on a GPU if there is one."""
     precision: Literal["auto", "fp32", "bf16"]
-    attention: Literal["auto", "plain", "fused"] = Field(
-        default="auto", description="plain: matrix products and a softmax; fused: PyTorch's kernel"
-    )
-    compile: Literal["auto", "off", "default", "reduce-overhead"] = Field(
-        default="auto",
-        description="mode of torch.compile; auto: default on a GPU, off on a CPU; reduce-overhead: CUDA graphs",
-    )
-    activation_checkpointing: bool = Field(
-        default=False, description="compute the blocks' activations twice instead of keeping them"
-    )
-    devices: Count = Field(default=1, description="processes that share a batch, one per device")
-    threads: Count = Field(default=1, description="CPU threads of a stage; Snakemake reserves as many cores")
+    """The precision of matrix products; `auto`: bf16 if the device computes it fast."""
+    attention: Literal["auto", "plain", "fused"] = "auto"
+    """How attention is computed: `plain` by matrix products and a softmax, `fused` by PyTorch's kernel."""
+    compile: Literal["auto", "off", "default", "reduce-overhead"] = "auto"
+    """The mode of torch.compile; `auto`: default on a GPU, off on a CPU; `reduce-overhead` uses CUDA graphs."""
+    activation_checkpointing: bool = False
+    """Whether the blocks' activations are recomputed in the backward pass instead of kept in memory."""
+    devices: Count = 1
+    """The number of processes that share a batch, one per device."""
+    threads: Count = 1
+    """CPU threads of a stage; Snakemake reserves as many cores."""
 
 
 class TuningConfig(Section):
-    """Every arm tries the same trials, at the same compute each, before it runs with the values of the best."""
+    """Every arm tries the same trials at the same compute, then runs with the values of its best trial."""
 
-    seed: Natural = Field(description="of the trials; not one of `seeds`")
-    budget_fraction: Annotated[Number, Field(gt=0, le=1)] = Field(description="of the budget that each trial spends")
-    metric: Literal["kid", "fid"] = Field(default="kid", description="the trial with the lowest one is chosen")
-    trials: dict[str, dict[str, Any]] = Field(
-        description="by name, what each trial overrides by dotted path: pretrain.*, finetune.*, training.*; "
-        "{}: nothing is tuned, and every arm runs with the values as given"
-    )
+    seed: Natural
+    """The seed of the trials; it is not one of `seeds`."""
+    budget_fraction: Annotated[Number, Field(gt=0, le=1)]
+    """The fraction of the budget that each trial spends."""
+    metric: Literal["kid", "fid"] = "kid"
+    """The trial with the lowest value of this metric is chosen."""
+    trials: dict[str, dict[str, Any]]
+    """By name, the values that each trial overrides, by dotted path: pretrain.*, finetune.*, training.*.
+
+    With {} nothing is tuned, and every arm runs with the values as given.
+    """
 
     @property
     def enabled(self) -> bool:
@@ -466,32 +520,37 @@ class TuningConfig(Section):
 class DataConfig(Section):
     """How images get to the device; nothing here changes a result."""
 
-    device_resident: Literal["auto"] | bool = Field(
-        default="auto",
-        description="keep the uint8 images on the GPU; auto: if at most a quarter of its memory",
-    )
+    device_resident: Literal["auto"] | bool = "auto"
+    """Whether the uint8 images stay on the GPU; `auto`: if they take at most a quarter of its memory."""
 
 
 class TrackingConfig(Section):
     """MLflow; nothing here changes a result."""
 
     enabled: bool = True
+    """Whether runs are tracked."""
 
 
 class SavingConfig(Section):
     """Resumable training state; nothing here changes a result."""
 
-    every_seconds: Positive = Field(default=60.0, description="how often the state of a training stage is saved")
-    every_steps: Count | None = Field(default=None, description="and after so many steps, if that comes first")
+    every_seconds: Positive = 60.0
+    """Seconds between two saves of the state of a training stage."""
+    every_steps: Count | None = None
+    """Also save after this many steps, if that comes first."""
 
 
 class Params(Section):
     """The whole of params.yaml."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    """The name of the experiment."""
     seeds: Annotated[list[Natural], Field(min_length=1)]
+    """Every arm runs once with each of these seeds."""
     dataset: DatasetConfig
-    datasets: dict[str, DatasetConfig] = Field(description="by name, others to pretrain on; {}: none")
+    """The images that arms are finetuned on and compared with; also pretrained on, unless `pretrain.dataset` is set."""
+    datasets: dict[str, DatasetConfig]
+    """Other datasets to pretrain on, by name; {} if there are none."""
     model: ModelConfig
     diffusion: DiffusionConfig
     budget: BudgetConfig
@@ -506,6 +565,7 @@ class Params(Section):
     tracking: TrackingConfig = TrackingConfig()
     saving: SavingConfig = SavingConfig()
     arms: Annotated[dict[str, ArmConfig], Field(min_length=1)]
+    """The arms that are compared, by key."""
 
     @property
     def grid(self) -> Grid:
@@ -514,11 +574,11 @@ class Params(Section):
 
     @property
     def patch_dim(self) -> int:
-        """P, the pixels of a patch: p·p·C."""
+        """P = p·p·C, the number of values in a patch."""
         return self.model.patch_size**2 * self.dataset.channels
 
     def image_flops(self, num_visible: int) -> int:
-        """FLOPs of training on one image with S visible patches, forward and backward (see `training_flops`)."""
+        """FLOPs of forward and backward for one image with S visible patches (see `training_flops`)."""
         return training_flops(
             num_visible,
             self.patch_dim,
@@ -530,24 +590,24 @@ class Params(Section):
         )
 
     def arm(self, key: str) -> ArmConfig:
-        """The arm of that key.
+        """The arm with this key.
 
         Raises:
-            ParamsError: there is none.
+            ParamsError: there is no such arm.
         """
         if key not in self.arms:
             raise ParamsError(f"there is no arm {key!r} in {PARAMS_FILE}{suggestion(key, list(self.arms))}")
         return self.arms[key]
 
     def pretrain_of(self, key: str) -> PretrainConfig:
-        """The pretraining of an arm; a share of 0 for strategy `none`, which has none.
+        """The pretraining of an arm; strategy `none` does not pretrain and has a share of 0.
 
         Raises:
-            ParamsError: there is no such arm, or a value of its own is not possible; also of `finetune_of`.
+            ParamsError: there is no such arm, or one of its own values is not valid. `finetune_of` raises the same.
         """
         arm = self.arm(key)
         own = {"share": 0.0, "dataset": None, "checkpoint": None} if arm.strategy == "none" else arm.pretrain
-        splits = not {"share", "steps"}.isdisjoint(own)  # it says itself how its budget is split
+        splits = not {"share", "steps"}.isdisjoint(own)  # the arm itself says how its budget is split
         shared = self.pretrain.model_dump(exclude_unset=True, exclude={"share", "steps"} if splits else None)
         return _merged(PretrainConfig, {**shared, **own}, f"arms.{key}.pretrain")
 
@@ -557,20 +617,20 @@ class Params(Section):
         return _merged(FinetuneConfig, {**self.finetune.model_dump(), **own}, f"arms.{key}.finetune")
 
     def for_pretraining(self, key: str) -> Params:
-        """The params with the dataset that an arm is pretrained on in the place of `dataset`."""
+        """The params whose `dataset` is the one that an arm is pretrained on."""
         name = self.pretrain_of(key).dataset
         return self if name is None else self.model_copy(update={"dataset": self.datasets[name]})
 
     def mask_of(self, key: str) -> Mask:
-        """How many patches an arm's pretraining sees."""
+        """The mask of an arm's pretraining."""
         arm = self.arm(key)
         return Mask(arm.strategy, self.for_pretraining(key).grid, arm.mask_rate or 0.0, arm.block_size)
 
     def architecture(self, num_classes: int) -> dict[str, Any]:
-        """What two networks must share so that weights of the one can be put into the other.
+        """The values that two networks must share to be able to exchange weights.
 
         Args:
-            num_classes: of the dataset; counts only for a class-conditional network.
+            num_classes: number of classes of the dataset; ignored unless the network is class-conditional.
         """
         return {
             **self.model.model_dump(),
@@ -581,7 +641,7 @@ class Params(Section):
         }
 
     def checkpoints(self) -> Iterator[tuple[str, str, str]]:
-        """The folders of weights that training starts from, each with its dotted path and its arm."""
+        """The folders of weights that training starts from, as (dotted path of the key, arm, folder)."""
         for key, arm in self.arms.items():
             if arm.strategy == "none":
                 continue
@@ -592,7 +652,7 @@ class Params(Section):
                     yield f"tuning.trials.{trial}.pretrain.checkpoint", key, checkpoint
 
     def missing_files(self) -> list[str]:
-        """What params name that is not there, each with where it was looked for; nothing here is read."""
+        """A line for every file or folder that the params name and that does not exist; nothing is read."""
         given = [("dataset.root", self.dataset.root), ("evaluation.weights", self.evaluation.weights)]
         given += [(f"datasets.{name}.root", dataset.root) for name, dataset in self.datasets.items()]
         given += [(key, checkpoint) for key, _, checkpoint in self.checkpoints()]
@@ -604,7 +664,7 @@ class Params(Section):
 
 
 def validated(content: Any) -> Params:
-    """The params of plain values, each section for itself; what they demand of each other `reading` checks.
+    """Validate every section on its own; `reading` checks whether they fit each other.
 
     Raises:
         ParamsError: one line per mistake.
@@ -624,7 +684,7 @@ def _merged(model: type[Stage], content: dict[str, Any], where: str) -> Stage:
 
 
 def _mistake(error: Any, root: type[BaseModel]) -> str:
-    """One validation error of pydantic's as one line: where, what, what would be right."""
+    """A validation error of pydantic as one line: where it is, what is wrong, what was expected and got."""
     loc = [str(part) for part in error["loc"]]
     where = ".".join(loc)
     if error["type"] == "extra_forbidden":
@@ -638,10 +698,10 @@ def _mistake(error: Any, root: type[BaseModel]) -> str:
 
 
 def _sibling_keys(loc: list[str], root: type[BaseModel]) -> list[str]:
-    """The keys that the schema knows where `loc` points, starting from `root`."""
+    """The keys that the schema has beside the one at `loc`, starting from `root`."""
     model, is_key = root, False
     for part in loc[:-1]:
-        if is_key:  # of an arm or a dataset, whatever its name
+        if is_key:  # the free name of an arm or a dataset
             is_key = False
             continue
         annotation = model.model_fields[part].annotation
@@ -651,6 +711,6 @@ def _sibling_keys(loc: list[str], root: type[BaseModel]) -> list[str]:
 
 
 def suggestion(word: str, known: list[str]) -> str:
-    """The end of a message about a word that is not known: the nearest known one, or all of them."""
+    """The end of a message about an unknown word: the most similar known word, or all of them."""
     close = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; expected one of: {', '.join(sorted(set(known)))}"

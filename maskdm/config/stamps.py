@@ -1,7 +1,7 @@
-"""The stamp of an output: what it was made from, and which files it has. It decides whether a stage has work to do.
+"""The stamp of an output says what it was made from and which files it has; it decides whether a stage must run.
 
-A folder holds its stamp as `stamp.json`; an output that is one JSON file holds it under the key `stamp`. A stamp says
-nothing of time or machine: equal work has equal stamps. Nothing here imports torch.
+The stamp of a folder is its file `stamp.json`; the stamp of a single JSON file is its key `stamp`. A stamp contains
+neither time nor machine, so equal work has equal stamps. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class Stamp:
     """What an output was made from.
 
     Attributes:
-        stage: that made it.
-        version: of the stage's code.
-        values: of params.yaml that it depends on, in clear.
-        inputs: digests of the outputs and files that it was made from, by name.
-        content: the digest of the output itself: what later stages have as their input.
-        files: of a folder, by name: `size` and `sha256`.
+        stage: the stage that made it.
+        version: the version of the stage's code.
+        values: the values of params.yaml that it depends on, in plain text.
+        inputs: the digests of the outputs and files that it was made from, by name.
+        content: the digest of the output itself, which later stages have among their `inputs`.
+        files: `size` and `sha256` of the files of a folder, by name.
     """
 
     stage: str
@@ -43,11 +43,11 @@ class Stamp:
 
     @property
     def key(self) -> str:
-        """A short hash of all that the output was made from: equal keys, equal outputs."""
+        """A short hash of everything that the output was made from: equal keys mean equal outputs."""
         return short_hash(self.stage, self.version, self.values, self.inputs)
 
     def differences(self, other: Stamp) -> str:
-        """What `other` is made from that this one is not, for people: `pretrain.lr was 0.002, is 0.004`."""
+        """How the values and inputs of `other` differ from these, for people: `pretrain.lr was 0.002, is 0.004`."""
         mine, theirs = ({**stamp.values, "version": stamp.version} for stamp in (self, other))
         found = [f"{path} was {_short(before)}, is {_short(now)}" for path, before, now in differing(mine, theirs)]
         found += [
@@ -59,7 +59,7 @@ class Stamp:
 
 
 def stamp_folder(folder: Path, stamp: Stamp) -> None:
-    """Write the stamp of a folder whose other files are all there."""
+    """Write the stamp of a folder whose other files are complete."""
     files = {
         str(file.relative_to(folder)): {"size": file.stat().st_size, "sha256": file_sha256(file)}
         for file in sorted(folder.rglob("*"))
@@ -70,13 +70,13 @@ def stamp_folder(folder: Path, stamp: Stamp) -> None:
 
 
 def stamped(content: dict[str, Any], stamp: Stamp) -> dict[str, Any]:
-    """The content of a single-file output, with its stamp."""
+    """The content of a single-file output together with its stamp."""
     plain = json.loads(json.dumps(content))
     return {**plain, STAMP: {**asdict(stamp), "content": values_sha256(plain)}}
 
 
 def read_stamp(output: Path) -> Stamp | None:
-    """The stamp of an output; None where there is none, or none that is whole."""
+    """The stamp of an output; None if it is missing or damaged."""
     try:
         if output.is_dir():
             return Stamp(**checked(json.loads((output / FILE).read_bytes())))
@@ -88,7 +88,7 @@ def read_stamp(output: Path) -> Stamp | None:
 
 
 def missing_files(output: Path, stamp: Stamp) -> str:
-    """What a folder lacks of its stamp's files, judged by their sizes; empty where all are there."""
+    """The first file that is missing from a folder or has the wrong size, in words; empty if there is none."""
     for name, entry in stamp.files.items():
         try:
             size = (output / name).stat().st_size
@@ -100,10 +100,10 @@ def missing_files(output: Path, stamp: Stamp) -> str:
 
 
 def damaged_files(output: Path, stamp: Stamp) -> Iterator[str]:
-    """Hash every file of an output; a line for each that is not the one that was written.
+    """Hash every file of an output, and yield a line for each one that differs from what was written.
 
     Raises:
-        UserError: a file may not be read now.
+        UserError: a file cannot be read at the moment.
     """
     for name, entry in stamp.files.items():
         file = output / name

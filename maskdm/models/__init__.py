@@ -1,1 +1,1 @@
-"""Networks as files for use elsewhere, from elsewhere, and images drawn from them."""
+"""Trained networks: exported, imported, loaded, and images drawn from them."""

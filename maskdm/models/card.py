@@ -1,4 +1,4 @@
-"""The model card of a network, `card.md.j2`: what it is, was trained on, cost, how good it is, and how to use it."""
+"""The model card of a network, from the template `card.md.j2`: data, masking, cost, quality, and how to use it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from maskdm.config.paths import WeightSet
 
 
 def model_card(name: str, params: Params, num_classes: int, which: WeightSet, **facts: Any) -> str:
-    """The text of a card.
+    """The text of a model card.
 
     Args:
-        name: of the folder.
-        params: that describe the network, and what it was trained with.
-        num_classes: of its class token; 0 without one.
+        name: the name of the exported folder.
+        params: the params that describe the network and its training.
+        num_classes: the number of classes of its class token; 0 without one.
         which: the set of weights in model.safetensors.
-        facts: of a checkpoint of an experiment those of `exporting`; of an imported network `source`, `sets` and
+        facts: for a checkpoint of an experiment the facts of `exporting`; for an imported network `source`, `sets` and
             `ignored` of `importing`.
     """
     environment = Environment(
@@ -39,12 +39,12 @@ def model_card(name: str, params: Params, num_classes: int, which: WeightSet, **
 
 
 def _last(path: str) -> str:
-    """The last part of a path, which says enough to strangers."""
+    """The last part of a path: the folders above it mean nothing to other people."""
     return printable(path.rstrip("/").rsplit("/", 1)[-1])
 
 
 def _listed(values: Mapping[str, Any]) -> str:
-    """Plain values as text."""
+    """Plain values as text, without those that are None."""
     given = {key: value for key, value in values.items() if value is not None}
     return ", ".join(
         f"{key} {_last(value) if key == 'root' else printable(str(value))}" for key, value in given.items()

@@ -1,4 +1,4 @@
-"""Images from averaged weights: what the stage `sample`, the trials and all models are drawn with."""
+"""Images drawn from a network: by the stage `sample`, by trials, and by loaded models."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from maskdm.training.state import Pieces
 
 
 def load_model(params: Params, weights: Path, num_classes: int, compute: Compute) -> UViT:
-    """The network with the averaged weights of a checkpoint, ready to draw.
+    """Load the averaged weights of a checkpoint into a network that is ready to draw.
 
     Args:
-        params: give the architecture.
+        params: the experiment; it gives the architecture.
         weights: a file of `tensors.save_tensors` with a set `ema`.
-        num_classes: of the dataset; 0 without labels.
+        num_classes: number of classes of the dataset; 0 without labels.
         compute: the device.
 
     Raises:
-        UserError: the weights are missing, damaged or do not fit.
+        UserError: the weights are missing, damaged, or do not fit the network.
     """
     state, _ = load_weights(weights, "ema", params.architecture(num_classes))
     model = build_model(params, num_classes)
@@ -53,24 +53,24 @@ def draw_images(
     kept: Pieces | None = None,
     ranks: Ranks = ALONE,
 ) -> np.ndarray:
-    """Draw images as params.sampling says, in batches of its size.
+    """Draw images as `params.sampling` says.
 
     Args:
         params: the experiment.
         model: its network, on the device of `compute`.
-        num_classes: of the dataset; a class-conditional model draws every class in turn.
-        seed: image i depends on (seed, i); on the batch that it is drawn in only by the rounding of floats.
-        num_images: how many.
+        num_classes: number of classes of the dataset; image i of a class-conditional model has class i mod num_classes.
+        seed: image i is a function of (seed, i), up to rounding, which depends on the batch.
+        num_images: how many images to draw.
         compute: device and precision.
-        title: for the progress display.
-        kept: has the batches that a killed process has finished, and gets every new one; the first rank's.
-        ranks: that draw a batch each at a time; how many they are changes no byte.
+        title: text for the progress display.
+        kept: holds the batches that an interrupted process has finished, and gets every new one; of the first rank.
+        ranks: the processes that draw, one batch each at a time; their number changes no byte.
 
     Returns:
-        uint8 (num_images, H, W, C); nothing on other ranks than the first.
+        uint8 (num_images, H, W, C); empty on all ranks but the first.
 
     Raises:
-        UserError: memory does not suffice, or a batch can't be kept.
+        UserError: there is not enough memory, or a batch can't be saved.
     """
     config, shape = params.sampling, params.dataset.shape
     batches = list(batches_of(num_images, config.batch_size))
@@ -79,7 +79,7 @@ def draw_images(
     bar = Progress(num_images * config.num_steps, title, "evaluations") if ranks.is_first else None
     count = bar.update if bar else lambda _: None
     count(config.num_steps * sum(map(len, parts)))
-    size = min(config.batch_size, num_images) if compute.compile_mode else None  # another would be compiled anew
+    size = min(config.batch_size, num_images) if compute.compile_mode else None  # another size would be compiled again
     draw = partial(_draw_batch, params, compute.compiled(model), num_classes, seed, compute, size)
     advice = f"{title}: batches of {config.batch_size} images did not fit; lower sampling.batch_size"
     with devices.explain_out_of_memory(advice), devices.explain_compiler():
@@ -98,13 +98,13 @@ def _drawn(
     count: Callable[[int], None],
     ranks: Ranks,
 ) -> Iterator[tuple[range, torch.Tensor]]:
-    """Batch after batch, on the first rank; every rank draws one of as many as there are ranks.
+    """Yield every batch on the first rank; each rank draws one of `num_ranks` batches at a time.
 
     Args:
-        missing: ids of the batches.
-        draw: (ids, what to call after every step) → uint8 images.
-        count: counts the images that all ranks have evaluated.
-        ranks: that draw.
+        missing: the image ids of each batch.
+        draw: (ids, function to call after every step) → uint8 images.
+        count: adds to the number of images that all ranks have evaluated.
+        ranks: the processes that draw.
     """
     for start in range(0, len(missing), ranks.num_ranks):
         together = missing[start : start + ranks.num_ranks]
@@ -127,7 +127,7 @@ def _draw_batch(
     ids: range,
     on_step: Callable[[], None],
 ) -> torch.Tensor:
-    """The images of `ids`, uint8 (B, H, W, C); a batch that is smaller than `size` is filled up for that."""
+    """Draw the images `ids`, uint8 (B, H, W, C); with `size`, a smaller batch is padded to this size."""
     (height, width, channels), process = params.dataset.shape, params.diffusion
     filled = range(ids.start, ids.start + (size or len(ids)))
     labels = None

@@ -1,7 +1,7 @@
 """A trained network as a folder for use elsewhere: plain safetensors, a config.json and a model card.
 
-`config.exported_config` says which file is what; `maskdm export` and `maskdm import-checkpoint` write them. Nothing in
-such a folder is executed, whoever it comes from.
+`config.exported_config` describes the files; `maskdm export` and `maskdm import-checkpoint` write them. Nothing in such
+a folder is ever executed.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ NAMES = {WEIGHTS, CONFIG, CARD, *SECOND.values()}
 
 
 def check_replaceable(output: Path) -> None:
-    """Whether an exported network may be written there.
+    """Check whether an exported network may be written to this place.
 
     Raises:
-        UserError: there is something else, which is kept.
+        UserError: something else is there; it is kept.
     """
     if not output.exists() and not output.is_symlink():
         return
@@ -46,27 +46,27 @@ def check_replaceable(output: Path) -> None:
         is_ours = False
     if names and not is_ours:
         raise UserError(
-            f"{output} is there already, and is not an exported model alone; name another folder with --out, or empty "
-            "this one"
+            f"{output} is there already, and holds other files than an exported model; name another folder with --out, "
+            "or empty this one"
         )
 
 
 def publish_exported(
     output: Path, params: Params, num_classes: int, sets: Sets, which: WeightSet, source: Mapping[str, Any], card: str
 ) -> None:
-    """Write the folder whole.
+    """Write an exported folder; it appears whole or not at all.
 
     Args:
-        output: its place; what `check_replaceable` lets pass is replaced.
-        params: that describe the network and how images are drawn from it.
-        num_classes: of the dataset; counts only for a class-conditional network.
-        sets: raw weights, averaged ones, or both, by the names of `UViT.named_parameters`.
-        which: the set for model.safetensors.
+        output: the folder; it is replaced if `check_replaceable` allows it.
+        params: the params that describe the network and how images are drawn from it.
+        num_classes: number of classes of the dataset; ignored unless the network is class-conditional.
+        sets: raw weights, averaged weights, or both, by the names of `UViT.named_parameters`.
+        which: the set that becomes model.safetensors.
         source: plain values about the origin, for config.json.
-        card: the model card.
+        card: the text of the model card.
 
     Raises:
-        ParamsError: the params are not possible on their own; nothing is written.
+        ParamsError: the params are not valid on their own; nothing is written.
         UserError: the place can't be written.
     """
     check_replaceable(output)
@@ -92,65 +92,18 @@ def publish_exported(
 
 
 def load_network(folder: Path, which: WeightSet | None = None) -> tuple[UViT, Params, Config]:
-    """The network of an exported folder, on the CPU, with its params and its config.json.
+    """Load the network of an exported folder on the CPU, with its params and its config.json.
 
     Args:
-        folder: of `maskdm export` or `maskdm import-checkpoint`.
-        which: the set of weights; None takes those of model.safetensors.
+        folder: a folder of `maskdm export` or `maskdm import-checkpoint`.
+        which: the set of weights; None takes the one in model.safetensors.
 
     Raises:
-        UserError: it is not such a folder, damaged, or its weights are not those that its params describe.
+        UserError: it is not such a folder, it is damaged, or its weights do not fit its params.
     """
     config, params = read_config(folder)
     with torch.device("meta"):
         model = build_model(params, config.num_classes)
-    weights = _read_weights(folder, config, which, model)
-    model.load_state_dict(weights, assign=True)
-    return model.eval(), params, config
-
-
-def weights_for(folder: Path, params: Params, num_classes: int) -> dict[str, Tensor]:
-    """The weights in model.safetensors, by parameter name, for a network of another experiment to be trained on.
-
-    Args:
-        folder: of `maskdm export` or `maskdm import-checkpoint`.
-        params: of the experiment.
-        num_classes: of its dataset.
-
-    Raises:
-        UserError: it is not such a folder, damaged, or of another network or diffusion.
-    """
-    check_fits(folder, params, num_classes)
-    return load_network(folder)[0].state_dict()
-
-
-def misfit(model: UViT, tensors: Mapping[str, Tensor], shown: Callable[[str], str] = str) -> str:
-    """The first difference between tensors and the parameters of a network; empty where there is none.
-
-    Args:
-        model: the network; on the meta device it costs nothing.
-        tensors: by the names of `UViT.named_parameters`.
-        shown: how to call a tensor: its name in the file.
-    """
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    wrong = [f"{shown(name)} is missing" for name in expected if name not in tensors]
-    wrong += [f"{printable(shown(name))} is not part of this network" for name in tensors if name not in expected]
-    wrong += [
-        f"{shown(name)} is {times(tensors[name].shape)}: expected {times(shape)}"
-        for name, shape in expected.items()
-        if name in tensors and tuple(tensors[name].shape) != shape
-    ]
-    more = f" (and {len(wrong) - 1} tensors more)" if len(wrong) > 1 else ""
-    return f"{wrong[0]}{more}" if wrong else ""
-
-
-def times(shape: tuple[int, ...]) -> str:
-    """A shape for people: `16×64`."""
-    return "×".join(map(str, shape)) or "a single number"
-
-
-def _read_weights(folder: Path, config: Config, which: WeightSet | None, model: UViT) -> dict[str, Tensor]:
-    """One set of weights, float32 by parameter name; only the very file that was written is read, if it fits."""
     path, sha256 = config.weights_file(folder, which)
     try:
         if not path.is_file():
@@ -163,4 +116,45 @@ def _read_weights(folder: Path, config: Config, which: WeightSet | None, model: 
     except (SafetensorError, OSError, ValueError) as error:
         reason = printable(" ".join(str(error).split()))
         raise UserError(f"{path} can't be used ({reason}); export or import the model again") from None
-    return weights
+    model.load_state_dict(weights, assign=True)
+    return model.eval(), params, config
+
+
+def weights_for(folder: Path, params: Params, num_classes: int) -> dict[str, Tensor]:
+    """The weights in model.safetensors, by parameter name, for training in another experiment.
+
+    Args:
+        folder: a folder of `maskdm export` or `maskdm import-checkpoint`.
+        params: the other experiment.
+        num_classes: number of classes of its dataset.
+
+    Raises:
+        UserError: it is not such a folder, it is damaged, or it has another network or diffusion.
+    """
+    check_fits(folder, params, num_classes)
+    return load_network(folder)[0].state_dict()
+
+
+def misfit(model: UViT, tensors: Mapping[str, Tensor], shown: Callable[[str], str] = str) -> str:
+    """The first difference between tensors and the parameters of a network, in words; empty if there is none.
+
+    Args:
+        model: the network; it may be on the meta device.
+        tensors: by the names of `UViT.named_parameters`.
+        shown: turns such a name into the name in the file, for the message.
+    """
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    wrong = [f"{shown(name)} is missing" for name in expected if name not in tensors]
+    wrong += [f"{printable(shown(name))} is not part of this network" for name in tensors if name not in expected]
+    wrong += [
+        f"{shown(name)} is {times(tensors[name].shape)}: expected {times(shape)}"
+        for name, shape in expected.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    more = f" (and {len(wrong) - 1} more tensors)" if len(wrong) > 1 else ""
+    return f"{wrong[0]}{more}" if wrong else ""
+
+
+def times(shape: tuple[int, ...]) -> str:
+    """A shape for people: `16×64`."""
+    return "×".join(map(str, shape)) or "a single number"

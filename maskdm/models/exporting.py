@@ -23,7 +23,7 @@ from maskdm.models.exported import check_replaceable, publish_exported
 from maskdm.report.prose import bias_note, extractor_caution, few_samples_caution
 from maskdm.scoring.protocol import Protocol
 
-EXPORTED = Path("exported")  # where folders go that are not given a place
+EXPORTED = Path("exported")  # where folders are written by default
 PLACE = re.compile(r"results/(pretrain|finetune)/([a-z0-9][a-z0-9-]*)/seed-(\d+)(?:/([^/]+))?")
 MILESTONE = re.compile(r"milestone-(\d\.\d{3})\.safetensors")
 EXPECTED = (
@@ -36,10 +36,10 @@ def run(options: argparse.Namespace) -> None:
     """Export a checkpoint.
 
     Args:
-        options: of the command line.
+        options: the parsed command line.
 
     Raises:
-        UserError: there is no such checkpoint here, it is of other params, or the place is taken.
+        UserError: there is no such checkpoint, it is out of date, or the output exists and is something else.
     """
     given, which = load_params(), options.which
     file = locate(Path(options.checkpoint), given)
@@ -77,14 +77,14 @@ def run(options: argparse.Namespace) -> None:
 
 
 def locate(path: Path, params: Params) -> Path:
-    """Which checkpoint a path means, from the experiment's folder; of a folder of milestones the last.
+    """The checkpoint that a path means, relative to the working directory.
 
     Args:
-        path: a file or a folder.
-        params: of the experiment.
+        path: a checkpoint, or the folder of one; in a folder of milestones the last milestone is meant.
+        params: the experiment in the working directory.
 
     Raises:
-        UserError: it is none of the experiment in the working directory.
+        UserError: it is not a checkpoint of this experiment.
     """
     found = PLACE.fullmatch(Path(os.path.relpath(path)).as_posix())
     if found is None:
@@ -106,7 +106,7 @@ def locate(path: Path, params: Params) -> Path:
 
 
 def _of_pretraining(params: Params, arm: str) -> Params:
-    """The params of pretrained weights on their own: their dataset is `dataset`, and there is no other arm."""
+    """The params for pretrained weights alone: `dataset` is the one of pretraining, and there is no other arm."""
     content = params.for_pretraining(arm).model_dump(mode="json", exclude_unset=True)
     own = content["arms"][arm]
     for section in (content["pretrain"], own.get("pretrain", {})):
@@ -117,14 +117,14 @@ def _of_pretraining(params: Params, arm: str) -> Params:
 
 
 def _trained(run: Run, milestone: str) -> dict[str, Any]:
-    """What a checkpoint was trained on, from which weights, and what that cost; `milestone`: empty for pretraining."""
+    """What a checkpoint was trained on, from which weights, and at what cost; `milestone` is empty for pretraining."""
     stage, other = "finetune" if milestone else "pretrain", run.params.pretrain_of(run.arm).dataset
     record = _read_if_there(paths.record(stage, run.arm, run.seed), stage)
     manifests = {} if other is None else {f"pretrained on `{other}`": _manifest(paths.pretrain_data(other))}
     if milestone or other is None:
         manifest = _manifest(paths.DATA)
         if manifest and record.get("data_sha256") not in (None, manifest["sha256"]):
-            manifest = None  # prepared anew since
+            manifest = None  # the data were prepared again since then
         manifests["trained on" if other is None else "finetuned on"] = manifest
     stamp = read_stamp(paths.pretrain(run.arm, run.seed))
     return {
@@ -145,7 +145,7 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def _spent(run: Run, milestone: str) -> dict[str, dict[str, int]]:
-    """Steps, images and FLOPs of the stages until a checkpoint."""
+    """Steps, images and FLOPs of the stages up to a checkpoint."""
     pretrain, finetune = run.pretrain, run.finetune
     first = {"steps": pretrain.num_steps, "batch_size": pretrain.batch_size, **finetune.before.as_dict()}
     spent = {"masked pretraining": first} if pretrain.num_steps else {}
@@ -158,21 +158,21 @@ def _spent(run: Run, milestone: str) -> dict[str, dict[str, int]]:
 
 
 def _scored(jobs: Jobs, job: Job, milestone: str, which: WeightSet) -> dict[str, Any]:
-    """The scores of a checkpoint and what they are of, or why there are none."""
+    """The scores of a checkpoint with their protocol, or why there are none."""
     assert job.arm is not None and job.seed is not None
     file = paths.metrics(job.arm, job.seed)
     if which == "raw":
-        return {"not_scored": "scores are of averaged weights, and these are the raw ones"}
+        return {"not_scored": "scores are of averaged weights, and these are raw weights"}
     if not file.is_file():
-        return {"not_scored": f"there was no {file} when it was exported"}
+        return {"not_scored": f"there was no {file} when the model was exported"}
     if jobs.find("evaluate", job.arm, job.seed).why_outdated():
-        return {"not_scored": f"{file} was of other params when it was exported"}
+        return {"not_scored": f"{file} was out of date when the model was exported"}
     try:
         metrics = json.loads(file.read_text(encoding="utf-8"))
         scores = metrics["milestones"][milestone] if milestone else metrics["primer"]
         protocol = Protocol.from_dict(metrics["protocol"])
     except (OSError, ValueError, LookupError):
-        return {"not_scored": f"{file} had no scores of it when it was exported"}
+        return {"not_scored": f"{file} had no scores of it when the model was exported"}
     features = _read_if_there(paths.FEATURES / paths.FEATURES_INFO, "features")
     are_those = features.get("extractor_sha256") == metrics["extractor_sha256"]
     fewest = min(protocol.num_samples, protocol.num_real)

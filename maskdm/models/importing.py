@@ -1,4 +1,4 @@
-"""`maskdm import-checkpoint`: other code's weights as a folder that ours can draw from, score and start from."""
+"""`maskdm import-checkpoint`: weights of other code as a folder to draw from, to score, and to start training from."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from maskdm.models.exported import check_replaceable, publish_exported
 from maskdm.models.layouts import Sizes, read_checkpoint
 from maskdm.scoring.extractors import load_plain
 
-HEAD_DIM = 64  # of U-ViT's published networks
-BETAS_MAY_DIFFER = 1e-3  # codes cut the last variances of a cosine schedule at 0.999 or at 0.9999
+HEAD_DIM = 64  # width of an attention head in U-ViT's published networks
+MAX_BETA_DIFFERENCE = 1e-3  # the last variances of a cosine schedule are clipped at 0.999 or at 0.9999
 SCHEDULES: tuple[str, ...] = get_args(DiffusionConfig.model_fields["schedule"].annotation)
 CODES = {"maskdm": "MaskDM's code", "u-vit": "U-ViT's code"}
-TRAINING = {"lr": 2e-4, "batch_size": 128}  # the authors'
+TRAINING = {"lr": 2e-4, "batch_size": 128}  # as the authors trained
 
 
 def run(options: argparse.Namespace) -> None:
-    """Import a file of other code's.
+    """Import a checkpoint of other code.
 
     Args:
-        options: of the command line.
+        options: the parsed command line.
 
     Raises:
         ParamsError: an option does not fit the network.
-        UserError: the file can't be served, or the place is taken.
+        UserError: the file can't be imported, or the output exists and is something else.
     """
     file, out = Path(options.file), Path(options.out)
     check_replaceable(out)
@@ -58,11 +58,10 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(f"{file} has no {which} weights, only {', '.join(sets)}")
     source = {"file": printable(file.name), "sha256": file_sha256(file), "layout": checkpoint.layout}
     facts = {"source": source, "sets": list(sets), "ignored": checkpoint.ignored}
-    publish_exported(
-        out, params, num_classes, sets, which, source, model_card(out.name, params, num_classes, which, **facts)
-    )
+    card = model_card(out.name, params, num_classes, which, **facts)
+    publish_exported(out, params, num_classes, sets, which, source, card)
     process = params.diffusion
-    heads = "" if options.num_heads else f" (assumed: dim / {HEAD_DIM}; else give --num-heads)"
+    heads = "" if options.num_heads else f" (assumed: dim / {HEAD_DIM}; if that is wrong, give --num-heads)"
     print(
         f"{file}: the layout of {CODES[checkpoint.layout]}, weights: {' and '.join(sets)}\n"
         f"network: dim {model.dim}, {params.model.depth} blocks, {params.model.num_heads} heads{heads}, "
@@ -83,21 +82,21 @@ def _read(file: Path) -> Any:
     except ValueError as error:
         raise UserError(
             f"{file} is not a plain PyTorch checkpoint: {error}; expected one that "
-            f"{' or '.join(CODES.values())} wrote with torch.save: give that one, or download it again"
+            f"{' or '.join(CODES.values())} wrote with torch.save: give such a file, or download it again"
         ) from None
 
 
 def _params(sizes: Sizes, file: Path, options: argparse.Namespace) -> Params:
-    """A whole experiment around the network: the authors' training values; its dataset is to be filled in.
+    """A whole experiment around the network: it has the authors' training values and a placeholder as dataset.
 
     Raises:
-        ParamsError: an option does not fit the network, or the number of heads is needed, which no shape tells.
+        ParamsError: an option does not fit the network, or the number of heads must be given.
     """
     dim = sizes.model["dim"]
     if options.num_heads is None and dim % HEAD_DIM:
         raise ParamsError(
-            f"the shapes don't tell the number of attention heads, and dim {dim} is not a multiple of {HEAD_DIM}, "
-            "which a head of U-ViT has: give --num-heads"
+            f"the shapes do not tell the number of attention heads, and dim {dim} is not a multiple of {HEAD_DIM}, "
+            "the width of a head in U-ViT: give --num-heads"
         )
     images = {"image_size": sizes.image_size, "channels": sizes.channels}
     return parse_params(
@@ -127,7 +126,7 @@ def _params(sizes: Sizes, file: Path, options: argparse.Namespace) -> Params:
 
 
 def _check_betas(betas: torch.Tensor | None, params: Params, file: Path) -> None:
-    """The diffusion of the options must be the one that the file has, if it has one: variances β_t, (T,)."""
+    """Check whether the diffusion given by the options has the variances β_t, (T,), of the file, if it has any."""
     config = params.diffusion
     if betas is None:
         return
@@ -140,7 +139,7 @@ def _check_betas(betas: torch.Tensor | None, params: Params, file: Path) -> None
     fitting = [
         schedule
         for schedule, table in tables.items()
-        if torch.allclose(betas.double(), table, rtol=0.0, atol=BETAS_MAY_DIFFER)
+        if torch.allclose(betas.double(), table, rtol=0.0, atol=MAX_BETA_DIFFERENCE)
     ]
     if not fitting:
         raise ParamsError(f"the `betas` of {file} are of no schedule that maskdm has: it can't be imported")

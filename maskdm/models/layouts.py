@@ -1,10 +1,10 @@
-"""The layouts of other code's checkpoints, and the same weights by our names.
+"""Checkpoints of other code, and the same weights by our names.
 
-`maskdm`: MaskDM's own code: {"model": {"model.NAME": …}, "ema": {"ema_model.model.NAME": …}, …}, where NAME is U-ViT's
-    below `encoder.`, but for `encoder.encoder_pos_embed` and the last layer, `encoder_to_output`.
-`u-vit`: U-ViT's: {NAME: …}, where a 3×3 convolution over the whole image, `final_layer`, may end the network.
+Layout `maskdm`, of MaskDM's code: {"model": {"model.NAME": …}, "ema": {"ema_model.model.NAME": …}, …}, where NAME is
+    the name in U-ViT after `encoder.`, except `encoder.encoder_pos_embed` and the last layer, `encoder_to_output`.
+Layout `u-vit`, of U-ViT's code: {NAME: …}.
 
-Source: Bao et al. 2022 (arXiv 2209.12152) and MaskDM (arXiv 2306.11363), as their code names the tensors.
+Source: Bao et al. 2022 (arXiv 2209.12152) and MaskDM (arXiv 2306.11363); the names of tensors are those of their code.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from maskdm.base.errors import printable
 from maskdm.config.paths import WeightSet
@@ -27,11 +27,17 @@ from maskdm.models.exported import misfit, times
 ENTRIES: dict[str, tuple[WeightSet, str]] = {"model": ("raw", "model."), "ema": ("ema", "ema_model.model.")}
 EMBEDDING, POSITIONS, CLASSES = "patch_embed.proj.weight", "pos_embed", "label_emb.weight"
 HIDDEN = "mid_block.mlp.fc1.weight"
-FINAL_LAYER = ("final_layer.weight", "final_layer.bias")
 
 
 class Sizes(NamedTuple):
-    """What shapes tell of a network: section `model` of params.yaml but for the number of heads, images, classes."""
+    """What the shapes of its tensors tell of a network.
+
+    Attributes:
+        model: the section `model` of params.yaml, without the number of heads.
+        image_size: side of the square images in pixels.
+        channels: 1 or 3.
+        num_classes: 0 if the network is not class-conditional.
+    """
 
     model: dict[str, Any]
     image_size: int
@@ -41,12 +47,12 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True)
 class Network:
-    """One set of weights as it lies in a file.
+    """One set of weights of a file.
 
     Attributes:
-        state: by our names, shapes as in the file.
-        names: in the file, by ours; none where they are ours.
-        prefix: of MaskDM's names.
+        state: the tensors by our names, with the shapes of the file.
+        names: the names in the file by our names; empty if they are the same.
+        prefix: the prefix of all names in the file.
     """
 
     state: Mapping[str, Any]
@@ -54,7 +60,7 @@ class Network:
     prefix: str = ""
 
     def shown(self, name: str) -> str:
-        """What the file calls a tensor of ours, or would."""
+        """The name that a tensor of ours has in the file, or would have."""
         if name in self.names or not self.prefix:
             return self.names.get(name, name)
         if name.startswith("decoder_pred."):
@@ -62,23 +68,23 @@ class Network:
         return f"{self.prefix}encoder.{'encoder_' if name == POSITIONS else ''}{name}"
 
     def sizes(self) -> Sizes:
-        """Read the network off the shapes.
+        """Derive the sizes of the network from the shapes of its tensors.
 
         Raises:
-            ValueError: a tensor that tells is missing or of other sides, or the images are not square, grey or RGB.
+            ValueError: a tensor is missing or has another number of sides, or the images are not square, grey or RGB.
         """
         dim, channels, patch, _ = self._shape(EMBEDDING, "dim × channels × patch × patch")
         if channels not in (1, 3):
             raise ValueError(
-                f"{self.shown(EMBEDDING)} takes {channels} channels: expected 1 (grey) or 3 (RGB); latents of an "
-                "autoencoder are not served"
+                f"{self.shown(EMBEDDING)} takes {channels} channels: expected 1 (grey) or 3 (RGB); networks on the "
+                "latents of an autoencoder can't be imported"
             )
         num_classes = self._shape(CLASSES, "classes × dim")[0] if CLASSES in self.state else 0
         num_extra = 2 if num_classes else 1
         num_patches = self._shape(POSITIONS, f"1 × ({num_extra} + patches) × dim")[1] - num_extra
         side = math.isqrt(max(num_patches, 0))
         if num_patches < 1 or side * side != num_patches:
-            raise ValueError(f"its position embeddings are of {num_patches} patches, which fill no square")
+            raise ValueError(f"its position embeddings are of {num_patches} patches, which do not form a square")
         hidden = self._shape(HIDDEN, "hidden × dim")[0]
         ratio = hidden / dim
         blocks = {found[1] for name in self.state if (found := re.match(r"in_blocks\.(\d+)\.", name))}
@@ -94,12 +100,12 @@ class Network:
         return Sizes(model, side * patch, channels, num_classes)
 
     def converted(self, model: UViT) -> dict[str, Tensor]:
-        """Float32 copies that fit a network of ours.
+        """Float32 copies of the tensors that fit a network of ours.
 
-        The convolution (D, C, p, p) becomes a matrix (D, p·p·C), pixels in the order (row, column, channel).
+        The convolution (D, C, p, p) becomes a matrix (D, p·p·C) over pixels in the order (row, column, channel).
 
         Raises:
-            ValueError: tensors are missing, foreign, of other shapes, or hold values that are not numbers.
+            ValueError: tensors are missing, unknown or of other shapes, or hold values that are not finite.
         """
         state = {**self.state, EMBEDDING: self.state[EMBEDDING].permute(0, 2, 3, 1).flatten(1)}
         if reason := misfit(model, state, self.shown):
@@ -110,24 +116,25 @@ class Network:
         return {name: tensor.detach().float().contiguous().clone() for name, tensor in state.items()}
 
     def _shape(self, name: str, expected: str) -> tuple[int, ...]:
+        """The shape of a tensor, compared with the expected sides: sides of the same name have the same length."""
         if name not in self.state:
             raise ValueError(f"{self.shown(name)} is missing")
         shape, sides = tuple(self.state[name].shape), expected.split(" × ")
         is_as_expected = len(shape) == len(sides) and len({*zip(sides, shape, strict=True)}) == len({*sides})
-        if not is_as_expected or 0 in shape:  # a side of one name has one length
+        if not is_as_expected or 0 in shape:
             raise ValueError(f"{self.shown(name)} is {times(shape)}: expected {expected}")
         return shape
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file of other code holds.
+    """The content of a file of other code.
 
     Attributes:
-        layout: whose it is.
-        networks: by the set of weights.
+        layout: whose code wrote it.
+        networks: the networks by set of weights.
         ignored: what else is in the file, for people.
-        betas: the variances β_t of its diffusion, (T,); None where the file has none.
+        betas: the variances β_t of its diffusion, (T,); None if the file does not have them.
     """
 
     layout: Literal["maskdm", "u-vit"]
@@ -137,21 +144,27 @@ class Checkpoint:
 
 
 def read_checkpoint(content: Any) -> Checkpoint:
-    """Tell the layout of a checkpoint, and find the weights in it.
+    """Recognise the layout of a checkpoint, and find the weights in it.
 
     Args:
-        content: of `extractors.load_plain`.
+        content: what `extractors.load_plain` returned.
 
     Raises:
-        ValueError: it is of neither layout, or holds something else than weights.
+        ValueError: it has neither layout, or entries that are not weights.
     """
     expected = f"expected MaskDM's, a dict with `model` and `ema`, or U-ViT's, a dict with `{EMBEDDING}`"
     if not isinstance(content, Mapping):
         raise ValueError(f"it holds a {type(content).__name__}: {expected}")
     if any(isinstance(content.get(entry), Mapping) for entry in ENTRIES):
         checkpoint = _maskdm(content)
-    elif EMBEDDING in content:
-        checkpoint = _uvit(content)
+    elif "final_layer.weight" in content:
+        raise ValueError(
+            "it is U-ViT's with a final 3×3 convolution over the whole image (final_layer), which this network does "
+            "not have: it sees only visible patches, and a convolution needs their neighbours. Without that layer it "
+            "would compute another function, so it can't be imported"
+        )
+    elif EMBEDDING in content:  # the weights that U-ViT releases are averaged
+        checkpoint = Checkpoint("u-vit", {"ema": Network({str(name): value for name, value in content.items()})}, [])
     else:
         names = ", ".join(printable(str(name), 60) for name in list(content)[:5]) or "nothing"
         raise ValueError(f"its layout is not known (its first entries: {names}): {expected}")
@@ -180,7 +193,7 @@ def _maskdm(content: Mapping[Any, Any]) -> Checkpoint:
             raise ValueError(f"its entry `{entry}` has no tensor whose name starts with `{prefix}`")
         names: dict[str, str] = {}
         for name in theirs:
-            ours = _named_by_us(name.removeprefix(prefix))
+            ours = _our_name(name.removeprefix(prefix))
             if (twin := names.setdefault(ours, name)) != name:
                 raise ValueError(f"{printable(twin)} and {printable(name)} are the same tensor of the network")
         networks[which] = Network({ours: given[name] for ours, name in names.items()}, names, prefix)
@@ -188,32 +201,11 @@ def _maskdm(content: Mapping[Any, Any]) -> Checkpoint:
     return Checkpoint("maskdm", networks, ignored, betas if isinstance(betas, Tensor) and betas.ndim == 1 else None)
 
 
-def _named_by_us(theirs: str) -> str:
-    """Our name of a tensor of MaskDM's; one that this network does not have keeps its own."""
+def _our_name(theirs: str) -> str:
+    """Our name of a tensor of MaskDM; a tensor that this network does not have keeps its name."""
     first, _, rest = theirs.partition(".")
     if first == "encoder_to_output":
         return f"decoder_pred.{rest}"
     if first != "encoder" or rest.startswith((POSITIONS, "decoder_pred.")):
         return theirs
     return {"encoder_pos_embed": POSITIONS, "label_emb": CLASSES}.get(rest, rest)
-
-
-def _uvit(content: Mapping[Any, Any]) -> Checkpoint:
-    given = [name for name in FINAL_LAYER if name in content]
-    if given and not _is_identity(*(content.get(name) for name in FINAL_LAYER)):
-        raise ValueError(
-            "it is U-ViT's with a final 3×3 convolution over the whole image (final_layer), which this network does "
-            "not have: it sees visible patches alone, and a convolution needs their neighbours. Without that layer it "
-            "would compute another function, so it can't be imported"
-        )
-    state = {str(name): value for name, value in content.items() if name not in FINAL_LAYER}
-    ignored = [f"{name} (the identity)" for name in given]
-    return Checkpoint("u-vit", {"ema": Network(state)}, ignored)  # what U-ViT releases are averaged weights
-
-
-def _is_identity(weight: Any, bias: Any) -> bool:
-    """Whether a convolution (C, C, 3, 3) gives back its input."""
-    if not isinstance(weight, Tensor) or weight.ndim != 4 or weight.shape[0] != weight.shape[1]:
-        return False
-    has_bias = bias is not None and (not isinstance(bias, Tensor) or bool(bias.any()))
-    return not has_bias and torch.equal(weight.float(), nn.init.dirac_(torch.empty(weight.shape)))

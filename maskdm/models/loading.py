@@ -1,4 +1,4 @@
-"""A model of any kind, ready to draw: a checkpoint in results/, a model that MLflow logged, or an exported folder."""
+"""Models ready to draw from: an exported folder, a checkpoint in results/, or a model that was logged to MLflow."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from maskdm.models.exported import load_network
 from maskdm.training import devices
 from maskdm.training.devices import Compute
 
-LOGGED_WEIGHTS, LOGGED_PARAMS = "weights.safetensors", "params.json"  # in `artifacts` of a model that MLflow logged
+LOGGED_WEIGHTS, LOGGED_PARAMS = "weights.safetensors", "params.json"  # in `artifacts` of a logged model
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Model:
 
     Attributes:
         params: the experiment that it comes from, as far as it is known.
-        network: with its weights, on the device of `compute`.
-        num_classes: of the dataset; counts only for a class-conditional network.
+        network: the network with its weights, on the device of `compute`.
+        num_classes: number of classes of the dataset; ignored unless the network is class-conditional.
         compute: device and precision.
-        file: that holds the weights.
+        file: the file of the weights.
         which: the set of weights.
-        flip: the probability of a left-right flip in its training; None where that is not known.
+        flip: the probability of a left-right flip in its training; None if it is not known.
     """
 
     params: Params
@@ -46,19 +46,19 @@ class Model:
     flip: float | None
 
     def draw(self, num_images: int, seed: int = 0) -> np.ndarray:
-        """Draw images as `params.sampling` says: uint8 (num_images, H, W, C).
+        """Draw images as `params.sampling` says, uint8 (num_images, H, W, C).
 
-        Image i depends on (seed, i), as in the stage `sample`.
+        Image i is a function of (seed, i), as in the stage `sample`.
 
         Raises:
-            UserError: memory does not suffice.
+            UserError: there is not enough memory.
         """
         title = f"draw from {self.file}"
         return draw_images(self.params, self.network, self.num_classes, seed, num_images, self.compute, title)
 
 
 def is_model(place: Path) -> bool:
-    """Whether a path is one of the models that `open_model` knows."""
+    """Whether `open_model` would take a path for a model."""
     if place.is_dir():
         return (place / CONFIG).is_file() or _is_logged(place)
     return place.suffix == ".safetensors"
@@ -70,31 +70,36 @@ def open_model(
     """Load a model.
 
     Args:
-        place: a checkpoint below its experiment's folder, a logged model's artifacts, or a folder of `maskdm export` or
-            `maskdm import-checkpoint`.
-        device: auto, cpu or cuda; None: a GPU if there is one, unless the model's params say cpu.
-        threads: of a CPU; None: as its params say.
-        which: the set of weights of an exported folder; None: those of model.safetensors. Of others the averaged ones.
+        place: a folder of `maskdm export` or `maskdm import-checkpoint`, a checkpoint below the folder of its
+            experiment, or the artifacts of a logged model.
+        device: auto, cpu or cuda; None takes a GPU if there is one, unless the model's params say cpu.
+        threads: number of CPU threads; None takes that of the model's params.
+        which: the set of weights of an exported folder; None takes the one in model.safetensors. Other models are
+            always loaded with averaged weights.
 
     Raises:
-        UserError: the model is damaged, or its params are not to be found.
+        UserError: the model is damaged, or its params cannot be found.
     """
-    place, flip = Path(place), None
+    place = Path(place)
     if place.is_dir() and not _is_logged(place):
-        network, params, config = load_network(place, which)
-        compute, (file, _) = _compute(params, device, threads), config.weights_file(place, which)
-        arm = str(config.source.get("arm"))
-        if arm in params.arms and params.pretrain_of(arm).checkpoint is None:  # else some training is not known
-            flip = params.training.flip
-        network = network.to(compute.device)
-        return Model(params, network, config.num_classes, compute, file, which or config.which, flip)
+        return _open_exported(place, device, threads, which)
     if place.is_dir():
         file, params = place / LOGGED_WEIGHTS, _read_params(place / LOGGED_PARAMS)
-        flip = params.training.flip
+        flip: float | None = params.training.flip
     else:
         file, params, flip = place, _params_of_checkpoint(place), _flip_of_checkpoint(place)
     compute, num_classes = _compute(params, device, threads), _num_classes(file)
     return Model(params, load_model(params, file, num_classes, compute), num_classes, compute, file, "ema", flip)
+
+
+def _open_exported(folder: Path, device: str | None, threads: int | None, which: WeightSet | None) -> Model:
+    network, params, config = load_network(folder, which)
+    compute, (file, _) = _compute(params, device, threads), config.weights_file(folder, which)
+    arm, flip = str(config.source.get("arm")), None
+    if arm in params.arms and params.pretrain_of(arm).checkpoint is None:  # else part of its training is not known
+        flip = params.training.flip
+    network = network.to(compute.device)
+    return Model(params, network, config.num_classes, compute, file, which or config.which, flip)
 
 
 def _compute(params: Params, device: str | None, threads: int | None) -> Compute:
@@ -116,13 +121,13 @@ def _read_params(path: Path) -> Params:
 
 
 def _params_of_checkpoint(place: Path) -> Params:
-    """Those of the experiment that a file lies in; of a pretrained one with the dataset of its arm's pretraining."""
+    """The params of the experiment that a checkpoint is in; `dataset` is the one that the checkpoint was trained on."""
     folders = place.absolute().parents
     file = next((folder / PARAMS_FILE for folder in folders if (folder / PARAMS_FILE).is_file()), None)
     if file is None:
         raise UserError(
-            f"{place}: there is no {PARAMS_FILE} in any folder above it, which says how images are drawn; give a "
-            "checkpoint where its experiment lies, or a folder of maskdm export"
+            f"{place}: no folder above it has a {PARAMS_FILE}, which says how images are drawn; give a checkpoint in "
+            "the folder of its experiment, or a folder of maskdm export"
         )
     params = load_params(file)
     match place.absolute().relative_to(file.parent).parts:
@@ -132,7 +137,7 @@ def _params_of_checkpoint(place: Path) -> Params:
 
 
 def _num_classes(weights: Path) -> int:
-    """Of the data that weights were trained on, as far as they depend on it."""
+    """The number of classes that a network was built for."""
     architecture = load_tensors(weights)[1].get("architecture")
     num_classes = architecture.get("num_classes") if isinstance(architecture, dict) else None
     if not isinstance(num_classes, int):
@@ -141,14 +146,14 @@ def _num_classes(weights: Path) -> int:
 
 
 def _flip_of_checkpoint(place: Path) -> float | None:
-    """From the stamp of its folder; None where there is none, or where it may have begun from weights of elsewhere."""
+    """The flip probability in the stamp of its folder; None if part of its training is not known."""
     folder = place.absolute().parent
     stamp = first = read_stamp(folder)
     if stamp is not None and stamp.stage == "finetune":
         *_, arm, seed = folder.parts
         first = read_stamp(folder.parents[2] / "pretrain" / arm / seed)
         if first is not None and stamp.inputs.get(f"{paths.RESULTS}/pretrain/{arm}/{seed}") != first.content:
-            return None  # pretrained again since
+            return None  # it was pretrained again since then
     if stamp is None or first is None or "pretrain.checkpoint" in first.inputs:
         return None
     flip = stamp.values.get("training", {}).get("flip")

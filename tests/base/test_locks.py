@@ -109,7 +109,7 @@ def test_where_the_file_system_has_no_locks_there_is_a_warning(
         done.append(True)
     assert done
     error = capsys.readouterr().err
-    assert f"warning: {lock} can't be locked ({os.strerror(code)})" in error and "one process at a time" in error
+    assert f"warning: {lock} can't be locked ({os.strerror(code)})" in error and "only one process at a time" in error
     assert holder_of(lock) is None, "it is not known"
 
 

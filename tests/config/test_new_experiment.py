@@ -35,7 +35,7 @@ def test_it_is_the_other_one_but_for_what_was_changed(tmp_path: Path) -> None:
 def test_comments_are_kept_and_the_first_line_says_where_it_comes_from(tmp_path: Path) -> None:
     text = (make(tmp_path / "mine", "name=other", arms=("scratch",)) / "params.yaml").read_text(encoding="utf-8")
     says = (
-        f"# From {TINY / 'params.yaml'}, changed: name=other --arms scratch; the comment below was written of that one."
+        f"# From {TINY / 'params.yaml'}, changed: name=other --arms scratch; the comment below describes that one."
     )
     assert text.startswith(f"{says}\n# The whole pipeline in")
     assert "name: other\n" in text
@@ -125,7 +125,7 @@ def test_one_that_was_made_outside_of_the_project_can_be_made_another_from(tmp_p
 
 def test_outside_of_a_project_there_is_no_pipeline_to_link_to(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_bytes((TINY / "params.yaml").read_bytes())
-    with pytest.raises(UserError, match="does not lie in a maskdm project"):
+    with pytest.raises(UserError, match="is not in a maskdm project"):
         make(tmp_path / "mine", source=tmp_path)
 
 

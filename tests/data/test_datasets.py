@@ -748,7 +748,7 @@ def test_an_unknown_dataset_is_told() -> None:
     [("celeba", "huggingface:nielsr/CelebA-faces.* or image_folder"), ("cifar10", "huggingface:uo")],
 )
 def test_a_source_of_former_versions_names_what_to_write(source: str, instead: str) -> None:
-    with pytest.raises(ParamsError, match=f"there is no source {source} any more: write .*{instead}"):
+    with pytest.raises(ParamsError, match=f"source {source} was removed: write .*{instead}"):
         params(source=source, image_size=8)
 
 
