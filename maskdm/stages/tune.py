@@ -12,11 +12,12 @@ import numpy as np
 from maskdm.base.errors import NonFiniteLossError
 from maskdm.base.machine import is_follower
 from maskdm.base.publishing import replace_file
+from maskdm.base.tensors import load_weights
 from maskdm.config import Training
 from maskdm.config.paths import ORIGIN_KEYS
 from maskdm.data.inputs import open_training_data
 from maskdm.method.backbones import build_model
-from maskdm.models.drawing import draw_images, load_model
+from maskdm.models.drawing import draw_images
 from maskdm.scoring.headline import SCORE_KEYS
 from maskdm.scoring.scorer import Scorer
 from maskdm.stages.finetune import pretrained_weights
@@ -93,15 +94,14 @@ def _train_stage(task: Task, training: Training, images: Any, ranks: Ranks, init
 
 
 def _draw(task: Task, weights: Path | None, title: str, ranks: Ranks) -> np.ndarray:
-    """Samples, on the first rank; it gives the others its weights."""
+    """Draw the samples; they and the weights are rank 0's, which sends the weights to the others."""
     trial, params = task.run, task.run.params
     compute = devices.resolve(params.compute, params.compute.devices)
     num_classes = open_training_data(trial.finetune).num_classes
-    if weights is None:
-        model = build_model(params, num_classes).eval().to(compute.device)
-    else:
-        model = load_model(params, weights, num_classes, compute)
-    ranks.share_weights(model)
+    model = build_model(params, num_classes)
+    architecture = params.architecture(num_classes)
+    model.load_state_dict(ranks.broadcast(weights and load_weights(weights, "ema", architecture)[0]))
+    model.eval().to(compute.device)
     kept = Pieces(task.work / "samples") if ranks.is_first else None
     count = params.sampling.num_samples
     return draw_images(params, model, num_classes, trial.seed, count, compute, title, kept, ranks)
