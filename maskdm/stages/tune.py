@@ -98,9 +98,9 @@ def _draw(task: Task, weights: Path | None, title: str, ranks: Ranks) -> np.ndar
     trial, params = task.run, task.run.params
     compute = devices.resolve(params.compute, params.compute.devices)
     num_classes = open_training_data(trial.finetune).num_classes
+    averaged = {} if weights is None else load_weights(weights, "ema", params.architecture(num_classes))[0]
     model = build_model(params, num_classes)
-    architecture = params.architecture(num_classes)
-    model.load_state_dict(ranks.broadcast(weights and load_weights(weights, "ema", architecture)[0]))
+    model.load_state_dict(ranks.broadcast(averaged))
     model.eval().to(compute.device)
     kept = Pieces(task.work / "samples") if ranks.is_first else None
     count = params.sampling.num_samples

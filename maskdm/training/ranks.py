@@ -178,18 +178,20 @@ def _leading(command: Sequence[str], store: Store | None, num_ranks: int, device
     followers: Followers = []
     try:
         if store is None:
-            store = dist().TCPStore(HERE, 0, num_ranks, is_master=True, wait_for_workers=False)
-            gpus = devices.gpus_of_stage(num_ranks) if device.type == "cuda" else range(num_ranks)
+            own = dist().TCPStore(HERE, 0, num_ranks, is_master=True, wait_for_workers=False)
+            store, gpus = own, devices.gpus_of_stage(num_ranks) if device.type == "cuda" else range(num_ranks)
             for rank in range(1, num_ranks):
-                followers.append(_start_follower(command, store.port, rank, num_ranks, gpus[rank]))
+                followers.append(_start_follower(command, own.port, rank, num_ranks, gpus[rank]))
         _announce(True, store, num_ranks, followers)
         yield _join_group(0, store, num_ranks, device)
     except BaseException as error:
-        reason = _why_lost(error, followers) if _is_lost_connection(error) else None
+        is_lost = _is_lost_connection(error)
+        reason = _ended(followers, END_SECONDS) if is_lost and followers else None
         _kill(followers)  # before the group is destroyed, so that nothing there waits for them
-        if reason is not None:
-            raise UserError(reason) from None
-        raise
+        if not is_lost:
+            raise
+        lost = f"the connection to another rank was lost; {RESUMES} ({devices.first_line(error)})"
+        raise UserError(reason or lost) from None
     finally:
         _leave_group()
         _kill(followers)
@@ -207,9 +209,8 @@ def _announce(is_work: bool, store: Store, num_ranks: int, followers: Followers)
     """Tell the other ranks whether there is work, and wait until all know: the store may end with this process."""
     store.set("is_work", str(is_work))
     while not store.check([f"rank {rank} knows" for rank in range(1, num_ranks)]):
-        if (reason := _ended(followers)) is not None:
+        if (reason := _ended(followers, POLL_SECONDS)) is not None:
             raise UserError(reason)
-        time.sleep(POLL_SECONDS)
 
 
 @contextmanager
@@ -257,25 +258,19 @@ def _is_lost_connection(error: BaseException) -> bool:
     return isinstance(error, dist().DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
-def _why_lost(error: BaseException, followers: Followers) -> str:
-    """What to tell the user about a lost connection: which rank has ended, if that is known within some seconds."""
-    deadline = time.monotonic() + END_SECONDS
-    while followers and time.monotonic() < deadline:
-        if (reason := _ended(followers)) is not None:
-            return reason
+def _ended(followers: Followers, seconds: float = 0.0) -> str | None:
+    """Which follower has ended within some seconds, and not because it lost the others; None if none has."""
+    deadline = time.monotonic() + seconds
+    while True:
+        for rank, follower in enumerate(followers, start=1):
+            if follower.poll() not in (None, LOST_CONNECTION):
+                return (
+                    f"rank {rank} of 0 to {len(followers)} (compute.devices) has ended with exit code "
+                    f"{follower.returncode}, and the others can't continue without it; {RESUMES}"
+                )
+        if time.monotonic() >= deadline:
+            return None
         time.sleep(POLL_SECONDS)
-    return f"the connection to another rank was lost; {RESUMES} ({devices.first_line(error)})"
-
-
-def _ended(followers: Followers) -> str | None:
-    """Which follower has ended, and not because it lost the others; None if none has."""
-    for rank, follower in enumerate(followers, start=1):
-        if follower.poll() not in (None, LOST_CONNECTION):
-            return (
-                f"rank {rank} of 0 to {len(followers)} (compute.devices) has ended with exit code "
-                f"{follower.returncode}, and the others can't continue without it; {RESUMES}"
-            )
-    return None
 
 
 def _kill(followers: Followers) -> None:

@@ -185,7 +185,7 @@ class Trainer(Watcher):
     def how_it_ran(self) -> dict[str, Any]:
         """The choices that change results by rounding alone, for the record."""
         params, compute = self.training.params, self.compute
-        tokens = self.training.num_visible + self.state.model.num_extra_tokens
+        tokens = self.training.num_visible + (2 if params.model.class_conditional else 1)
         is_plain = uses_plain_attention(params.compute.attention, compute.device.type, compute.dtype, tokens)
         facts = {
             **compute.describe(),
