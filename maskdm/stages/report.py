@@ -12,10 +12,10 @@ from maskdm.tracking import flush, publish_report, unsent_note
 
 
 def run(task: Task, folder: Path) -> Report:
-    """Write tables, figures and pages from what there is of all arms.
+    """Write tables, figures and pages from the results of all arms that have some.
 
     Raises:
-        UserError: no arm has results that can be shown.
+        UserError: no arm has results yet.
     """
     report = write_report(task.params, folder)
     for file in sorted(folder.iterdir()):

@@ -1,4 +1,4 @@
-"""Stage `tune`: one trial of one arm: the whole arm with other values, at a fraction of the budget, scored."""
+"""Stage `tune`: one trial of one arm: the whole arm with other values and a fraction of the budget, scored."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from maskdm.training.trainer import Trainer
 
 
 def run(task: Task, _: Path) -> dict[str, Any]:
-    """Train, draw and score.
+    """Train, draw samples and score them; the content of the trial's file in results/tuning.
 
-    A loss that becomes non-finite is a result too: the trial has `failed`, and another one will be chosen.
+    A loss that is not finite is a result too: `failed` says so, and another trial will be chosen.
 
     Raises:
         UserError: data, features or weights do not fit, or memory does not suffice.
@@ -69,7 +69,7 @@ def run(task: Task, _: Path) -> dict[str, Any]:
 
 
 def _train(task: Task, ranks: Ranks) -> Path | None:
-    """Pretrain and finetune; the file of the finetuned weights, on the first rank."""
+    """Pretrain and finetune; returns the file of the finetuned weights on rank 0, None on others."""
     trial = task.run
     images = open_training_data(trial.pretrain, verify=not is_follower())
     init = starting_weights(trial.pretrain, images.num_classes)
@@ -80,7 +80,7 @@ def _train(task: Task, ranks: Ranks) -> Path | None:
 
 
 def _train_stage(task: Task, training: Training, images: Any, ranks: Ranks, init: Any) -> Path | None:
-    """Run one training stage of the trial; the file of its weights, on the first rank."""
+    """Run one training stage of the trial; returns the file of its weights on rank 0, None on others."""
     trainer = Trainer(training, images, task.work / training.stage, ranks, init)
     prefix = f"{training.stage}/"
     trainer.run(partial(task.log_row, prefix=prefix))
@@ -94,7 +94,7 @@ def _train_stage(task: Task, training: Training, images: Any, ranks: Ranks, init
 
 
 def _draw(task: Task, weights: Path | None, title: str, ranks: Ranks) -> np.ndarray:
-    """Draw the samples; they and the weights are rank 0's, which sends the weights to the others."""
+    """Draw samples from the weights, which rank 0 sends to the others; rank 0 returns the samples."""
     trial, params = task.run, task.run.params
     compute = devices.resolve(params.compute, params.compute.devices)
     num_classes = open_training_data(trial.finetune).num_classes

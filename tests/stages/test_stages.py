@@ -748,7 +748,7 @@ def test_the_scale_needs_four_real_images(prepared: Experiment, count: int) -> N
     small = {"kid_subset_size": 2, "kid_subsets": 2, "prc_neighborhood": 1, "features": "pixels"}
     prepared.change(dataset={"limit": count}, evaluation=small, sampling={"num_samples": 3}).succeed("prepare")
     if count == 3:
-        assert_refused(prepared.run("features"), "3 real images are fewer than the scale of the metrics needs: 4")
+        assert_refused(prepared.run("features"), "3 real images are too few: the scale of the metrics needs 4")
         assert not prepared.path("results/features").exists()
     else:
         prepared.succeed("features")
