@@ -59,7 +59,7 @@ def train(state: TrainState, batches: Batches, objective: Objective, watcher: Wa
                 loss.backward()
                 monitor.add(loss)
         clip_gradients(state.model.parameters(), run.params.training.grad_clip)
-        monitor.skip_update_if_bad(step)  # decided on the device, so the host does not wait
+        monitor.end_batch(step)  # after a bad loss the optimizer skips its updates; decided on the device
         optimizer.step()
         optimizer.zero_grad(set_to_none=not objective.keeps_gradients)
         if state.ema is not None:
@@ -103,8 +103,8 @@ class Monitor:
         """Add the loss of a micro-batch to the loss of its batch."""
         self._batch += loss.detach()
 
-    def skip_update_if_bad(self, step: int) -> None:
-        """Finish the loss of a batch; after the first bad one, the fused optimizer skips every update."""
+    def end_batch(self, step: int) -> None:
+        """Add the loss of the batch; after the first bad one, the fused optimizer skips every update."""
         loss = self._ranks.mean(self._batch)
         is_first_bad = ~torch.isfinite(loss) & (self._bad_step < 0)
         self._bad_step = torch.where(is_first_bad, step, self._bad_step)
@@ -143,8 +143,7 @@ class Monitor:
         state = self._state
         state.device_seconds += time.perf_counter() - self._started
         if self._has_row(state.step):
-            state.curve.append(self._row())
-            state.timings.append(self._timing())
+            self._add_row()
             self._watcher.log(state.curve[-1] | state.timings[-1])
         if self._saves:
             self._watcher.save(state)
@@ -154,29 +153,20 @@ class Monitor:
         run = self._run
         return step % run.params.training.log_every == 0 or step in (run.num_steps, *run.milestones)
 
-    def _row(self) -> dict[str, float]:
-        """A row of the curve: the mean loss since the row before, and the compute spent so far."""
-        state, run = self._state, self._run
-        mean = float(self._sum) / state.num_losses
+    def _add_row(self) -> None:
+        """Add a row to the curve (mean loss since the last row, compute spent) and to the timings."""
+        state, step, is_cuda = self._state, self._state.step, self._device.type == "cuda"
+        mean, spent = float(self._sum) / state.num_losses, self._run.spent_after(step).as_dict()
         self._sum.zero_()
         state.num_losses = 0
-        return {
-            "step": state.step,
-            "loss": mean,
-            "lr": self._lr(state.step - 1),
-            **run.spent_after(state.step).as_dict(),
-        }
-
-    def _timing(self) -> dict[str, float]:
-        """Cumulative seconds, and the peak memory of the GPU or of the process."""
-        state, is_cuda = self._state, self._device.type == "cuda"
-        memory = torch.cuda.max_memory_allocated(self._device) / 2**30 if is_cuda else peak_memory_gib()
-        return {
-            "step": state.step,
+        state.curve.append({"step": step, "loss": mean, "lr": self._lr(step - 1), **spent})
+        timing = {
+            "step": step,
             "device_seconds": state.device_seconds,
             "data_wait_seconds": state.data_wait_seconds,
-            "peak_memory_gib": memory,
+            "peak_memory_gib": torch.cuda.max_memory_allocated(self._device) / 2**30 if is_cuda else peak_memory_gib(),
         }
+        state.timings.append(timing)
 
     def _lr(self, step: int) -> float:
         return lr_at(step, self._run.num_steps, self._run.config)

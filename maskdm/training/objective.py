@@ -99,13 +99,9 @@ class Objective:
         return self.masked_dsm_loss(x_0[part], draws.chunk(part), labels=own_labels) * self.share
 
     def rehearse(self, step: int, batches: Batches) -> float:
-        """Compute the gradients of a step and drop them, so that what happens once does not happen in the loop.
+        """Compute the gradients of a step and drop them, to do what happens once before the loop.
 
         That is finding micro-batches that fit, compiling, and setting up how ranks exchange gradients.
-
-        Args:
-            step: the next one.
-            batches: step → this rank's images and labels.
 
         Returns:
             seconds of compiling; 0 if nothing is compiled.

@@ -200,7 +200,7 @@ class Pieces:
     def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The tensors and plain values of a finished part, or None; a damaged one is renamed."""
         loaded = load_undamaged(self._file(name))
-        return None if loaded is None else (loaded[0].get("piece", {}), loaded[1])
+        return loaded and (loaded[0].get("piece", {}), loaded[1])
 
     def save(self, name: str, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
         """Keep a finished part.

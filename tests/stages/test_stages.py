@@ -520,7 +520,7 @@ def test_damaged_states_are_reported_and_the_result_is_the_same(
         state.write_bytes(state.read_bytes()[:-100])
     outcome = stopped.succeed("pretrain", *OF_ARM)
     assert outcome.err.count("is damaged and was renamed") == len(damaged)
-    assert goes_on in outcome.out if goes_on else "going on" not in outcome.out
+    assert goes_on in outcome.out if goes_on else "resuming" not in outcome.out
     assert stopped.hashes(OUTPUTS["pretrain"]) == uninterrupted.hashes(OUTPUTS["pretrain"])
 
 

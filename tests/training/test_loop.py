@@ -359,11 +359,6 @@ def test_the_curve_does_not_depend_on_the_time_that_it_took(monkeypatch: pytest.
     assert all(not {"device_seconds", "data_wait_seconds", "peak_memory_gib"} & set(row) for row in real.curve)
 
 
-def test_a_state_that_has_not_been_trained_has_taken_no_time() -> None:
-    state = fresh_state(tiny_params())
-    assert (state.device_seconds, state.data_wait_seconds) == (0.0, 0.0)
-
-
 # --- losses that are not finite
 
 
