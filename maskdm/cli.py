@@ -326,16 +326,16 @@ def _new(options: argparse.Namespace) -> None:
 
 def _score(options: argparse.Namespace) -> None:
     _prepare_libraries(options.threads)
-    from maskdm.stages.score.command import run
+    from maskdm.stages.score.command import score
 
-    run(options)
+    score(options)
 
 
 def _export_images(options: argparse.Namespace) -> None:
     _prepare_libraries(options.threads)
-    from maskdm.stages.score.export import run
+    from maskdm.stages.score.command import export_images
 
-    run(options)
+    export_images(options)
 
 
 def _utilisation(text: str) -> float:

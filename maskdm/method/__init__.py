@@ -1,1 +1,1 @@
-"""The science: masks, network, diffusion and samplers. Tensors in, tensors out; no files, no engines, no logging."""
+"""The science: masks, network, diffusion and samplers. Tensors in, tensors out; no files, engines or logging."""

@@ -16,18 +16,21 @@ from torch import Tensor
 from maskdm.config.schema import Prediction
 from maskdm.method.masks import Masking, gather_patches, patchify
 
-# The contract of a network: (noised visible patches (B, S, P), t (B,), visible_idx (B, S), labels) → (B, S, P).
+# A network: (noised visible patches (B, S, P), t (B,), visible_idx (B, S), labels (B,) or None) → prediction (B, S, P).
 Denoiser = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 def make_betas(schedule: str, num_timesteps: int) -> Tensor:
     """The variances β_t of the forward process, (T,) float64.
 
-    `linear` runs from 1e-4 to 0.02 for T = 1000 and is scaled to the same total noise for another T; `cosine` is
-    Nichol & Dhariwal's, equation 17, with betas cut at 0.999.
+    Args:
+        schedule: `linear`: from 1e-4 to 0.02 for T = 1000, for another T scaled to the same total noise; or `cosine`.
+        num_timesteps: T.
 
     Raises:
         ValueError: the schedule is unknown.
+
+    Source: DDPM, section 4 (linear); Nichol & Dhariwal 2021, equation 17 (cosine, with betas of at most 0.999).
     """
     if schedule == "linear":
         scale = 1000.0 / num_timesteps
@@ -41,7 +44,7 @@ def make_betas(schedule: str, num_timesteps: int) -> Tensor:
 
 
 class Diffusion:
-    """q(x_t | x_0), and the conversions between what a network may predict.
+    """The forward process q(x_t | x_0), and the conversions between what a network can predict.
 
     Args:
         num_timesteps: T.
@@ -60,15 +63,21 @@ class Diffusion:
         self.prediction = prediction
         self.alphas_cumprod = torch.cumprod(1 - make_betas(schedule, num_timesteps), dim=0)
         # built in float64, rounded once
-        self._signal = self.alphas_cumprod.sqrt().float().to(device)  # √ᾱ_t
-        self._noise = (1 - self.alphas_cumprod).sqrt().float().to(device)  # √(1 − ᾱ_t)
+        self._signal = self.alphas_cumprod.sqrt().float().to(device)  # √ᾱ_t, (T,)
+        self._noise = (1 - self.alphas_cumprod).sqrt().float().to(device)  # √(1 − ᾱ_t), (T,)
 
     def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε, for x_0 of any shape (B, …). Source: DDPM, equation 4."""
+        """x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε: x_0 and ε (B, …), t (B,) → (B, …).
+
+        Source: DDPM, equation 4.
+        """
         return self._at(self._signal, t, x_0) * x_0 + self._at(self._noise, t, x_0) * noise
 
     def target(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the network should predict; v = √ᾱ_t ε − √(1−ᾱ_t) x_0."""
+        """What the network should predict: ε, x_0 or v = √ᾱ_t ε − √(1−ᾱ_t) x_0; x_0 and ε (B, …), t (B,) → (B, …).
+
+        Source: DDPM, equation 14 (ε); Salimans & Ho 2022, section 4 (x_0, v).
+        """
         if self.prediction == "epsilon":
             return noise
         if self.prediction == "x_0":
@@ -76,7 +85,10 @@ class Diffusion:
         return self._at(self._signal, t, x_0) * noise - self._at(self._noise, t, x_0) * x_0
 
     def to_x_0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The x_0 that a prediction means."""
+        """The x_0 that follows from a prediction at x_t: prediction and x_t (B, …), t (B,) → (B, …).
+
+        Source: add_noise and target, solved for x_0.
+        """
         signal, sigma = self._at(self._signal, t, x_t), self._at(self._noise, t, x_t)
         if self.prediction == "epsilon":
             return (x_t - sigma * prediction) / signal
@@ -90,13 +102,13 @@ class Diffusion:
 
 
 class Draws(NamedTuple):
-    """All randomness of one step, drawn at once for the whole batch so that micro-batches share it.
+    """All random numbers of one step, drawn at once for the whole batch.
 
     Attributes:
         t: timesteps, (B,) int64, uniform in [0, T).
-        visible_idx: (B, S) int64.
-        noise: ε̂ of the visible patches alone, (B, S, P).
-        flip: which images to flip, (B,) bool.
+        visible_idx: indices of the visible patches, (B, S) int64.
+        noise: ε̂ of the visible patches, (B, S, P), standard normal.
+        flip: which images to flip left to right, (B,) bool.
     """
 
     t: Tensor
@@ -105,7 +117,7 @@ class Draws(NamedTuple):
     flip: Tensor
 
     def chunk(self, part: slice) -> Draws:
-        """The draws of a micro-batch."""
+        """The draws of a slice of the batch."""
         return Draws(*(field[part] for field in self))
 
 
@@ -121,11 +133,13 @@ def draw_step(
 
     Args:
         batch_size: B.
-        patch_dim: P, the pixels of a patch.
-        masking: how M is drawn.
+        patch_dim: P = p·p·C, the values of a patch.
+        masking: how masks are drawn.
         num_timesteps: T.
-        flip: probability of a left-right flip.
-        generator: of this step.
+        flip: probability of a left-right flip, in [0, 1].
+        generator: seeded for this step.
+
+    Source: MaskDM, section 3.2 (mask M, noise ε̂ of the visible patches); DDPM, algorithm 1 (t, ε).
     """
     device = generator.device
     return Draws(
@@ -144,22 +158,22 @@ def masked_dsm_loss(
     patch_size: int,
     labels: Tensor | None = None,
 ) -> Tensor:
-    """(Masked) denoising score matching: L = E ‖target − f_θ(x̂_t, t; M, H)‖² over the visible patches.
+    """The masked denoising score matching loss: L = E ‖target − f_θ(x̂_t, t; M, H)‖² over the visible patches.
 
-    At mask rate 0 every patch is visible and this is the ordinary DSM loss L_simple.
+    At mask rate 0 every patch is visible, and this is the usual loss L_simple.
 
     Args:
-        denoiser: the network.
-        diffusion: the process.
+        denoiser: the network f_θ.
+        diffusion: the forward process.
         x_0: clean images in [−1, 1], (B, C, H, W).
         draws: timesteps, masks, noise and flips of these B images.
-        patch_size: p in pixels.
-        labels: classes, (B,) int64, of a class-conditional model.
+        patch_size: p, in pixels.
+        labels: classes, (B,) int64, for a class-conditional model.
 
     Returns:
-        the mean squared error per pixel, a scalar.
+        the squared error, averaged over images, visible patches and their values; a scalar.
 
-    Source: MaskDM, equation 4 (L_mdsm).
+    Source: MaskDM, equation 4 (L_mdsm); at mask rate 0, equation 1.
     """
     x_0 = torch.where(draws.flip[:, None, None, None], x_0.flip(-1), x_0)
     visible = gather_patches(patchify(x_0, patch_size), draws.visible_idx)  # (B, S, P)

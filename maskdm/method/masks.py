@@ -1,9 +1,9 @@
 """Images as patches, and masks: which patches stay visible, drawn on the device for a whole batch at once.
 
-This is the only place that knows the order of pixels in a patch and of patches in an image.
+Only this file knows the order of pixels in a patch and of patches in an image.
 
-A mask is kept as the indices of the visible patches, (B, S) with the same S for every image: gathering by index
-has static shapes, so nothing synchronises with the host.
+A mask is the indices of the visible patches, (B, S), with the same S for every image: shapes are static, so the host
+never waits for the device.
 
 Source: MaskDM (arXiv 2306.11363), section 3.2 "Masking configuration".
 """
@@ -18,12 +18,17 @@ from maskdm.config.geometry import Grid, Mask
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """(B, C, H, W) → (B, N, p·p·C), patches in row-major order, pixels in the order (row, column, channel)."""
+    """Cut images into patches of p×p pixels: (B, C, H, W) → (B, N, p·p·C).
+
+    Patches are in row-major order, the values of a patch in the order (row, column, channel).
+
+    Source: Dosovitskiy et al. 2020 (ViT, arXiv 2010.11929), section 3.1.
+    """
     return rearrange(images, "b c (h p1) (w p2) -> b (h w) (p1 p2 c)", p1=patch_size, p2=patch_size)
 
 
 def unpatchify(patches: Tensor, patch_size: int, grid: Grid) -> Tensor:
-    """(B, N, p·p·C) → (B, C, H, W): the inverse of `patchify`."""
+    """Put all patches of images together, the inverse of `patchify`: (B, N, p·p·C) → (B, C, H, W)."""
     return rearrange(
         patches,
         "b (h w) (p1 p2 c) -> b c (h p1) (w p2)",
@@ -35,22 +40,25 @@ def unpatchify(patches: Tensor, patch_size: int, grid: Grid) -> Tensor:
 
 
 def gather_patches(patches: Tensor, visible_idx: Tensor) -> Tensor:
-    """The visible patches: (B, N, P), (B, S) → (B, S, P)."""
+    """The visible patches: all patches (B, N, P), their indices (B, S) → (B, S, P)."""
     return patches.gather(1, visible_idx[:, :, None].expand(-1, -1, patches.shape[2]))
 
 
 class Masking(Mask):
-    """How M is drawn for an arm."""
+    """A mask strategy with its size, and how its masks M are drawn.
+
+    Source: MaskDM, section 3.2.
+    """
 
     def draw(self, batch_size: int, generator: torch.Generator) -> Tensor:
-        """Draw masks for a batch.
+        """Draw a mask for each image of a batch.
 
         Args:
             batch_size: B.
-            generator: lives on the device on which the masks are wanted.
+            generator: on the device that the masks are needed on.
 
         Returns:
-            visible_idx: (B, S) int64, ascending in each row, into the grid in row-major order.
+            visible_idx (B, S) int64: indices into the grid in row-major order, ascending in each row.
         """
         if self.num_visible == self.grid.num_patches:
             return all_visible(batch_size, self.grid, generator.device)
@@ -61,40 +69,35 @@ class Masking(Mask):
         elif self.strategy == "block" and self.block_size is not None:
             order = _block_order(batch_size, self.block_size, self.grid, generator)
         else:
-            raise NotImplementedError(f"strategy {self.strategy!r} has a size, but no way to be drawn")
+            raise NotImplementedError(f"masks of strategy {self.strategy!r} can't be drawn")
         return order[:, : self.num_visible].sort(dim=1).values
 
 
 def all_visible(batch_size: int, grid: Grid, device: torch.device) -> Tensor:
-    """The visible_idx (B, N) of mask rate 0."""
+    """The indices of all patches, for mask rate 0: (B, N) int64."""
     return torch.arange(grid.num_patches, device=device).expand(batch_size, -1)
 
 
 def to_mask(visible_idx: Tensor, num_patches: int) -> Tensor:
-    """The paper's M as booleans.
+    """The paper's mask M as booleans: visible_idx (B, S) int64 → (B, N) bool, True = masked (removed).
 
-    Args:
-        visible_idx: (B, S) int64.
-        num_patches: N.
-
-    Returns:
-        mask: (B, N) bool, True = masked (removed).
+    Source: MaskDM, section 3.2.
     """
     mask = torch.ones(visible_idx.shape[0], num_patches, dtype=torch.bool, device=visible_idx.device)
     return mask.scatter(1, visible_idx, False)
 
 
 def _patch_order(batch_size: int, grid: Grid, generator: torch.Generator) -> Tensor:
-    """Patches in uniformly random order: (B, N)."""
+    """Patches in a uniformly random order: (B, N)."""
     return _uniform(batch_size, grid.num_patches, generator).argsort(dim=1)
 
 
 def _block_order(batch_size: int, block_size: int, grid: Grid, generator: torch.Generator) -> Tensor:
-    """Patches block after block, blocks in random order: (B, N).
+    """Patches block by block, the blocks in random order: (B, N).
 
-    Inside a block the order is random too, so that in the block that S cuts every patch is equally likely to
-    stay, and P(visible) = S/N for every patch when the blocks tile the grid. At the border of a grid that
-    block_size does not divide, blocks are narrower.
+    Inside a block the order is random too, so that in the last block, of which only some patches are visible, each
+    patch is equally likely to be; P(visible) = S/N for every patch when the blocks tile the grid. At the border of a
+    grid that block_size does not divide, blocks are narrower.
     """
     block_of_patch, num_blocks = _blocks(block_size, grid, generator.device)
     block_rank = _uniform(batch_size, num_blocks, generator).argsort(dim=1).argsort(dim=1)  # (B, blocks)
@@ -103,7 +106,7 @@ def _block_order(batch_size: int, block_size: int, grid: Grid, generator: torch.
 
 
 def _blocks(block_size: int, grid: Grid, device: torch.device) -> tuple[Tensor, int]:
-    """The block that each patch lies in (N,), and the number of blocks."""
+    """The block of each patch, (N,), and the number of blocks."""
     blocks_across = -(-grid.cols // block_size)
     row = torch.arange(grid.rows, device=device) // block_size
     col = torch.arange(grid.cols, device=device) // block_size
@@ -112,9 +115,9 @@ def _blocks(block_size: int, grid: Grid, device: torch.device) -> tuple[Tensor, 
 
 
 def _draw_window(batch_size: int, window: tuple[int, int], grid: Grid, generator: torch.Generator) -> Tensor:
-    """One h×w window per image, its place uniform over those that fit: (B, h·w).
+    """One window of h×w patches per image, uniform over all positions in the grid: (B, h·w).
 
-    Patches at the border fall into fewer windows than those in the middle, as in the paper.
+    Patches at the border are in fewer windows than those in the middle, as in the paper.
     """
     h, w = window
     device = generator.device

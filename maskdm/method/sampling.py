@@ -1,4 +1,4 @@
-"""Samplers: DDPM ancestral, DDIM, DPM-Solver++ (2M) and UniPC, from any denoiser, with one generator per image.
+"""Samplers: DDPM, DDIM, DPM-Solver++ (2M) and UniPC, for any denoiser, with one generator for each image.
 
 Source: Ho et al. 2020 (DDPM, arXiv 2006.11239), equations 6–7; Song et al. 2021 (DDIM, arXiv 2010.02502),
 equations 12 and 16; Lu et al. 2022 (DPM-Solver++, arXiv 2211.01095), algorithm 2; Zhao et al. 2023 (UniPC,
@@ -20,15 +20,21 @@ from maskdm.config.geometry import Grid
 from maskdm.method.diffusion import Denoiser, Diffusion
 from maskdm.method.masks import all_visible, patchify, unpatchify
 
-# What a sampler needs of a network: (x_t (B, C, H, W), t (B,)) → prediction (B, C, H, W).
+# A network on whole images: (x_t (B, C, H, W), t (B,)) → prediction (B, C, H, W).
 ImageDenoiser = Callable[[Tensor, Tensor], Tensor]
 
 
 def sample_timesteps(num_timesteps: int, num_steps: int) -> list[int]:
-    """The timesteps at which the network is evaluated, from T−1 down to 0, evenly spaced.
+    """The timesteps at which the network is evaluated: evenly spaced, from T−1 down to 0.
+
+    Args:
+        num_timesteps: T.
+        num_steps: how many evaluations, in [1, T].
 
     Raises:
-        ValueError: more steps than timesteps.
+        ValueError: there are more steps than timesteps, or none.
+
+    Source: Nichol & Dhariwal 2021, section 4.
     """
     if not 1 <= num_steps <= num_timesteps:
         raise ValueError(f"num_steps {num_steps} is outside [1, {num_timesteps}]")
@@ -51,17 +57,19 @@ def sample(
     """Draw images.
 
     Args:
-        denoiser: the network on whole images; the samplers compute in the dtype of what it returns.
-        diffusion: the process.
-        config: sampler, steps, η, clipping.
+        denoiser: the network on whole images; the samplers compute in the dtype that it returns.
+        diffusion: the forward process.
+        config: sampler, number of steps, η, clipping.
         shape: (C, H, W).
-        seed: of the experiment; image i depends on (seed, i) and not on the batch it is drawn in.
-        image_ids: which images.
+        seed: of the experiment; image i depends on (seed, i), not on the batch it is drawn in.
+        image_ids: the numbers i of the images to draw.
         device: where to compute.
-        on_step: called after each network evaluation.
+        on_step: called after each evaluation of the network.
 
     Returns:
         images in [−1, 1], (B, C, H, W).
+
+    Source: that of the step functions below.
     """
     noise = ImageNoise(seed, image_ids, shape, device)
     steps = sample_timesteps(diffusion.num_timesteps, config.num_steps)
@@ -79,12 +87,12 @@ def sample(
 
 
 class Evaluation(NamedTuple):
-    """One evaluation of the network, as the multistep samplers remember it.
+    """One evaluation of the network, which multistep samplers use again.
 
     Attributes:
         t: the timestep.
-        x_t: where the sampler was, (B, C, H, W).
-        x_0: what the network made of it, clipped if asked, (B, C, H, W).
+        x_t: the noised images, (B, C, H, W).
+        x_0: the network's estimate of the clean images, clipped if asked for, (B, C, H, W).
     """
 
     t: int
@@ -100,25 +108,26 @@ def _step(
     past: Sequence[Evaluation],
     noise: ImageNoise,
 ) -> Tensor:
-    """The step of the sampler that was asked for."""
+    """The step of the sampler that `config` names: x_t at t → x_t at t_next, (B, C, H, W)."""
     if config.sampler == "ddpm":
         return ddpm_step(diffusion, now.x_0, now.x_t, now.t, t_next, noise)
     if config.sampler == "ddim":
         return ddim_step(diffusion, now.x_0, now.x_t, now.t, t_next, config.eta, noise)
     if config.sampler in ("dpmsolver++", "unipc"):
         return dpmsolver_step(diffusion, now, t_next, past)
-    raise NotImplementedError(f"sampler {config.sampler!r} has a name, but no step")
+    raise NotImplementedError(f"the step of sampler {config.sampler!r} does not exist")
 
 
 class ImageNoise:
-    """Standard normal noise with a generator of its own for every image.
+    """Standard normal noise, with a separate generator for every image.
+
+    It is drawn on the CPU, so that images do not depend on the device, while a GPU still computes earlier steps.
 
     Args:
         seed: of the experiment.
-        image_ids: which images.
+        image_ids: the numbers of the images.
         shape: (C, H, W).
-        device: where the noise goes; it is drawn on the CPU, so that images do not depend on the device, while a GPU
-            is still busy with the steps before.
+        device: where the noise is needed.
     """
 
     def __init__(self, seed: int, image_ids: range, shape: tuple[int, int, int], device: torch.device) -> None:
@@ -126,7 +135,7 @@ class ImageNoise:
         self._shape, self._device = shape, device
 
     def next(self) -> Tensor:
-        """The next draw of every image, (B, C, H, W)."""
+        """The next noise of every image, (B, C, H, W)."""
         draws = torch.empty(len(self._generators), *self._shape, pin_memory=self._device.type == "cuda")
         for image, generator in zip(draws, self._generators, strict=True):
             image.normal_(generator=generator)
@@ -136,9 +145,10 @@ class ImageNoise:
 def ddim_step(
     diffusion: Diffusion, x_0: Tensor, x_t: Tensor, t: int, t_next: int, eta: float, noise: ImageNoise
 ) -> Tensor:
-    """The DDIM step from t to t_next < t; t_next = −1 gives x_0.
+    """The DDIM step from t to t_next < t; t_next = −1 gives x_0: x_0 and x_t (B, C, H, W) → (B, C, H, W).
 
-    ε is re-derived from the (clipped) x_0, so that x_0 and ε stay a consistent pair.
+    ε is computed again from x_t and the (clipped) x_0, so that the two are consistent. `eta` is in [0, 1]; 0 adds no
+    noise.
 
     Source: DDIM, equations 12 and 16.
     """
@@ -152,9 +162,9 @@ def ddim_step(
 
 
 def ddpm_step(diffusion: Diffusion, x_0: Tensor, x_t: Tensor, t: int, t_next: int, noise: ImageNoise) -> Tensor:
-    """A draw from the posterior q(x_{t_next} | x_t, x_0); t_next = −1 gives x_0.
+    """A draw from the posterior q(x_{t_next} | x_t, x_0), t_next < t: x_0 and x_t (B, C, H, W) → (B, C, H, W).
 
-    With t_next < t − 1 it is the posterior of the process respaced to the timesteps in use.
+    t_next = −1 gives x_0. With t_next < t − 1 it is the posterior of the process respaced to the timesteps in use.
 
     Source: DDPM, equations 6 and 7, with β̃_t as the variance.
     """
@@ -168,11 +178,11 @@ def ddpm_step(diffusion: Diffusion, x_0: Tensor, x_t: Tensor, t: int, t_next: in
 
 
 def dpmsolver_step(diffusion: Diffusion, now: Evaluation, t_next: int, past: Sequence[Evaluation]) -> Tensor:
-    """The DPM-Solver++ (2M) step from now.t to t_next < now.t; t_next = −1 gives x_0.
+    """The DPM-Solver++ (2M) step from now.t to t_next < now.t: x_t at t_next, (B, C, H, W); t_next = −1 gives x_0.
 
-    x_0 is taken to be linear in λ, through the last two evaluations; constant, as in DDIM, when there is only one.
+    It treats x_0 as linear in λ through the last two evaluations; without `past` as constant, which is DDIM with η = 0.
 
-    Source: DPM-Solver++, algorithm 2; without `past` it is DDIM with η = 0.
+    Source: DPM-Solver++, algorithm 2.
     """
     if t_next < 0:
         return now.x_0
@@ -185,10 +195,10 @@ def dpmsolver_step(diffusion: Diffusion, now: Evaluation, t_next: int, past: Seq
 
 
 def unipc_correction(diffusion: Diffusion, now: Evaluation, past: Sequence[Evaluation]) -> Evaluation:
-    """An evaluation with its x_t corrected: the step that led to it is taken anew, knowing the x_0 at its end.
+    """Correct the x_t of an evaluation: repeat the step that led to it with the x_0 now known at its end.
 
-    x_0 is taken to be quadratic in λ, through this evaluation and the last two; with only one before it, the mean of
-    the two is used. The network is not asked again.
+    It treats x_0 as quadratic in λ through this evaluation and the last two; with only one before it, it uses the mean
+    of the two. The network is not evaluated again.
 
     Source: UniPC, theorem 3.1 (UniC-2, for data prediction); its predictor, UniP-2, is `dpmsolver_step`.
     """
@@ -211,7 +221,14 @@ def unipc_correction(diffusion: Diffusion, now: Evaluation, past: Sequence[Evalu
 
 
 def on_images(denoiser: Denoiser, patch_size: int, grid: Grid, labels: Tensor | None = None) -> ImageDenoiser:
-    """Let a network that works on visible patches work on whole images."""
+    """Turn a network on visible patches into one on whole images, all of whose patches are visible.
+
+    Args:
+        denoiser: the network.
+        patch_size: p, in pixels.
+        grid: the token grid of the images.
+        labels: classes, (B,) int64, for a class-conditional model.
+    """
 
     def predict(x_t: Tensor, t: Tensor) -> Tensor:
         visible_idx = all_visible(len(x_t), grid, x_t.device)
@@ -221,7 +238,7 @@ def on_images(denoiser: Denoiser, patch_size: int, grid: Grid, labels: Tensor | 
 
 
 def batches_of(count: int, batch_size: int) -> Iterator[range]:
-    """Image ids 0 … count−1 in batches."""
+    """The numbers 0 … count−1 of images, in batches of at most `batch_size`."""
     for start in range(0, count, batch_size):
         yield range(start, min(start + batch_size, count))
 

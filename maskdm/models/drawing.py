@@ -75,7 +75,7 @@ def draw_images(
     config, shape = params.sampling, params.dataset.shape
     batches = list(batches_of(num_images, config.batch_size))
     parts = {ids: piece[0]["images"] for ids in batches if kept and (piece := kept.load(_name(ids)))}
-    missing = ranks.shared([ids for ids in batches if ids not in parts])
+    missing = ranks.broadcast([ids for ids in batches if ids not in parts])
     bar = Progress(num_images * config.num_steps, title, "evaluations") if ranks.is_first else None
     count = bar.update if bar else lambda _: None
     count(config.num_steps * sum(map(len, parts)))
@@ -110,7 +110,7 @@ def _drawn(
         together = missing[start : start + ranks.num_ranks]
         on_step = partial(count, sum(map(len, together)))
         own = draw(together[ranks.rank], on_step) if ranks.rank < len(together) else None
-        yield from zip(together, ranks.collected(own), strict=False)
+        yield from zip(together, ranks.gather(own), strict=False)
 
 
 def _name(ids: range) -> str:

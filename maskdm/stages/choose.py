@@ -1,4 +1,4 @@
-"""Stage `choose`: for every arm the values of its best trial; where nothing is tuned, the values as given."""
+"""Stage `choose`: the values of every arm's best trial; without tuning, the values of params.yaml."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from maskdm.stages.runner import Task
 
 
 def run(task: Task, folder: Path) -> None:
-    """Write ARM.json for every arm."""
+    """Write ARM.json for every arm: its best trial and the values that it changed."""
     params = task.params
     chosen = {arm: _choose(task, arm) for arm in params.arms}
     for arm, choice in chosen.items():
@@ -29,7 +29,7 @@ def _choose(task: Task, arm: str) -> dict[str, Any]:
         return {"arm": arm, "trial": GIVEN, "values": {}}
     tried = {trial: read_json(paths.trial(arm, trial), "tune") for trial in tuning.trials}
     finished = {trial: result for trial, result in tried.items() if result["failed"] is None}
-    if not finished:  # the other arms can run; this one's pretraining will say why it can't
+    if not finished:  # other arms can run; the pretraining of this one reports why it can't
         reasons = "; ".join(f"{trial}: {result['failed']}" for trial, result in tried.items())
         print(f"every trial of arm {arm} has failed: {reasons}", file=sys.stderr)
         return {"arm": arm, "trial": None, "values": {}, "failed": reasons}

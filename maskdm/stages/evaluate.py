@@ -1,4 +1,4 @@
-"""Stage `evaluate`: score the samples of every milestone, and of the primer, against the real images."""
+"""Stage `evaluate`: the scores of every milestone's samples, and the primer's, against the real images."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from maskdm.training.state import Pieces
 
 
 def run(task: Task, _: Path) -> dict[str, Any]:
-    """Score an arm.
+    """Score an arm; the content of its file in results/metrics.
 
     Raises:
-        UserError: samples or features are damaged, or too few.
+        UserError: samples or features are damaged, or there are too few.
     """
     arm, samples = task.run, paths.samples(task.run.arm, task.run.seed)
     compute = devices.resolve(arm.params.compute)
@@ -38,8 +38,11 @@ def run(task: Task, _: Path) -> dict[str, Any]:
     primers = {key: scored.pop(key) for key in PRIMERS if key in scored}
     last, scale = scored[max(scored, key=float)], read_json(paths.SCALE, "scale")
     return {
-        **{"arm": arm.arm, "seed": arm.seed, **arm.mask},
-        **{"realised_mask_rate": arm.pretrain.realised_mask_rate, "flip": arm.params.training.flip},
+        "arm": arm.arm,
+        "seed": arm.seed,
+        **arm.mask,
+        "realised_mask_rate": arm.pretrain.realised_mask_rate,
+        "flip": arm.params.training.flip,
         **scorer.origin,
         **scale_scores(scale),
         "floor_num_samples": scale["floor"]["num_samples"],
@@ -50,7 +53,7 @@ def run(task: Task, _: Path) -> dict[str, Any]:
 
 
 def _score(run: Run, scorer: Scorer, drawn: np.ndarray, kept: Pieces, key: str) -> dict[str, Any]:
-    """The scores of a milestone; those that a killed process has kept are not computed again."""
+    """The scores of a milestone; kept at once, so that an interrupted stage does not compute them again."""
     if (piece := kept.load(name_of(key))) is not None:
         return dict(piece[1]["scores"])
     scores: dict[str, Any] = scorer.score(drawn, f"score {run.arm} at {title_of(key)}").as_dict()

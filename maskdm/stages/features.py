@@ -1,4 +1,4 @@
-"""Stage `features`: the feature extractor, and the real images' features with all that scoring needs of them."""
+"""Stage `features`: the feature extractor, and the features of the real images with their statistics."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from maskdm.training import devices
 
 
 def run(task: Task, folder: Path) -> None:
-    """Write extractor, features and statistics of the dataset.
+    """Write a trained classifier if one is asked for, and the features and statistics of the real images.
 
     Raises:
-        UserError: no labels for a classifier, no weights for a pretrained extractor, or too few images.
+        UserError: there are no labels for a classifier, no weights for a pretrained extractor, or too few images.
     """
     params, config = task.params, task.params.evaluation
     compute, dataset = devices.resolve(params.compute), open_dataset(params, verify=True)
     real = dataset.reference(config.reference)
     check_counts(params.sampling.num_samples, len(real), config)
     if len(real) < MIN_REAL:
-        raise UserError(f"{len(real)} real images are fewer than the scale of the metrics needs: {MIN_REAL}")
+        raise UserError(f"{len(real)} real images are too few: the scale of the metrics needs {MIN_REAL}")
     classifier = folder / paths.CLASSIFIER
     accuracy = _train_classifier(params, dataset.all, classifier) if config.features == "classifier" else None
     extractor = open_extractor(config, compute.device, classifier)

@@ -1,4 +1,4 @@
-"""Stage `finetune`: ordinary denoising score matching, from the pretrained checkpoint."""
+"""Stage `finetune`: unmasked denoising score matching, starting from the pretrained checkpoint."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from maskdm.base.tensors import load_weights
 from maskdm.config import Run, paths
 from maskdm.data.inputs import open_training_data
 from maskdm.method.backbones import build_model
+from maskdm.method.transfer import adapted_weights
 from maskdm.stages.pretrain import account
 from maskdm.stages.runner import Task
 from maskdm.training.ranks import sharing
 from maskdm.training.trainer import Trainer
-from maskdm.training.transfer import carried_over
 
 
 def run(task: Task, folder: Path) -> None:
-    """Finetune an arm, keeping the weights of every milestone.
+    """Finetune an arm and keep the weights of every milestone.
 
     Raises:
-        UserError: the checkpoint does not fit, or the loss is not finite.
+        UserError: the checkpoint does not fit, memory does not suffice, or the loss is not finite.
     """
     arm = task.run
     images = open_training_data(arm.finetune, verify=not is_follower())
@@ -41,32 +41,32 @@ def run(task: Task, folder: Path) -> None:
 
 
 def pretrained_weights(run: Run, checkpoint: Path, num_classes: int) -> dict[str, Tensor]:
-    """The weights to start from; those of another dataset are made to fit this one.
+    """The weights to start from, by parameter name; if pretraining used another dataset, they are adapted.
 
     Args:
         run: the arm and seed.
-        checkpoint: of its pretraining.
-        num_classes: of the dataset.
+        checkpoint: written by its pretraining.
+        num_classes: of the dataset of finetuning.
 
     Raises:
         UserError: the checkpoint is damaged or does not fit.
     """
-    params, there = run.params, run.pretrain.params
+    params, pretraining = run.params, run.pretrain.params
     which, other = params.finetune_of(run.arm).init_from, params.pretrain_of(run.arm).dataset
     if other is None:
         return load_weights(checkpoint, which, params.architecture(num_classes))[0]
-    architecture = there.architecture(open_training_data(run.pretrain).num_classes)
+    architecture = pretraining.architecture(open_training_data(run.pretrain).num_classes)
     state, _ = load_weights(checkpoint, which, architecture)
     fresh = build_model(params, num_classes)
     fresh.initialise(rng.generator(run.seed, "init"))
-    carried, changes = carried_over(state, fresh.state_dict(), there.grid, params.grid)
+    adapted, changes = adapted_weights(state, fresh.state_dict(), pretraining.grid, params.grid)
     if not is_follower():
         print(f"{run.finetune.title}: {', '.join([f'pretrained on {other}', *changes])}", flush=True)
-    return carried
+    return adapted
 
 
 def _describe(run: Run) -> dict[str, dict[str, int]]:
-    """Fraction of the budget → step and compute spent by then, pretraining included."""
+    """For each milestone, by its fraction of the budget: its step, and the compute spent, pretraining included."""
     return {
         f"{fraction:.3f}": {"step": step, **run.finetune.spent_after(step).as_dict()}
         for fraction, step in run.milestones

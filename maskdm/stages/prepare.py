@@ -1,4 +1,4 @@
-"""Stage `prepare`: the datasets as sharded uint8 arrays."""
+"""Stage `prepare`: the datasets as uint8 arrays in shards."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from maskdm.stages.runner import Task
 
 
 def run(task: Task, folder: Path) -> None:
-    """Prepare the datasets of params.
+    """Write the datasets of params.yaml.
 
     Raises:
-        UserError: the images can't be read, or are too few to score samples against.
+        UserError: the images can't be read, or there are too few to score samples against.
     """
     params = task.params
     check_num_real(params, most_real(params))
@@ -38,7 +38,7 @@ def _check_selection(params: Params, selection: Selection) -> None:
 
 
 def _warn_of_too_few(params: Params, folder: Path) -> None:
-    """Bad images may have been skipped; what was made still serves for smaller subsets."""
+    """Warn if skipped bad images left too few; the arrays can still be used with smaller subsets."""
     held_out = folder / paths.HELD_OUT.name
     counts = {"train": len(ImageArrays.open(folder))}
     counts["held_out"] = len(ImageArrays.open(held_out)) if held_out.is_dir() else 0

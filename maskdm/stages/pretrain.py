@@ -1,4 +1,4 @@
-"""Stage `pretrain`: masked denoising score matching on the visible patches alone."""
+"""Stage `pretrain`: masked denoising score matching; the network sees only the visible patches."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from maskdm.training.trainer import Trainer
 
 
 def run(task: Task, folder: Path) -> None:
-    """Pretrain an arm; `scratch` writes its initialisation.
+    """Pretrain an arm; an arm without masks, such as `scratch`, writes its initial weights.
 
     Raises:
-        UserError: the images or the weights to start from do not fit, or the loss is not finite.
+        UserError: the images or the initial weights do not fit, memory does not suffice, or the loss is not finite.
     """
     training = task.run.pretrain
     images = open_training_data(training, verify=not is_follower())
@@ -34,10 +34,10 @@ def run(task: Task, folder: Path) -> None:
 
 
 def starting_weights(training: Training, num_classes: int) -> dict[str, Tensor] | None:
-    """The weights of `pretrain.checkpoint`; None where there are none, and the seed draws them.
+    """The weights of `pretrain.checkpoint`, by parameter name; None if they are to be drawn from the seed.
 
     Raises:
-        UserError: they are missing or do not fit.
+        UserError: the file is missing or its weights do not fit.
     """
     checkpoint = training.params.pretrain_of(training.arm).checkpoint
     if checkpoint is None:
@@ -48,7 +48,7 @@ def starting_weights(training: Training, num_classes: int) -> dict[str, Tensor] 
 
 
 def account(trainer: Trainer) -> dict[str, Any]:
-    """What a training was and took, for the record.
+    """What was trained, how, and what it took, for the record.
 
     Args:
         trainer: after its run.

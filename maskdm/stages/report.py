@@ -14,10 +14,10 @@ MAX_SECONDS = 60.0  # of publishing: with a slow server it may take longer, and 
 
 
 def run(task: Task, folder: Path) -> Report:
-    """Write tables, figures and pages from what there is of all arms.
+    """Write tables, figures and pages from the results of all arms that have some.
 
     Raises:
-        UserError: no arm has results that can be shown.
+        UserError: no arm has results yet.
     """
     return write_report(task.params, folder)
 

@@ -1,4 +1,4 @@
-"""Stage `sample`: images from the averaged weights of every milestone, and of the primer if asked."""
+"""Stage `sample`: images drawn from the averaged weights of every milestone, and of the primer if asked for."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from maskdm.training.ranks import Ranks, sharing
 from maskdm.training.state import Pieces
 
 INFO = "samples.json"
-# The pretrained weights before any finetuning, among the milestones: seeing all patches, as finetuning does, and one at
-# a time, where that is what they were trained on.
+# Besides the milestones, the pretrained weights before any finetuning (the primer) can be sampled: seeing all patches
+# at once, and each patch alone if they were trained on single patches.
 PRIMER, PRIMER_ALONE = "primer", "primer_alone"
 PRIMERS = (PRIMER, PRIMER_ALONE)
 
 
 def run(task: Task, folder: Path) -> None:
-    """Sample every milestone of an arm: an array and a PNG grid each.
+    """Write the samples of every milestone of an arm: an array and a PNG grid each.
 
     Raises:
         UserError: the weights do not fit, or memory does not suffice.
@@ -51,7 +51,7 @@ def run(task: Task, folder: Path) -> None:
 
 
 def weights_of(run: Run) -> dict[str, Path]:
-    """The weights that an arm is sampled from: by milestone, the primers first if there are any."""
+    """The files of weights to sample from, by milestone; first the primers, if there are any."""
     finetuned = paths.finetune(run.arm, run.seed)
     files = {f"{fraction:.3f}": finetuned / paths.milestone_file(fraction) for fraction, _ in run.milestones}
     if not run.has_primer:
@@ -62,18 +62,18 @@ def weights_of(run: Run) -> dict[str, Path]:
 
 
 def name_of(key: str) -> str:
-    """How the files of a milestone or of a primer begin."""
+    """The file name, without its suffix, of a milestone or a primer."""
     return key if key in PRIMERS else paths.milestone_name(float(key))
 
 
 def title_of(key: str) -> str:
-    """A milestone or a primer, for people."""
+    """A milestone or a primer in messages."""
     primers = {PRIMER: "the primer", PRIMER_ALONE: "the primer, each patch alone"}
     return primers.get(key) or f"{float(key):.0%}"
 
 
 def _draw(run: Run, compute: devices.Compute, ranks: Ranks, key: str, weights: Path, kept: Pieces | None) -> np.ndarray:
-    """The samples of a milestone or of a primer, on the first rank."""
+    """Draw the samples of a milestone or a primer; rank 0 returns them."""
     training = run.pretrain if key in PRIMERS else run.finetune
     params, num_classes = training.params, open_training_data(training).num_classes
     model, title = load_model(params, weights, num_classes, compute), f"sample {run.arm} at {title_of(key)}"
@@ -83,10 +83,10 @@ def _draw(run: Run, compute: devices.Compute, ranks: Ranks, key: str, weights: P
 
 
 class PatchesAlone(nn.Module):
-    """A network that is shown every patch alone: its patches of an image are drawn independently of each other.
+    """A network that sees every patch alone, so that the patches of an image are drawn independently.
 
     Args:
-        model: maps patches (B, S, P), t (B,), visible_idx (B, S) and labels to predictions (B, S, P).
+        model: (patches (B, S, P), t (B,), visible_idx (B, S), labels (B,) or None) → predictions (B, S, P).
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -94,15 +94,15 @@ class PatchesAlone(nn.Module):
         self.model = model
 
     def forward(self, patches: Tensor, t: Tensor, visible_idx: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Predictions (B, S, P), each of its own patch."""
-        number = patches.shape[1]
-        labels = None if labels is None else labels.repeat_interleave(number)
-        alone = (patches.flatten(0, 1)[:, None], t.repeat_interleave(number), visible_idx.flatten()[:, None], labels)
+        """Predictions (B, S, P), each made from its own patch."""
+        count = patches.shape[1]
+        labels = None if labels is None else labels.repeat_interleave(count)
+        alone = (patches.flatten(0, 1)[:, None], t.repeat_interleave(count), visible_idx.flatten()[:, None], labels)
         return self.model(*alone).reshape(patches.shape)  # (B·S, 1, P) → (B, S, P)
 
 
 def _write(run: Run, images: np.ndarray, folder: Path, name: str) -> str:
-    """Write samples and a grid of some of them; the sha256 of the former."""
+    """Write the samples and a grid of some of them; returns the sha256 of the samples."""
     np.save(folder / f"{name}.npy", images)
     save_grid(images[: run.params.sampling.grid_images], folder / f"{name}.png")
     return file_sha256(folder / f"{name}.npy")

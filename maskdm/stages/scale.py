@@ -1,4 +1,4 @@
-"""Stage `scale`: the two ends of the metrics: real images against real ones, and the network before any training."""
+"""Stage `scale`: the ends of each metric's scale: real images scored as samples, and the untrained network."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from maskdm.scoring.scores import floor_metrics
 from maskdm.stages.runner import Task
 from maskdm.training import devices
 
-SEED = 0  # of the untrained network: a scale for all seeds
+SEED = 0  # of the untrained network, for the arms of all seeds
 
 
 def run(task: Task, _: Path) -> dict[str, Any]:
-    """Score both, at the arms' number of samples.
+    """Score both, with as many samples as the arms have; the content of results/metrics/scale.json.
 
     Raises:
         UserError: too few samples are asked for, or memory does not suffice.

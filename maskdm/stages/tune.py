@@ -1,4 +1,4 @@
-"""Stage `tune`: one trial of one arm: the whole arm with other values, at a fraction of the budget, scored."""
+"""Stage `tune`: one trial of one arm: the whole arm with other values and a fraction of the budget, scored."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import numpy as np
 from maskdm.base.errors import NonFiniteLossError
 from maskdm.base.machine import is_follower
 from maskdm.base.publishing import replace_file
+from maskdm.base.tensors import load_weights
 from maskdm.config import Training
 from maskdm.config.paths import ORIGIN_KEYS
 from maskdm.data.inputs import open_training_data
 from maskdm.method.backbones import build_model
-from maskdm.models.drawing import draw_images, load_model
+from maskdm.models.drawing import draw_images
 from maskdm.scoring.headline import SCORE_KEYS
 from maskdm.scoring.scorer import Scorer
 from maskdm.stages.finetune import pretrained_weights
@@ -29,9 +30,9 @@ from maskdm.training.trainer import Trainer
 
 
 def run(task: Task, _: Path) -> dict[str, Any]:
-    """Train, draw and score.
+    """Train, draw samples and score them; the content of the trial's file in results/tuning.
 
-    A loss that becomes non-finite is a result too: the trial has `failed`, and another one will be chosen.
+    A loss that is not finite is a result too: `failed` says so, and another trial will be chosen.
 
     Raises:
         UserError: data, features or weights do not fit, or memory does not suffice.
@@ -67,7 +68,7 @@ def run(task: Task, _: Path) -> dict[str, Any]:
 
 
 def _train(task: Task, ranks: Ranks) -> Path | None:
-    """Pretrain and finetune; the file of the finetuned weights, on the first rank."""
+    """Pretrain and finetune; returns the file of the finetuned weights on rank 0, None on others."""
     trial = task.run
     images = open_training_data(trial.pretrain, verify=not is_follower())
     init = starting_weights(trial.pretrain, images.num_classes)
@@ -78,7 +79,7 @@ def _train(task: Task, ranks: Ranks) -> Path | None:
 
 
 def _train_stage(task: Task, training: Training, images: Any, ranks: Ranks, init: Any) -> Path | None:
-    """Run one training stage of the trial; the file of its weights, on the first rank."""
+    """Run one training stage of the trial; returns the file of its weights on rank 0, None on others."""
     trainer = Trainer(training, images, task.work / training.stage, ranks, init)
     prefix = f"{training.stage}/"
     trainer.run(partial(task.log_row, prefix=prefix))
@@ -92,15 +93,14 @@ def _train_stage(task: Task, training: Training, images: Any, ranks: Ranks, init
 
 
 def _draw(task: Task, weights: Path | None, title: str, ranks: Ranks) -> np.ndarray:
-    """Samples, on the first rank; it gives the others its weights."""
+    """Draw samples from the weights, which rank 0 sends to the others; rank 0 returns the samples."""
     trial, params = task.run, task.run.params
     compute = devices.resolve(params.compute, params.compute.devices)
     num_classes = open_training_data(trial.finetune).num_classes
-    if weights is None:
-        model = build_model(params, num_classes).eval().to(compute.device)
-    else:
-        model = load_model(params, weights, num_classes, compute)
-    ranks.share_weights(model)
+    averaged = {} if weights is None else load_weights(weights, "ema", params.architecture(num_classes))[0]
+    model = build_model(params, num_classes)
+    model.load_state_dict(ranks.broadcast(averaged))
+    model.eval().to(compute.device)
     kept = Pieces(task.work / "samples") if ranks.is_first else None
     count = params.sampling.num_samples
     return draw_images(params, model, num_classes, trial.seed, count, compute, title, kept, ranks)

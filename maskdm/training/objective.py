@@ -1,10 +1,9 @@
-"""The loss of a training step as it is computed here: compiled or not, in micro-batches, on one rank or several."""
+"""The loss of a training step, compiled or not, in micro-batches, on one rank or several."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -25,19 +24,20 @@ STEPS_TO_RECORD = 3  # before CUDA graphs are replayed
 class Objective:
     """The masked denoising score matching loss of a run's steps.
 
-    Alone, the loss of a micro-batch is compiled as a whole. On several ranks the network is, block by block, so that
-    averaging the gradients can begin with those of the last block.
+    On one rank the loss of a micro-batch is compiled as a whole. On several the trainer compiles the network block by
+    block, so that averaging gradients over the ranks starts with the last block's while the others are computed.
 
     Args:
         model: the network.
-        run: what is trained.
+        run: the training stage.
         compute: device, precision, compilation.
-        ranks: that share every batch.
+        ranks: the processes that share every batch.
 
     Attributes:
         masked_dsm_loss: (x_0, draws, labels=…) → the mean loss of a micro-batch, a scalar.
-        micro_batches: the rows of this rank's part of a batch that enter the network at once, one slice after another.
-        share: of a micro-batch in this rank's part of a batch.
+        micro_batches: slices of this rank's rows of a batch; each enters the network at once.
+        share: the fraction of this rank's rows in a micro-batch.
+        keeps_gradients: whether gradients are zeroed rather than freed, because CUDA graphs write to their memory.
     """
 
     def __init__(self, model: nn.Module, run: Training, compute: Compute, ranks: Ranks = ALONE) -> None:
@@ -45,19 +45,19 @@ class Objective:
         config = run.params.diffusion
         diffusion = Diffusion(config.num_timesteps, config.schedule, config.prediction, compute.device)
         self._masking = Masking(run.mask.strategy, run.grid, run.mask.mask_rate, run.mask.block_size)
-        self._generator = torch.Generator(compute.device)
-        self._keeps_gradients = compute.uses_cuda_graphs and ranks.num_ranks == 1
-        self._net: Any = ranks.replicated(model)
+        self._generator, self._exchanges = torch.Generator(compute.device), True
+        self.keeps_gradients = compute.compile_mode == "reduce-overhead" and ranks.num_ranks == 1
+        self._net: Any = ranks.data_parallel(model)
         loss = compute.compiled(masked_dsm_loss) if ranks.num_ranks == 1 else masked_dsm_loss
         self.masked_dsm_loss: Callable[..., Tensor] = partial(
             loss, self._net, diffusion, patch_size=run.params.model.patch_size
         )
-        given = run.config.micro_batch_size
-        self.micro_batch_size = run.batch_size // ranks.num_ranks if given in (None, "auto") else int(given)
+        size = run.config.micro_batch_size
+        self.micro_batch_size = run.batch_size if size in (None, "auto") else int(size)
 
     @property
     def micro_batch_size(self) -> int:
-        """Images of this rank that enter the network at once; rounded down to a divisor of its part of a batch."""
+        """Images of this rank that enter the network at once; setting it rounds down to a divisor of its rows."""
         return self.micro_batches[0].stop
 
     @micro_batch_size.setter
@@ -69,80 +69,81 @@ class Objective:
 
     @property
     def finds_size(self) -> bool:
-        """Whether to find out which micro-batches fit; only GPUs refuse memory in a way that can be caught."""
+        """Whether to try which micro-batches fit; only a GPU's out-of-memory error can be caught."""
         return self.run.config.micro_batch_size == "auto" and self.compute.device.type == "cuda"
 
     def draw(self, step: int) -> Draws:
-        """The draws of a step for this rank's rows, from those of the whole batch."""
+        """The random draws of a step: made for the whole batch, this rank's rows returned."""
         run, params = self.run, self.run.params
         self._generator.manual_seed(rng.derive_seed(run.seed, run.stage, step))
         num_timesteps, flip = params.diffusion.num_timesteps, params.training.flip
         draws = draw_step(run.batch_size, params.patch_dim, self._masking, num_timesteps, flip, self._generator)
-        return draws.chunk(self.ranks.part(run.batch_size))
+        return draws.chunk(self.ranks.rows(run.batch_size))
 
-    @contextmanager
-    def averaging_gradients(self, part: slice) -> Iterator[None]:
-        """Compute the gradients of a micro-batch in the block; those of a batch's last one average over the ranks."""
-        if self._keeps_gradients:
-            torch.compiler.cudagraph_mark_step_begin()
-        if part == self.micro_batches[-1] or self.ranks.num_ranks == 1:
-            yield
-        else:
-            with self._net.no_sync():
-                yield
+    def loss(self, x_0: Tensor, draws: Draws, labels: Tensor | None, part: slice) -> Tensor:
+        """The loss of a micro-batch times its share of the batch, a scalar to call `backward` on.
 
-    def zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
-        """Drop the gradients; those that CUDA graphs write into their own memory stay in place as zeros."""
-        optimizer.zero_grad(set_to_none=not self._keeps_gradients)
-
-    def rehearse(self, step: int, batches: Batches, optimizer: torch.optim.Optimizer) -> float:
-        """Do what happens only once: find micro-batches that fit, compile, settle how ranks exchange gradients.
+        The backward pass of a batch's last micro-batch averages the gradients over the ranks.
 
         Args:
-            step: the next one; it is not made.
-            batches: step → this rank's images and labels.
-            optimizer: whose gradients are dropped.
+            x_0: this rank's images, (B, C, H, W).
+            draws: of these images.
+            labels: their classes, (B,) int64, or None.
+            part: one of `micro_batches`.
+        """
+        if self.keeps_gradients:
+            torch.compiler.cudagraph_mark_step_begin()
+        if self.ranks.num_ranks > 1:  # an attribute of DistributedDataParallel
+            self._net.require_backward_grad_sync = self._exchanges and part == self.micro_batches[-1]
+        own_labels = None if labels is None else labels[part]
+        return self.masked_dsm_loss(x_0[part], draws.chunk(part), labels=own_labels) * self.share
+
+    def rehearse(self, step: int, batches: Batches) -> float:
+        """Compute the gradients of a step and drop them, to do what happens once before the loop.
+
+        That is finding micro-batches that fit, compiling, and setting up how ranks exchange gradients.
 
         Returns:
-            seconds of compiling; 0 where nothing is compiled.
+            seconds of compiling; 0 if nothing is compiled.
 
         Raises:
             UserError: the compiler failed.
-            torch.OutOfMemoryError: memory does not suffice.
+            torch.OutOfMemoryError: a single image does not fit into memory.
         """
         is_compiled = self.compute.compile_mode is not None
         if not (is_compiled or self.finds_size or self.ranks.num_ranks > 1):
             return 0.0
         started = time.perf_counter()
-        if self._keeps_gradients:
+        if self.keeps_gradients:
             for parameter in self.model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
         with explain_compiler():
-            while self.finds_size and not self.ranks.all(self._fits(step, batches)):
-                self.zero_grad(optimizer)
+            while self.finds_size and not self.ranks.all_true(self._fits(step, batches)):
                 torch.cuda.empty_cache()
                 self.micro_batch_size -= 1  # the next smaller divisor
-            for _ in range(STEPS_TO_RECORD if self._keeps_gradients else 1):
-                self._add_gradients(step, batches, self.micro_batches)
-                self.zero_grad(optimizer)
+            for _ in range(STEPS_TO_RECORD if self.keeps_gradients else 1):
+                self._compute_gradients(step, batches, self.micro_batches)
         return time.perf_counter() - started if is_compiled else 0.0
 
     def _fits(self, step: int, batches: Batches) -> bool:
-        """Whether a micro-batch fits into the device's memory; of one image, it must."""
+        """Whether a micro-batch fits into the device's memory; each rank tries for itself."""
+        self._exchanges = False
         try:
-            with self._net.no_sync() if self.ranks.num_ranks > 1 else nullcontext():  # each rank finds out by itself
-                self._add_gradients(step, batches, self.micro_batches[:1])
+            self._compute_gradients(step, batches, self.micro_batches[:1])
         except torch.OutOfMemoryError:
             if self.micro_batch_size == 1:
                 raise
             return False
+        finally:
+            self._exchanges = True
         return True
 
-    def _add_gradients(self, step: int, batches: Batches, parts: list[slice]) -> None:
+    def _compute_gradients(self, step: int, batches: Batches, parts: list[slice]) -> None:
+        """Compute the gradients of some micro-batches and drop them."""
         (x_0, labels), draws = batches(step), self.draw(step)
-        with self.compute.context():
-            for part in parts:
-                own_labels = None if labels is None else labels[part]
-                with self.averaging_gradients(part):
-                    loss = self.masked_dsm_loss(x_0[part], draws.chunk(part), labels=own_labels) * self.share
-                    loss.backward()
+        try:
+            with self.compute.context():
+                for part in parts:
+                    self.loss(x_0, draws, labels, part).backward()
+        finally:
+            self.model.zero_grad(set_to_none=not self.keeps_gradients)

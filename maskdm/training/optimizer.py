@@ -1,4 +1,4 @@
-"""Optimizer, learning-rate schedule and averaged weights."""
+"""The optimizer, the learning-rate schedule, the averaged weights, gradient clipping."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from maskdm.config import StageConfig, TrainingConfig
 
 
 class _Eager(Optimizer):
-    """PyTorch's own optimizers without the wrappers that import its compiler at their first call.
+    """An optimizer of PyTorch without the decorators that import its compiler at their first call.
 
-    They do so only to tell it to keep out: more than a second of CPU time in every process.
+    They import it only to exclude these methods from compilation: more than a second of CPU time in every process.
     """
 
     add_param_group = inspect.unwrap(Optimizer.add_param_group)
@@ -24,19 +24,19 @@ class _Eager(Optimizer):
 
 
 class EagerAdam(_Eager, Adam):
-    """`torch.optim.Adam` without the compiler."""
+    """`torch.optim.Adam` that does not import the compiler."""
 
     step = torch.no_grad()(inspect.unwrap(Adam.step))
 
 
 class EagerAdamW(_Eager, AdamW):
-    """`torch.optim.AdamW` without the compiler."""
+    """`torch.optim.AdamW` that does not import the compiler."""
 
     step = torch.no_grad()(inspect.unwrap(AdamW.step))
 
 
 def make_optimizer(model: nn.Module, training: TrainingConfig, lr: float) -> torch.optim.AdamW:
-    """Fused AdamW; with `decay: weights`, biases, norms and embeddings are not decayed."""
+    """The fused AdamW; with `training.decay: weights`, biases, norms and embeddings have no weight decay."""
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -51,7 +51,7 @@ def make_optimizer(model: nn.Module, training: TrainingConfig, lr: float) -> tor
 
 
 def lr_at(step: int, num_steps: int, config: StageConfig) -> float:
-    """The learning rate of a step (from 0): linear warm-up, then constant or half a cosine to zero."""
+    """The learning rate of a step, counted from 0: linear warm-up, then constant or half a cosine down to zero."""
     warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     if config.lr_decay == "constant":
         return config.lr * warmup
@@ -66,13 +66,13 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
 
 
 class Ema:
-    """Exponential moving average of the weights, θ̄ ← d θ̄ + (1 − d) θ.
+    """The exponential moving average of the weights, θ̄ ← d θ̄ + (1 − d) θ.
 
-    The decay is corrected for short runs: d_step = min(d, (1 + step) / (10 + step)), so that the average forgets
-    the initialisation early on.
+    The decay starts lower, d_step = min(d, (1 + step) / (10 + step)), so that the initial weights soon have no
+    influence on the average.
 
     Args:
-        model: whose parameters are averaged.
+        model: its parameters are averaged.
         decay: d in [0, 1).
     """
 
@@ -84,22 +84,22 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Average in the weights after the update of `step` (from 0)."""
+        """Add the weights after the update of `step`, counted from 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self._averages, self._sources, 1 - decay)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averaged weights by name."""
+        """The averaged weights by parameter name."""
         return dict(zip(self._names, self._averages, strict=True))
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from averaged weights."""
+        """Continue from these averaged weights."""
         for name, average in zip(self._names, self._averages, strict=True):
             average.copy_(state[name])
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> None:
-    """Scale the gradients down to a total norm of at most `max_norm`; without one, leave them. No host sync."""
+    """Scale the gradients down to a total norm of at most `max_norm`; None: do nothing. The host does not wait."""
     if max_norm is not None:
         nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)

@@ -1,9 +1,8 @@
-"""The processes that share every batch of a stage, its ranks: how they start, agree, average gradients, and end.
+"""The processes that share every batch of a stage, its ranks: how they start, communicate and end.
 
-The first rank does all that a single process does. The others follow: they run the same command, take their rows of
-every batch, and touch neither work folders nor results. On one machine the first rank starts the others, and they end
-with it; under a launcher such as torchrun all are there already. A process that is alone never imports
-`torch.distributed`.
+Rank 0 does everything that a single process does. The others run the same command, compute their rows of every batch,
+and write nothing. On one machine rank 0 starts them, and they end with it; with a launcher such as torchrun they are
+running already. A single process never imports `torch.distributed`.
 """
 
 from __future__ import annotations
@@ -13,12 +12,11 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,20 +30,27 @@ from maskdm.training import devices
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
-STARTED_HERE = "MASKDM_FOLLOWS"  # set for followers that end with the process that has started them
+STARTED_BY = "MASKDM_STARTED_BY"  # the pid of rank 0, for the ranks that it has started
 HERE = "127.0.0.1"
-PATIENCE = timedelta(minutes=30)  # with a rank that says nothing: it may be saving
-LONGEST_WAIT = timedelta(days=365)  # for the first rank, which may wait for another process's lock
-LOOK_EVERY_SECONDS, DRAIN_SECONDS, END_SECONDS = 0.02, 0.2, 10.0
-DEATH_SIGNAL_OPTION = 1  # of Linux's prctl: what a process gets when its parent has died
-LOST = 75  # exit code of a follower that has lost the others: it is not the cause
-WORK, NO_WORK = "work", "nothing"
-SAVED = "what was saved is kept; the same command goes on from there"
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # another rank may be saving
+WORK_TIMEOUT = timedelta(days=365)  # rank 0 may wait for another process's lock
+POLL_SECONDS, DRAIN_SECONDS, END_SECONDS = 0.02, 0.2, 10.0
+PR_SET_PDEATHSIG = 1  # Linux's prctl: the signal that a process gets when its parent dies
+LOST_CONNECTION = 75  # exit code of a rank that can't reach the others: it is not the cause
+RESUMES = "if a state was saved, the same command resumes from it"
 T = TypeVar("T")
+Followers = list[subprocess.Popen[bytes]]  # ranks 1, 2, …, started by rank 0
+
+
+def dist() -> Any:
+    """`torch.distributed`, imported only where there are several ranks."""
+    import torch.distributed
+
+    return torch.distributed
 
 
 class Ranks:
-    """The processes that share a batch, as one of them sees them; several are in a process group.
+    """The ranks as one of them sees them; several are in a process group.
 
     Args:
         rank: of this process, from 0.
@@ -54,68 +59,55 @@ class Ranks:
 
     def __init__(self, rank: int = 0, num_ranks: int = 1) -> None:
         self.rank, self.num_ranks = rank, num_ranks
-        if num_ranks > 1:
-            import torch.distributed as dist
-
-            self._dist = dist
 
     @property
     def is_first(self) -> bool:
-        """Whether this process is the one that saves, logs and publishes."""
+        """Whether this is rank 0, the one that saves, logs and publishes."""
         return self.rank == 0
 
-    def part(self, batch_size: int) -> slice:
-        """The rows of a batch that are this rank's."""
+    def rows(self, batch_size: int) -> slice:
+        """The rows of a batch that this rank computes."""
         share = batch_size // self.num_ranks
         return slice(self.rank * share, (self.rank + 1) * share)
 
-    def ask(self, decide: Callable[[], bool]) -> Callable[[], bool]:
-        """What the first rank decides; on several ranks now, and the answer travels while they compute."""
+    def first_decides(self, decide: Callable[[], bool]) -> Callable[[], bool]:
+        """Start to send rank 0's decision to all ranks; the function returned waits for it and gives it."""
         if self.num_ranks == 1:
             return decide
         decision = torch.tensor(int(self.is_first and decide()))
-        travelling = self._dist.broadcast(decision, src=0, async_op=True)
-        return lambda: travelling.wait() and bool(decision)
+        sending = dist().broadcast(decision, src=0, async_op=True)
+        return lambda: sending.wait() and bool(decision)
 
-    def shared(self, value: T) -> T:
-        """The first rank's value: plain ones, and tensors on the CPU."""
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value on every rank: plain values and tensors on the CPU."""
         if self.num_ranks == 1:
             return value
         values = [value]
-        self._dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        dist().broadcast_object_list(values, src=0, device=torch.device("cpu"))
         return values[0]
 
-    def all(self, value: bool) -> bool:
-        """Whether it is true on all ranks."""
-        if self.num_ranks == 1:
-            return value
-        smallest = torch.tensor(int(value))
-        self._dist.all_reduce(smallest, self._dist.ReduceOp.MIN)
-        return bool(smallest)
-
     def mean(self, value: Tensor) -> Tensor:
-        """The mean of a scalar on the device over all ranks; the host does not wait for an accelerator."""
+        """The mean of a scalar over all ranks; the host does not wait for a GPU."""
         if self.num_ranks == 1:
             return value
         total = value.clone()
-        self._dist.all_reduce(total)
+        dist().all_reduce(total)
         return total / self.num_ranks
 
-    def collected(self, own: Tensor | None) -> list[Tensor]:
-        """What every rank has made, on the first one; nothing on the others. None: this rank has made nothing."""
+    def all_true(self, value: bool) -> bool:
+        """Whether the value is true on all ranks."""
+        return bool(self.mean(torch.tensor(float(value))) == 1)
+
+    def gather(self, own: Tensor | None) -> list[Tensor]:
+        """The tensors of all ranks that have one, on rank 0; an empty list on the others."""
         if self.num_ranks == 1:
             return [] if own is None else [own]
-        made: list[Tensor | None] = [None] * self.num_ranks
-        self._dist.gather_object(own, made if self.is_first else None)
-        return [tensor for tensor in made if tensor is not None]
+        gathered: list[Tensor | None] = [None] * self.num_ranks
+        dist().gather_object(own, gathered if self.is_first else None)
+        return [tensor for tensor in gathered if tensor is not None]
 
-    def share_weights(self, model: nn.Module) -> None:
-        """Give every rank the first one's weights; on the CPU."""
-        for tensor in model.state_dict().values() if self.num_ranks > 1 else ():
-            self._dist.broadcast(tensor, src=0)
-
-    def replicated(self, model: nn.Module) -> nn.Module:
-        """The network to be called in training: its backward pass averages the gradients over the ranks."""
+    def data_parallel(self, model: nn.Module) -> nn.Module:
+        """The network with rank 0's weights; its backward pass averages the gradients over the ranks."""
         if self.num_ranks == 1:
             return model
         from torch.nn.parallel import DistributedDataParallel
@@ -128,41 +120,46 @@ ALONE = Ranks()
 
 @contextmanager
 def sharing(command: Sequence[str], config: ComputeConfig, is_shared: bool = True) -> Iterator[Ranks]:
-    """Let `compute.devices` processes run the block together; only the first one writes the output.
+    """Run the block in `compute.devices` processes together; only rank 0 writes the output.
 
     Args:
-        command: the words after `maskdm` that make another process do its part of the same work.
-        config: how many processes, and where.
-        is_shared: whether there is work for more than one; if not, nobody is started, and ranks that wait end.
+        command: the words after `maskdm` with which another process joins the same work.
+        config: how many processes, and on which device.
+        is_shared: whether there is work for more than one; if not, none is started, and ranks that wait end.
 
     Raises:
         UserError: another rank has ended early, a launcher has started another number of processes, or there are too
             few GPUs.
-        SystemExit: this process follows, and its part is done.
+        SystemExit: this is not rank 0, and its work is done.
     """
-    if os.environ.get(STARTED_HERE):
-        _end_with_the_first()  # before anything is waited for
+    _end_with_parent()
     device = devices.resolve(config, config.devices).device
-    store = _launched_store(config.devices)
-    if store is None and device.type == "cuda" and torch.cuda.device_count() < config.devices:
-        raise UserError(
-            f"compute.devices is {config.devices}, but this machine has {torch.cuda.device_count()} CUDA devices; "
-            "lower compute.devices, or start the stage on several machines with torchrun"
-        )
+    store = _store_of_launcher(config.devices)
     if is_follower():
-        with _followed(store, config.devices, device) as ranks:
+        assert store is not None, "other ranks than the first have been launched"
+        with _following(store, config.devices, device) as ranks:
             yield ranks
     elif config.devices == 1 or not is_shared:
         if store is not None:
-            _announce(NO_WORK, store, config.devices, [])
+            _announce(False, store, config.devices, [])
         yield ALONE
     else:
-        with _led(command, store, config.devices, device) as ranks:
+        with _leading(command, store, config.devices, device) as ranks:
             yield ranks
 
 
-def _launched_store(num_ranks: int) -> Store | None:
-    """Where the processes of a launcher meet; made by the launcher or by the first of them."""
+def _end_with_parent() -> None:
+    """Let the kernel kill this process when rank 0 dies, if rank 0 has started it."""
+    if (parent := os.environ.get(STARTED_BY)) is None:
+        return
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(parent):  # it has died already
+        raise SystemExit(LOST_CONNECTION)
+
+
+def _store_of_launcher(num_ranks: int) -> Store | None:
+    """The key-value store through which launched ranks meet; None without a launcher."""
     if (start := launched()) is None:
         return None
     if start[1] != num_ranks:
@@ -172,157 +169,111 @@ def _launched_store(num_ranks: int) -> Store | None:
         )
     if num_ranks == 1:
         return None
-    import torch.distributed as dist
-
-    return next(dist.rendezvous("env://", timeout=PATIENCE))[0]  # type: ignore[attr-defined]
+    return next(dist().rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))[0]
 
 
 @contextmanager
-def _led(command: Sequence[str], store: Store | None, num_ranks: int, device: torch.device) -> Iterator[Ranks]:
-    """Work as the first rank; without a launcher, start the others."""
-    followers: list[subprocess.Popen[bytes]] = []
+def _leading(command: Sequence[str], store: Store | None, num_ranks: int, device: torch.device) -> Iterator[Ranks]:
+    """Work as rank 0; without a launcher, start the other ranks."""
+    followers: Followers = []
     try:
         if store is None:
-            store = _start_followers(command, num_ranks, device, followers)
-        _announce(WORK, store, num_ranks, followers)
-        with _group(0, store, num_ranks, device) as ranks:
-            try:
-                yield ranks
-            except BaseException:
-                _end(followers)  # before the group: what waits for them must fail first
-                raise
-    except RuntimeError as error:
-        if not _is_of_communication(error):
+            own = dist().TCPStore(HERE, 0, num_ranks, is_master=True, wait_for_workers=False)
+            store, gpus = own, devices.gpus_of_stage(num_ranks) if device.type == "cuda" else range(num_ranks)
+            for rank in range(1, num_ranks):
+                followers.append(_start_follower(command, own.port, rank, num_ranks, gpus[rank]))
+        _announce(True, store, num_ranks, followers)
+        yield _join_group(0, store, num_ranks, device)
+    except BaseException as error:
+        is_lost = _is_lost_connection(error)
+        reason = _ended(followers, END_SECONDS) if is_lost and followers else None
+        _kill(followers)  # before the group is destroyed, so that nothing there waits for them
+        if not is_lost:
             raise
-        deadline = time.monotonic() + END_SECONDS
-        while followers and time.monotonic() < deadline:
-            _raise_if_one_ended(followers)
-            time.sleep(LOOK_EVERY_SECONDS)
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"another of the {num_ranks} processes can't be reached: {SAVED} ({reason})") from None
+        lost = f"the connection to another rank was lost; {RESUMES} ({devices.first_line(error)})"
+        raise UserError(reason or lost) from None
     finally:
-        _end(followers)
+        _leave_group()
+        _kill(followers)
 
 
-def _start_followers(
-    command: Sequence[str], num_ranks: int, device: torch.device, followers: list[subprocess.Popen[bytes]]
-) -> Store:
-    """Start the other ranks on this machine; adds them to `followers`."""
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    store = TCPStore(HERE, 0, num_ranks, is_master=True, wait_for_workers=False)
-    place = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": HERE, "MASTER_PORT": str(store.port), STARTED_HERE: "1"}
-    gpus = devices.gpus_of_stage(num_ranks) if device.type == "cuda" else range(num_ranks)
-    followers.extend(
-        subprocess.Popen(
-            [sys.executable, "-m", "maskdm", *command],
-            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(gpus[rank])},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for the first rank alone
-        )
-        for rank in range(1, num_ranks)
-    )
-    return store
+def _start_follower(command: Sequence[str], port: int, rank: int, num_ranks: int, gpu: int) -> subprocess.Popen[bytes]:
+    """Start another rank on this machine; Ctrl-C goes to rank 0 alone."""
+    own = {"RANK": rank, "LOCAL_RANK": gpu, "WORLD_SIZE": num_ranks, "MASTER_ADDR": HERE, "MASTER_PORT": port}
+    environment = {**os.environ, **{name: str(value) for name, value in own.items()}, STARTED_BY: str(os.getpid())}
+    words, nowhere = [sys.executable, "-m", "maskdm", *command], subprocess.DEVNULL
+    return subprocess.Popen(words, env=environment, stdin=nowhere, stdout=nowhere, start_new_session=True)
 
 
-def _announce(what: str, store: Store, num_ranks: int, followers: list[subprocess.Popen[bytes]]) -> None:
-    """Say whether there is work, and wait until all have heard it: the store may end with this process."""
-    store.set("work", what)
-    while not store.check([f"heard-{rank}" for rank in range(1, num_ranks)]):
-        _raise_if_one_ended(followers)
-        time.sleep(LOOK_EVERY_SECONDS)
+def _announce(is_work: bool, store: Store, num_ranks: int, followers: Followers) -> None:
+    """Tell the other ranks whether there is work, and wait until all know: the store may end with this process."""
+    store.set("is_work", str(is_work))
+    while not store.check([f"rank {rank} knows" for rank in range(1, num_ranks)]):
+        if (reason := _ended(followers, POLL_SECONDS)) is not None:
+            raise UserError(reason)
 
 
 @contextmanager
-def _followed(store: Store | None, num_ranks: int, device: torch.device) -> Iterator[Ranks]:
-    """Work as another rank, once the first one says that there is work; this process ends with the block."""
-    assert store is not None, "a follower was launched"
+def _following(store: Store, num_ranks: int, device: torch.device) -> Iterator[Ranks]:
+    """Work as another rank than the first, if that announces work; this process ends with the block."""
     rank = int(os.environ["RANK"])
-    for number in SIGNALS:  # while it waits, Python does not get to handling them
-        signal.signal(number, signal.SIG_DFL)
     try:
-        store.wait(["work"], LONGEST_WAIT)
-        is_work = store.get("work").decode() == WORK
-        store.set(f"heard-{rank}", "")
+        for number in SIGNALS:  # Python's own handlers do not run during the wait
+            signal.signal(number, signal.SIG_DFL)
+        store.wait(["is_work"], WORK_TIMEOUT)
+        is_work = store.get("is_work").decode() == str(True)
+        store.set(f"rank {rank} knows", "")
         if is_work:
-            for number in SIGNALS:  # when to stop, the first rank says
+            for number in SIGNALS:  # rank 0 decides when to stop
                 signal.signal(number, signal.SIG_IGN)
-            with _group(rank, store, num_ranks, device) as ranks:
-                try:
-                    yield ranks
-                except (NonFiniteLossError, Stopped):  # what ends the work of all ranks, the first one says
-                    raise SystemExit(0) from None
-                except RuntimeError as error:
-                    if _is_of_communication(error):
-                        os._exit(LOST)  # at once: there is nothing to tidy up
-                    raise
+            yield _join_group(rank, store, num_ranks, device)
+    except (NonFiniteLossError, Stopped):  # all ranks raise it, rank 0 reports it
+        pass
     except RuntimeError as error:
-        if not _is_of_communication(error):
-            raise
-        raise SystemExit(LOST) from None
+        if _is_lost_connection(error):
+            os._exit(LOST_CONNECTION)  # at once: leaving the group could wait for the lost rank
+        raise
+    _leave_group()
     raise SystemExit(0)
 
 
-@contextmanager
-def _group(rank: int, store: Store, num_ranks: int, device: torch.device) -> Iterator[Ranks]:
-    """The process group, joined by all: gloo for tensors on the CPU, NCCL for those on GPUs."""
-    import torch.distributed as dist
-
-    is_gpu = device.type == "cuda"
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if is_gpu else "gloo",
-        store=store,
-        rank=rank,
-        world_size=num_ranks,
-        timeout=PATIENCE,
-        device_id=device if is_gpu else None,
+def _join_group(rank: int, store: Store, num_ranks: int, device: torch.device) -> Ranks:
+    """Join the process group of all ranks: gloo for tensors on the CPU, NCCL for tensors on GPUs."""
+    backend, gpu = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
+    dist().init_process_group(
+        backend, store=store, rank=rank, world_size=num_ranks, timeout=COLLECTIVE_TIMEOUT, device_id=gpu
     )
-    try:
-        yield Ranks(rank, num_ranks)
-    finally:
-        # PyTorch holds Python's lock while it waits for gloo's threads to end; they may need it to drop a tensor
+    return Ranks(rank, num_ranks)
+
+
+def _leave_group() -> None:
+    if dist().is_initialized():
+        # PyTorch holds Python's lock while it waits for gloo's threads to end; they may need it to free a tensor
         time.sleep(DRAIN_SECONDS)
-        dist.destroy_process_group()
+        dist().destroy_process_group()
 
 
-def _raise_if_one_ended(followers: list[subprocess.Popen[bytes]]) -> None:
-    for rank, follower in enumerate(followers, start=1):
-        if follower.poll() not in (None, LOST):
-            raise UserError(
-                f"process {rank} of 0 to {len(followers)} (compute.devices) has ended with exit code "
-                f"{follower.returncode}, and the others can't go on without it: {SAVED}"
-            )
+def _is_lost_connection(error: BaseException) -> bool:
+    """Whether the error says that another rank can't be reached."""
+    return isinstance(error, dist().DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
-def _end(followers: list[subprocess.Popen[bytes]]) -> None:
-    """End the followers: they watch their input, whose other end is here."""
+def _ended(followers: Followers, seconds: float = 0.0) -> str | None:
+    """Which follower has ended within some seconds, and not because it lost the others; None if none has."""
+    deadline = time.monotonic() + seconds
+    while True:
+        for rank, follower in enumerate(followers, start=1):
+            if follower.poll() not in (None, LOST_CONNECTION):
+                return (
+                    f"rank {rank} of 0 to {len(followers)} (compute.devices) has ended with exit code "
+                    f"{follower.returncode}, and the others can't continue without it; {RESUMES}"
+                )
+        if time.monotonic() >= deadline:
+            return None
+        time.sleep(POLL_SECONDS)
+
+
+def _kill(followers: Followers) -> None:
     for follower in followers:
-        with suppress(OSError):
-            follower.stdin.close()  # type: ignore[union-attr]
-    for follower in followers:
-        try:
-            follower.wait(END_SECONDS)
-        except subprocess.TimeoutExpired:
-            follower.kill()
-            follower.wait()
-
-
-def _end_with_the_first() -> None:
-    """Let this process end when the one that has started it does, whatever it is waiting for."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(DEATH_SIGNAL_OPTION, signal.SIGKILL)
-
-    def wait_for_the_end() -> None:
-        with suppress(OSError):
-            os.read(0, 1)
-        os._exit(LOST)
-
-    threading.Thread(target=wait_for_the_end, daemon=True).start()
-
-
-def _is_of_communication(error: RuntimeError) -> bool:
-    """Whether it says that another rank can't be reached."""
-    from torch.distributed import DistError
-
-    return isinstance(error, DistError) or "gloo" in str(error).lower()
+        follower.kill()
+        follower.wait()

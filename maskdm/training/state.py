@@ -1,4 +1,4 @@
-"""What training changes, and its exact resume: states on disk, each with a checksum, in the stage's work folder."""
+"""Everything that training changes, and its exact resume from states saved in the stage's work folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PLAIN_VALUES = ("num_losses", "step", "curve", "timings", "device_seconds", "dat
 STATES_KEPT = 2
 PROGRESS = "progress.json"
 NOTE_EVERY_SECONDS = 1.0
-INFO = "info"  # the set of a state's plain values
+INFO = "info"  # the set that holds a state's plain values
 
 
 @dataclass
@@ -33,15 +33,15 @@ class TrainState:
 
     Attributes:
         model: the network.
-        ema: its averaged weights; None on ranks that keep none.
+        ema: its averaged weights; None on other ranks than the first.
         optimizer: AdamW over the network's parameters.
-        loss_sum: of the losses since the last row of the curve, a scalar on the device; None before the first step.
-        num_losses: how many they are.
+        loss_sum: the sum of the losses since the last row of the curve, a scalar on the device; None before step 0.
+        num_losses: how many losses that sum has.
         step: optimizer updates done.
-        curve: one row per logging interval: step, mean loss, lr, compute spent; a function of the seed alone.
-        timings: for each of its rows, what the machine took for it.
-        device_seconds: in training steps so far.
-        data_wait_seconds: those of them that were spent waiting for data.
+        curve: rows of step, mean loss, learning rate and compute spent; a function of the seed alone.
+        timings: for each row of the curve, cumulative seconds and peak memory.
+        device_seconds: spent in training steps so far.
+        data_wait_seconds: the part of these spent waiting for data.
     """
 
     model: nn.Module
@@ -56,7 +56,7 @@ class TrainState:
     data_wait_seconds: float = 0.0
 
     def tensors(self) -> Sets:
-        """All tensors by kind and name: raw, ema, exp_avg, exp_avg_sq, step; and the sum of losses."""
+        """All tensors by kind and name, not copied: raw, ema, exp_avg, exp_avg_sq, step, and the sum of losses."""
         named = dict(self.model.named_parameters())
         sets: Sets = {"raw": named}  # type: ignore[dict-item]
         if self.ema is not None:
@@ -69,11 +69,11 @@ class TrainState:
         return sets
 
     def plain(self) -> dict[str, Any]:
-        """All plain values."""
+        """All plain values by name."""
         return {name: getattr(self, name) for name in PLAIN_VALUES}
 
     def restore(self, sets: Sets, plain: dict[str, Any]) -> None:
-        """Become what the state was when `tensors` and `plain` were taken."""
+        """Restore what `tensors` and `plain` returned."""
         named = dict(self.model.named_parameters())
 
         def stored(kind: str) -> dict[str, Tensor]:
@@ -92,15 +92,15 @@ class TrainState:
 
 
 class StateStore:
-    """The last two states of a training stage, so that one is whole whatever happens.
+    """The last two states of a training stage on disk, so that one is whole whatever happens.
 
     Args:
-        folder: the work folder, e.g. `.work/results/pretrain/patch-m50/seed-0`; of one key of its stamp.
-        every_seconds: after how long `is_due`.
-        every_steps: after how many steps `is_due`, if that comes first; None: never.
+        folder: the stage's work folder, `.work/OUTPUT/KEY`.
+        every_seconds: the longest time between saves.
+        every_steps: the most steps between saves; None: no limit.
 
     Attributes:
-        last_step: of the state that was last saved or loaded; 0 where there is none.
+        last_step: the step of the state last saved or loaded; 0 if there is none.
     """
 
     def __init__(self, folder: Path, every_seconds: float, every_steps: int | None = None) -> None:
@@ -109,22 +109,20 @@ class StateStore:
         self._last_time, self.last_step = time.monotonic(), 0
 
     def load(self, accept: Callable[[dict[str, Any]], bool] = lambda info: True) -> tuple[Sets, dict[str, Any]] | None:
-        """The newest state that is whole, or None; a damaged one is reported and renamed.
+        """The tensors and plain values of the newest undamaged state, or None; damaged ones are renamed.
 
         Args:
-            accept: whether a state can be gone on from, by its info.
+            accept: whether a state may be used, by its plain values.
         """
         for file in reversed(self._files()):
-            try:
-                sets, info = load_tensors(file)
-            except DamagedError as error:
-                put_aside(file, error.reason)
+            if (loaded := load_undamaged(file)) is None:
                 continue
+            sets, _ = loaded
             try:
                 info = json.loads(sets.pop(INFO)["json"].numpy().tobytes())
                 step = int(info["step"])
             except (KeyError, ValueError, TypeError, RecursionError) as error:
-                put_aside(file, f"it does not say of which step it is: {error}")
+                put_aside(file, f"it does not say which step it belongs to: {error}")
                 continue
             if accept(info):
                 self.last_step = step
@@ -132,27 +130,27 @@ class StateStore:
         return None
 
     def is_due(self, step: int) -> bool:
-        """Whether the last save is long enough ago; asked at every step, so it touches neither disk nor device."""
+        """Whether it is time to save; asked at every step, so it uses neither disk nor device."""
         if self._every_steps is not None and step - self.last_step >= self._every_steps:
             return True
         return time.monotonic() - self._last_time >= self._every_seconds
 
     def save(self, sets: Sets, info: dict[str, Any]) -> None:
-        """Add a state, atomically, and drop all but the last two.
+        """Save a state atomically and delete all but the last two.
 
         Args:
             sets: its tensors.
-            info: plain values; must hold `step`.
+            info: its plain values, `step` among them.
 
         Raises:
-            UserError: the place can't be written; the states before are as they were.
+            UserError: the file can't be written; earlier states are unchanged.
         """
         step = int(info["step"])
         own = self.folder / f"state-{step:010d}.safetensors"
-        plain = torch.frombuffer(bytearray(json.dumps(info).encode()), dtype=torch.uint8)  # a header has a limit
+        plain = torch.frombuffer(bytearray(json.dumps(info).encode()), dtype=torch.uint8)  # a header is limited in size
         with replace_file(own) as building:
             save_tensors(building, {**sets, INFO: {"json": plain}}, {})
-        older = [file for file in self._files() if file.name < own.name]  # newer ones are there if they were refused
+        older = [file for file in self._files() if file.name < own.name]  # newer ones were not accepted by `load`
         for file in older[: -(STATES_KEPT - 1)]:
             file.unlink(missing_ok=True)
         self._last_time, self.last_step = time.monotonic(), step
@@ -162,28 +160,27 @@ class StateStore:
 
 
 class ProgressNote:
-    """Tells `maskdm status` how far a stage is, in a small file of its work folder; at most once a second.
+    """A small file in the work folder that says how far training is, for `maskdm status`; written once a second.
 
     Args:
         folder: the work folder.
-        total: how much there is to do.
-        done: how much was done before.
-        unit: what is counted.
+        total: steps in all.
+        done: steps done by earlier processes.
     """
 
-    def __init__(self, folder: Path, total: int, done: int = 0, unit: str = "step") -> None:
-        self._folder, self._total, self._before, self._unit = folder, total, done, unit
+    def __init__(self, folder: Path, total: int, done: int = 0) -> None:
+        self._folder, self._total, self._before = folder, total, done
         self._started = self._written = time.monotonic()
 
     def update(self, done: int) -> None:
-        """Say how much is done in all; a disk that refuses it does not matter."""
+        """Note how many steps are done in all; a disk that refuses the file does no harm."""
         now = time.monotonic()
         if now - self._written < NOTE_EVERY_SECONDS or done <= self._before:
             return
         self._written = now
         left = (self._total - done) * (now - self._started) / (done - self._before)
         when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        note = {"done": done, "total": self._total, "unit": self._unit, "seconds_left": round(left, 1), "time": when}
+        note = {"done": done, "total": self._total, "unit": "step", "seconds_left": round(left, 1), "time": when}
         with suppress(OSError):
             building = self._folder / f"{PROGRESS}.building"
             building.write_text(json.dumps(note), encoding="utf-8")
@@ -191,32 +188,25 @@ class ProgressNote:
 
 
 class Pieces:
-    """Parts of a stage's work that are finished, e.g. batches of samples, by name.
+    """Finished parts of a stage's work by name, for example batches of samples.
 
     Args:
-        folder: in the work folder of the stage.
+        folder: a folder in the stage's work folder.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The tensors and the info of a finished part, or None; a damaged one is reported and made again."""
-        file = self._file(name)
-        if not file.exists():
-            return None
-        try:
-            sets, info = load_tensors(file)
-        except DamagedError as error:
-            put_aside(file, error.reason)
-            return None
-        return sets.get("piece", {}), info
+        """The tensors and plain values of a finished part, or None; a damaged one is renamed."""
+        loaded = load_undamaged(self._file(name))
+        return loaded and (loaded[0].get("piece", {}), loaded[1])
 
     def save(self, name: str, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
         """Keep a finished part.
 
         Raises:
-            UserError: the place can't be written.
+            UserError: the file can't be written.
         """
         with replace_file(self._file(name)) as building:
             save_tensors(building, {"piece": tensors}, info)
@@ -225,13 +215,25 @@ class Pieces:
         return self.folder / f"{name}.safetensors"
 
 
+def load_undamaged(file: Path) -> tuple[Sets, dict[str, Any]] | None:
+    """What a file of tensors in a work folder holds, or None; if it is damaged it is renamed, with a warning.
+
+    Raises:
+        UserError: it can't be read now.
+    """
+    try:
+        return load_tensors(file) if file.exists() else None
+    except DamagedError as error:
+        put_aside(file, error.reason)
+        return None
+
+
 def put_aside(file: Path, reason: str) -> None:
-    """Rename a damaged file of a work folder, so that nothing takes it for whole, and say so."""
+    """Rename a damaged file of a work folder, so that nothing uses it, and print a warning."""
     damaged = file.with_name(file.name + ".damaged")
     file.replace(damaged)
     print(
-        f"warning: {file} is damaged and was renamed to {damaged.name}; going on from what was saved before it "
-        f"({reason})",
+        f"warning: {file} is damaged and was renamed to {damaged.name}; what is missing is computed again ({reason})",
         file=sys.stderr,
         flush=True,
     )

@@ -286,5 +286,5 @@ def test_no_shape_depends_on_what_is_drawn(masking: Masking) -> None:
 def test_a_strategy_that_has_a_size_but_is_not_drawn_is_an_error() -> None:
     masking = Masking("patch", Grid(4, 4), 0.5)
     object.__setattr__(masking, "strategy", "spiral")
-    with pytest.raises(NotImplementedError, match="strategy 'spiral' has a size, but no way to be drawn"):
+    with pytest.raises(NotImplementedError, match="masks of strategy 'spiral' can't be drawn"):
         masking.draw(2, torch.Generator())

@@ -419,5 +419,5 @@ def test_a_compiled_network_sees_batches_of_one_shape_and_draws_the_same_images(
 def test_a_sampler_that_has_a_name_but_no_step_is_an_error() -> None:
     config = SamplingConfig(num_steps=2).model_copy(update={"sampler": "euler"})
     diffusion = Diffusion(10, "linear", "epsilon")
-    with pytest.raises(NotImplementedError, match="sampler 'euler' has a name, but no step"):
+    with pytest.raises(NotImplementedError, match="the step of sampler 'euler' does not exist"):
         sample(lambda x_t, t: x_t, diffusion, config, (1, 4, 4), 0, range(2), torch.device("cpu"))

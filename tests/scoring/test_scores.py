@@ -35,8 +35,8 @@ from maskdm.scoring.scores import (
     floor_metrics,
     mean_and_covariance,
 )
-from maskdm.stages.score.export import write_pngs
-from maskdm.stages.score.sets import Wanted, open_set
+from maskdm.stages.score.command import write_pngs
+from maskdm.stages.score.sets import Reading, open_set
 from tests.factories import CPU, digits
 from tests.scoring.fidelity import write_inception_weights
 
@@ -429,7 +429,7 @@ def test_scores_are_those_of_torch_fidelity_on_the_exported_files(
     for name, images in (("grey", grey), ("colour", colour)):
         np.save(tmp_path / f"{name}.npy", images)
         (tmp_path / name).mkdir()
-        write_pngs(open_set(tmp_path / f"{name}.npy", Wanted(), tmp_path), tmp_path / name)
+        write_pngs(open_set(tmp_path / f"{name}.npy", Reading(), tmp_path), tmp_path / name)
     features = [inception.features(images, batch_size=8) for images in (grey, colour)]
     ours = compute_metrics(features[0], features[1], config(kid_subset_size=8))
     from torch_fidelity import calculate_metrics

@@ -497,6 +497,6 @@ def test_after_a_kill_the_same_command_again_is_all_it_takes(training: Training,
         assert f"pretrain {ARM} seed 0: up to date" in training.said()
     else:
         assert record["starts"] == 2
-        assert f"pretrain {ARM} seed 0: going on from step" in training.said()
+        assert f"pretrain {ARM} seed 0: resuming from step" in training.said()
     if what == "Ctrl-C":
         assert "stopped by SIGINT: saved pretrain" in training.said()

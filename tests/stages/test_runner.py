@@ -682,9 +682,9 @@ def test_unfinished_work_of_other_values_is_kept_and_taken_up_again(
         os.utime(work_of(one_arm, "pretrain") / keys[lr] / "begun.json", (len(keys), len(keys)))
     unfinished = {path.parent.name for path in work_of(one_arm, "pretrain").glob("*/begun.json")}
     assert unfinished == {keys[B], keys[C]}, "of the last two"
-    assert "going on from step 8\n" in set_lr(one_arm, B)
+    assert "resuming from step 8\n" in set_lr(one_arm, B)
     assert record_of(one_arm, "pretrain")["starts"] == 2
-    assert "going on from step 8\n" in set_lr(one_arm, C)
+    assert "resuming from step 8\n" in set_lr(one_arm, C)
     assert "going on" not in set_lr(one_arm, A)
     assert not list(work_of(one_arm, "pretrain").glob("*/begun.json"))
 

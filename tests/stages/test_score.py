@@ -28,7 +28,7 @@ from maskdm.scoring import references
 from maskdm.scoring.extractors import FeatureExtractor, open_pixels
 from maskdm.scoring.protocol import Protocol, differences, drawn_as, flips_text, images_of
 from maskdm.scoring.scores import Reference
-from maskdm.stages.score import command, export, sets
+from maskdm.stages.score import command, sets
 from maskdm.stages.score.options import add_export_images, add_score
 from tests.conftest import ARM, Experiment
 from tests.factories import CPU, digits, protocol, tiny_model, tiny_params
@@ -49,7 +49,7 @@ def score(*words: str | Path) -> str:
     """What `maskdm score` prints."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        command.run(parsed(add_score, *words))
+        command.score(parsed(add_score, *words))
     return out.getvalue()
 
 
@@ -61,7 +61,7 @@ def scores_of(*words: str | Path) -> dict[str, Any]:
 
 
 def export_images(*words: str | Path) -> None:
-    export.run(parsed(add_export_images, *words))
+    command.export_images(parsed(add_export_images, *words))
 
 
 @pytest.fixture(autouse=True)
@@ -473,7 +473,7 @@ def test_how_files_were_made_is_told_of_both_sets() -> None:
     words = ["--features", "pixels", "--image-size", "6", *SMALL]
     text = score("a", "b", *words, "--resize-filter", "bicubic")
     assert "60 generated images (a, not cropped, resized by bicubic, antialiased)" in text
-    assert "made of their files in different ways (resize_filter: bicubic and none)" in text
+    assert "made from their files in different ways (resize_filter: bicubic and none)" in text
     assert "in different ways (crop: center and none; resize" in score("a", "b", *words, "--crop", "center")
     assert scores_of("a", "a", *words)["protocol"]["drawn"] == {"from": "a", "crop": "none", "resize_filter": "lanczos"}
     assert "in different ways" not in score("a", "a", *words)
@@ -635,7 +635,7 @@ def _checkpoint() -> None:
         (_floats, "a.npy", [], r"a\.npy holds float64 \(60, 6, 6, 3\); expected images, uint8"),
         (_few, "a.npy", [], r"a\.npy has 49 images, fewer than KID's subsets of 50: .* a smaller --kid-subset-size"),
         (_larger, "a.npy", [], r"must be images of one size and kind, and a\.npy: 60 images, 7×7 RGB, but b\.npy: 60"),
-        (_checkpoint, "a.safetensors", [], "a.safetensors is a model: say with --num-samples"),
+        (_checkpoint, "a.safetensors", [], "a.safetensors is a model: --num-samples N says"),
         (_checkpoint, "a.safetensors", ["--num-samples", "60"], r"no params\.yaml in any folder above it"),
         (_good, "a.npy", ["--features", "classifier"], r"trained on the labels of B, and b\.npy has none"),
         (_good, "a.npy", ["--features", "pixels", "--weights", "w"], "--features pixels takes no --weights"),
@@ -688,7 +688,7 @@ def test_a_folder_that_is_there_is_not_touched() -> None:
     np.save("a.npy", colour(3))
     Path("png").mkdir()
     Path("png/mine.txt").write_text("mine")
-    with pytest.raises(UserError, match="png is there already: name a folder that is not"):
+    with pytest.raises(UserError, match="png exists: name a new folder"):
         export_images("a.npy", "--out", "png")
     assert [file.name for file in Path("png").iterdir()] == ["mine.txt"]
 

@@ -434,7 +434,7 @@ def test_killed_training_goes_on_and_ends_as_if_uninterrupted(
     outcome = stop_when(experiment.start(stage, *OF_ARM), lambda: any(work.glob(started)), signal.SIGKILL)
     assert outcome.code == -signal.SIGKILL and not folder_of(experiment, stage).exists()
     again = experiment.succeed(stage, *OF_ARM)
-    step = re.search(rf"{stage} {ARM} seed 0: going on from step (\d+)", again.out)
+    step = re.search(rf"{stage} {ARM} seed 0: resuming from step (\d+)", again.out)
     assert step and 0 < int(step[1]) < getattr(run_of(experiment), stage).num_steps
     assert experiment.hashes(OUTPUTS[stage]) == uninterrupted.hashes(OUTPUTS[stage])
     assert {path.name for path in work.iterdir()} == {"lock", "record.json"}
@@ -461,7 +461,7 @@ def stopped(prepared: Experiment, monkeypatch: pytest.MonkeyPatch) -> Experiment
 
 
 def test_interrupted_training_goes_on_from_its_last_row(stopped: Experiment, uninterrupted: Experiment) -> None:
-    assert "going on from step 20\n" in stopped.succeed("pretrain", *OF_ARM).out
+    assert "resuming from step 20\n" in stopped.succeed("pretrain", *OF_ARM).out
     assert stopped.hashes(OUTPUTS["pretrain"]) == uninterrupted.hashes(OUTPUTS["pretrain"])
 
 
@@ -486,32 +486,32 @@ def no_steps(stopped: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
     ids=str,
 )
 def test_state_of_other_params_is_not_gone_on_from(stopped: Experiment, change: dict[str, Any]) -> None:
-    assert "going on from" not in stopped.change(**change).succeed("pretrain", *OF_ARM).out
+    assert "resuming from" not in stopped.change(**change).succeed("pretrain", *OF_ARM).out
     assert len(list(work_of(stopped, "pretrain").glob("*/state-0000000020.safetensors"))) == 1, "it is kept"
 
 
 @pytest.mark.usefixtures("no_steps")
 def test_state_of_other_data_is_not_gone_on_from(stopped: Experiment) -> None:
     stopped.change(dataset={"limit": 150}).succeed("prepare")
-    assert "going on from" not in stopped.succeed("pretrain", *OF_ARM).out
+    assert "resuming from" not in stopped.succeed("pretrain", *OF_ARM).out
 
 
 def test_work_of_other_params_is_taken_up_when_they_are_those_again(
     stopped: Experiment, uninterrupted: Experiment
 ) -> None:
     lr = stopped.content["pretrain"]["lr"]
-    assert "going on from" not in stopped.change(pretrain={"lr": 1e-3}).succeed("pretrain", *OF_ARM).out
-    assert "going on from step 20\n" in stopped.change(pretrain={"lr": lr}).succeed("pretrain", *OF_ARM).out
+    assert "resuming from" not in stopped.change(pretrain={"lr": 1e-3}).succeed("pretrain", *OF_ARM).out
+    assert "resuming from step 20\n" in stopped.change(pretrain={"lr": lr}).succeed("pretrain", *OF_ARM).out
     assert stopped.hashes(OUTPUTS["pretrain"]) == uninterrupted.hashes(OUTPUTS["pretrain"])
 
 
 @pytest.mark.usefixtures("no_steps")
 @pytest.mark.parametrize("change", [{"saving": {"every_seconds": 5.0}}, {"sampling": {"num_steps": 3}}], ids=str)
 def test_state_survives_what_does_not_change_the_training(stopped: Experiment, change: dict[str, Any]) -> None:
-    assert "going on from step 20\n" in stopped.change(**change).succeed("pretrain", *OF_ARM).out
+    assert "resuming from step 20\n" in stopped.change(**change).succeed("pretrain", *OF_ARM).out
 
 
-@pytest.mark.parametrize(("damaged", "goes_on"), [([20], "going on from step 10\n"), ([10, 20], None)])
+@pytest.mark.parametrize(("damaged", "goes_on"), [([20], "resuming from step 10\n"), ([10, 20], None)])
 def test_damaged_states_are_reported_and_the_result_is_the_same(
     stopped: Experiment, uninterrupted: Experiment, damaged: list[int], goes_on: str | None
 ) -> None:
@@ -520,7 +520,7 @@ def test_damaged_states_are_reported_and_the_result_is_the_same(
         state.write_bytes(state.read_bytes()[:-100])
     outcome = stopped.succeed("pretrain", *OF_ARM)
     assert outcome.err.count("is damaged and was renamed") == len(damaged)
-    assert goes_on in outcome.out if goes_on else "going on" not in outcome.out
+    assert goes_on in outcome.out if goes_on else "resuming" not in outcome.out
     assert stopped.hashes(OUTPUTS["pretrain"]) == uninterrupted.hashes(OUTPUTS["pretrain"])
 
 
@@ -536,7 +536,7 @@ def test_loss_that_is_not_finite_ends_the_stage_and_keeps_the_last_good_state(pr
     states, info = saved
     assert info["step"] == step >= 1
     assert all(torch.isfinite(w).all() for w in states["raw"].values())
-    kept = re.search(r"The weights of before are in (\S+)", outcome.err)
+    kept = re.search(r"The weights before that step are in (\S+)", outcome.err)
     assert kept and torch.equal(
         load_tensors(prepared.path(kept[1]))[0]["raw"]["norm.weight"], states["raw"]["norm.weight"]
     )
@@ -748,7 +748,7 @@ def test_the_scale_needs_four_real_images(prepared: Experiment, count: int) -> N
     small = {"kid_subset_size": 2, "kid_subsets": 2, "prc_neighborhood": 1, "features": "pixels"}
     prepared.change(dataset={"limit": count}, evaluation=small, sampling={"num_samples": 3}).succeed("prepare")
     if count == 3:
-        assert_refused(prepared.run("features"), "3 real images are fewer than the scale of the metrics needs: 4")
+        assert_refused(prepared.run("features"), "3 real images are too few: the scale of the metrics needs 4")
         assert not prepared.path("results/features").exists()
     else:
         prepared.succeed("features")

@@ -179,7 +179,7 @@ def test_a_killed_trial_goes_on_and_ends_as_if_uninterrupted(
     )
     assert not experiment.path(str(result)).exists()
     out = experiment.try_values("lr-high").out
-    resumed = {s: int(n) for s, n in re.findall(rf"(\w+) {ARM} trial lr-high: going on from step (\d+)", out)}
+    resumed = {s: int(n) for s, n in re.findall(rf"(\w+) {ARM} trial lr-high: resuming from step (\d+)", out)}
     run = resolve(load_params(experiment.file), ARM, 0, trial="lr-high")
     assert 0 < resumed[stage] < getattr(run, stage).num_steps
     if stage == "finetune":

@@ -14,13 +14,13 @@ import torch
 
 from maskdm.base.errors import UserError
 from maskdm.config import ComputeConfig
-from maskdm.training.devices import KEEP_FREED_MEMORY, Compute, free_gpus, resolve
+from maskdm.training.devices import KEEP_FREED_MEMORY, Compute, gpus_of_stage, resolve
 from tests.factories import CPU
 
 HOLD = """
 import sys
-from maskdm.training.devices import free_gpus
-print(*free_gpus(tuple(sys.argv[2:]), int(sys.argv[1])), flush=True)
+from maskdm.training.devices import gpus_of_stage
+print(*gpus_of_stage(int(sys.argv[1]), tuple(sys.argv[2:])), flush=True)
 sys.stdin.read()
 """
 
@@ -81,8 +81,8 @@ def test_stages_at_work_at_a_time_take_different_gpus(tmp_path: Path, monkeypatc
             assert other.stdout is not None
             assert other.stdout.readline().strip() == expected
         others[1].communicate()
-        assert free_gpus(uuids, 1) == (1,), "one of a process that has ended"
-        assert free_gpus(uuids, 1) == (1,), "a process keeps the one it has"
+        assert gpus_of_stage(1, uuids) == (1,), "one of a process that has ended"
+        assert gpus_of_stage(1, uuids) == (1,), "a process keeps the one it has"
     finally:
         for other in others:
             if other.poll() is None:
@@ -91,7 +91,7 @@ def test_stages_at_work_at_a_time_take_different_gpus(tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize(
     ("variables", "says"),
-    [({"RANK": "1"}, "has set RANK, but not LOCAL_RANK"), ({"LOCAL_RANK": "2"}, "has 2 CUDA devices")],
+    [({"RANK": "1"}, "has set RANK but not LOCAL_RANK"), ({"LOCAL_RANK": "2"}, "has 2 CUDA devices")],
 )
 def test_a_launcher_that_gives_no_gpu_is_an_error(
     variables: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch

@@ -246,7 +246,7 @@ def stopped(prepared_once: Experiment, tmp_path_factory: pytest.TempPathFactory)
 def gone_on(stopped: Experiment, folder: Path, **changes: Any) -> Experiment:
     """What comes of a stopped stage with other values."""
     experiment = stopped.copy_to(folder).change(**changes)
-    assert "going on from step" in experiment.succeed("pretrain", *OF_ARM).out
+    assert "resuming from step" in experiment.succeed("pretrain", *OF_ARM).out
     return experiment
 
 
@@ -282,8 +282,8 @@ def test_a_rank_that_dies_ends_the_stage_with_a_clear_error(
     follower.kill()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "Traceback" not in err
-    assert "maskdm: error: process 1 of 0 to 1 (compute.devices) has ended with exit code -9" in err
-    assert "the same command goes on from there" in err
+    assert "maskdm: error: rank 1 of 0 to 1 (compute.devices) has ended with exit code -9" in err
+    assert "if a state was saved, the same command resumes from it" in err
     assert any(experiment.folder.glob(STATES))
 
 

@@ -1,4 +1,4 @@
-"""The networks: how one is built from params, and its FLOPs as PyTorch counts them.
+"""The networks: building one from params.yaml, and its FLOPs as PyTorch counts them.
 
 A backbone maps noised visible patches (B, S, P), timesteps (B,), the indices of these patches (B, S) and labels (B,) to
 predictions (B, S, P).
@@ -15,11 +15,11 @@ from maskdm.method.backbones.uvit import UViT
 
 
 def count_image_flops(params: Params, num_visible: int) -> int:
-    """FLOPs of training on one image with S visible patches: forward and backward, attention included, no optimizer.
+    """FLOPs of training on one image with S visible patches: forward and backward, without the optimizer.
 
-    Counted by `torch.utils.flop_counter` on the real network without data (the meta device), with attention as
-    plain matrix products, so that the number does not depend on the kernel or the machine, and nothing computed twice
-    to save memory. Every product has the batch as a factor, so that a step costs B times as much.
+    A multiply-add counts as 2. `torch.utils.flop_counter` counts on the network without data (the meta device), with
+    attention as plain matrix products and without activation checkpointing, so that the number depends on neither
+    kernel nor machine. A batch of B images costs B times as much.
     """
     return _count_image_flops(params.model, params.grid.num_patches, params.patch_dim, num_visible)
 
@@ -41,7 +41,7 @@ def _count_image_flops(config: ModelConfig, num_patches: int, patch_dim: int, nu
 
 
 def build_model(params: Params, num_classes: int) -> UViT:
-    """The network that params describe, weights not yet initialised."""
+    """The network of params.yaml, its weights not yet initialised."""
     compute = params.compute
     return UViT(
         params.model,

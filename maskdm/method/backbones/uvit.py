@@ -1,11 +1,11 @@
-"""U-ViT: everything is a token, plain pre-norm blocks, long skips; it sees visible patches only.
+"""U-ViT: a vision transformer with long skip connections whose tokens are the time and the visible patches.
 
 Parameter names and shapes follow the U-ViT family (`in_blocks.0.attn.qkv.weight`, …; `patch_embed.proj` is the
-convolution of the reference flattened to (row, column, channel)), so that its checkpoints can be converted.
+convolution of the reference, flattened to (row, column, channel)), so that its checkpoints can be converted.
 
 Source: Bao et al. 2022, "All are Worth Words: A ViT Backbone for Diffusion Models" (arXiv 2209.12152);
-MaskDM (arXiv 2306.11363), section 3.2. Differs: no final 3×3 convolution, which masked patches would leave
-without neighbours; MaskDM leaves it out too.
+MaskDM (arXiv 2306.11363), section 3.2. Differs: as in MaskDM there is no final 3×3 convolution, because the neighbours
+of a visible patch may be masked.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from maskdm.config import ModelConfig
 
 AttentionChoice = Literal["auto", "plain", "fused"]
-# Up to so many tokens plain attention is the faster one on a CPU (`python -m benchmarks --only attention`).
+# Up to this many tokens plain attention is faster on a CPU (`python -m benchmarks --only attention`).
 MAX_PLAIN_TOKENS = {torch.bfloat16: 512, torch.float32: 100}
 BF16_LANES, FP32_LANES = 32, 16  # numbers in a register of AVX-512, which CPUs with bfloat16 have
 
@@ -33,10 +33,10 @@ class UViT(nn.Module):
     Args:
         config: the architecture.
         num_patches: N of the grid.
-        patch_dim: pixels of a patch, p·p·C.
-        num_classes: of a class-conditional model; ignored otherwise.
+        patch_dim: P = p·p·C, the values of a patch.
+        num_classes: for a class-conditional model; ignored otherwise.
         attention: see `uses_plain_attention`.
-        checkpointing: whether activations inside the blocks are computed again in the backward pass, not kept.
+        checkpointing: whether the backward pass computes the activations inside the blocks again, to save memory.
     """
 
     def __init__(
@@ -63,13 +63,13 @@ class UViT(nn.Module):
         self.decoder_pred = nn.Linear(dim, patch_dim)
 
     def forward(self, patches: Tensor, t: Tensor, visible_idx: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Predict per visible patch.
+        """Predict the target of every visible patch.
 
         Args:
             patches: noised visible patches, (B, S, P).
             t: timesteps, (B,).
             visible_idx: which patches these are, (B, S) int64.
-            labels: classes, (B,) int64; needed by a class-conditional model.
+            labels: classes, (B,) int64, for a class-conditional model.
 
         Returns:
             the prediction, (B, S, P).
@@ -89,10 +89,12 @@ class UViT(nn.Module):
         # fmt: on
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Draw all weights: truncated normal of std 0.02, zero biases (as U-ViT).
+        """Draw all weights from a truncated normal distribution of standard deviation 0.02; biases are zero.
 
         Args:
             generator: on the CPU, so that the weights do not depend on the device.
+
+        Source: U-ViT's code.
         """
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -121,7 +123,7 @@ class UViT(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block; with `skip`, a long skip is concatenated and projected first."""
+    """A pre-norm transformer block; with `skip`, it first concatenates and projects a long skip connection."""
 
     def __init__(self, config: ModelConfig, attention: AttentionChoice = "auto", skip: bool = False) -> None:
         super().__init__()
@@ -133,7 +135,7 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * config.mlp_ratio))
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        """(B, S, D), optional skip (B, S, D) → (B, S, D)."""
+        """Tokens (B, S, D), long skip (B, S, D) or None → tokens (B, S, D)."""
         if self.skip_linear is not None:
             assert skip is not None
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
@@ -142,7 +144,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention."""
+    """Multi-head self-attention between all tokens."""
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool, choice: AttentionChoice) -> None:
         super().__init__()
@@ -174,13 +176,13 @@ class Mlp(nn.Module):
 
 
 def uses_plain_attention(choice: AttentionChoice, device_type: str, dtype: torch.dtype, num_tokens: int) -> bool:
-    """Whether attention is matrix products and a softmax instead of PyTorch's fused kernel: a rule, never a timing.
+    """Whether attention is matrix products and a softmax instead of PyTorch's fused kernel, by a fixed rule.
 
     Args:
-        choice: `auto`, or what is wanted.
+        choice: the value of `compute.attention`.
         device_type: `cpu` or `cuda`.
         dtype: of queries, keys and values.
-        num_tokens: S and the extra tokens.
+        num_tokens: visible patches and extra tokens.
     """
     if choice != "auto":
         return choice == "plain"
@@ -188,10 +190,12 @@ def uses_plain_attention(choice: AttentionChoice, device_type: str, dtype: torch
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q kᵀ / √d) v in the dtype of the inputs: (…, S, d) each → (…, S, d).
+    """The attention softmax(q kᵀ / √d) v in the dtype of the inputs: q, k, v (…, S, d) → (…, S, d).
 
-    PyTorch's kernel of the same formula on a CPU computes in float32 and guards rows that are masked as a whole, which
-    there are none of here; in bfloat16 that takes more than twice the time of this.
+    PyTorch's fused kernel for a CPU computes in float32 and guards against fully masked rows, which do not occur here;
+    in bfloat16 it takes more than twice as long.
+
+    Source: Vaswani et al. 2017 (arXiv 1706.03762), equation 1.
     """
     weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if widens_softmax(q.device.type, q.dtype, weights.shape[-1]):
@@ -200,26 +204,25 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def widens_softmax(device_type: str, dtype: torch.dtype, num_tokens: int) -> bool:
-    """Whether plain attention's softmax is taken in float32: a rule, never a timing.
+    """Whether plain attention computes its softmax in float32, by a fixed rule.
 
-    On a CPU PyTorch's softmax of bfloat16 goes one by one through what is left of a row after whole registers. Where
-    that would fill a register of float32 (16 to 31 tokens, such as a tenth of 256 patches and the time token), float32
-    takes half the time and less, and at 48 to 63 still less; in longer rows what is left over counts for little
-    (`python -m benchmarks --only attention`).
+    On a CPU PyTorch's softmax of bfloat16 processes the rest of a row after the last full register one number at a
+    time. If the rest would fill a register of float32 (16 to 31 tokens, or 48 to 63), float32 is two to five times as
+    fast; in longer rows the rest matters little (`python -m benchmarks --only attention`).
 
     Args:
         device_type: `cpu` or `cuda`.
         dtype: of queries, keys and values.
-        num_tokens: S and the extra tokens.
+        num_tokens: visible patches and extra tokens.
     """
     is_short = num_tokens < 2 * BF16_LANES
     return device_type == "cpu" and dtype == torch.bfloat16 and is_short and num_tokens % BF16_LANES >= FP32_LANES
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoidal embedding of timesteps: (B,) → (B, dim), cosines first.
+    """The sinusoidal embedding of timesteps, cosines first: (B,) → (B, dim).
 
-    Source: Vaswani et al. 2017, as used by ADM and U-ViT.
+    Source: Vaswani et al. 2017 (arXiv 1706.03762), section 3.5, in the form of ADM and U-ViT.
     """
     half = dim // 2
     steps = torch.arange(half, device=t.device, dtype=torch.float32)

@@ -1,1 +1,1 @@
-"""`maskdm score` and `maskdm export-images`: the pipeline's scores of any two sets of images."""
+"""`maskdm score` and `maskdm export-images`: two sets of images scored as the pipeline scores samples; PNG files."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from maskdm.config.geometry import Grid
-from maskdm.training.transfer import carried_over, resized_positions
+from maskdm.method.transfer import adapted_weights, resized_positions
 
 
 def positions(grid: Grid, num_extra: int, scale: int = 1) -> torch.Tensor:
@@ -30,18 +30,18 @@ def test_a_patch_gets_the_position_embedding_of_its_place_in_the_image(
     torch.testing.assert_close(inner, wanted, atol=0.02, rtol=0)
 
 
-def test_weights_for_the_same_grid_are_carried_over_as_they_are() -> None:
+def test_weights_for_the_same_grid_are_not_changed() -> None:
     state = {"pos_embed": torch.randn(1, 17, 8), "norm.weight": torch.randn(8)}
-    carried, changes = carried_over(state, {}, Grid(4, 4), Grid(4, 4))
+    adapted, changes = adapted_weights(state, {}, Grid(4, 4), Grid(4, 4))
     assert changes == []
-    assert all(carried[name] is state[name] for name in state)
+    assert all(adapted[name] is state[name] for name in state)
 
 
-def test_what_does_not_fit_is_changed_and_told() -> None:
+def test_what_does_not_fit_is_changed_and_named() -> None:
     state = {"pos_embed": torch.randn(1, 18, 8), "label_emb.weight": torch.randn(5, 8)}
     fresh = {"pos_embed": torch.randn(1, 66, 8), "label_emb.weight": torch.randn(3, 8)}
-    carried, changes = carried_over(state, fresh, Grid(4, 4), Grid(8, 8))
-    assert changes == ["position embeddings interpolated from 4×4 to 8×8 patches", "class embeddings drawn anew"]
-    assert carried["pos_embed"].shape == (1, 66, 8)
-    assert carried["label_emb.weight"] is fresh["label_emb.weight"]
+    adapted, changes = adapted_weights(state, fresh, Grid(4, 4), Grid(8, 8))
+    assert changes == ["position embeddings interpolated from 4×4 to 8×8 patches", "class embeddings initialised again"]
+    assert adapted["pos_embed"].shape == (1, 66, 8)
+    assert adapted["label_emb.weight"] is fresh["label_emb.weight"]
     assert state["pos_embed"].shape == (1, 18, 8), "what was given is left alone"
