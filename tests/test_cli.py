@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import shutil
 import signal
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from maskdm import __version__
-from maskdm.cli import STAGES
+from maskdm.cli import STAGES, main
 from maskdm.config import load_params
 from maskdm.config.jobs import ARM_STAGES, STAGE_VERSIONS
 from tests.imported import modules_after, run_python
@@ -267,6 +269,22 @@ def test_command_and_module_are_the_same(tiny: Experiment, words: list[str], cod
     assert as_command == as_module
     assert as_command[0] == code
     assert "Traceback" not in as_command[2]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_characters_that_the_terminal_lacks_are_replaced(
+    tiny: Experiment, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr("maskdm.base.interrupts.install", lambda: None)
+    monkeypatch.chdir(tiny.folder)
+    assert main(["validate"]) == 0
+    with contextlib.suppress(SystemExit):
+        main(["--help"])
+    said = stdout.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+    assert "3 arms {} 1 seeds".format("?" if encoding == "ascii" else "×") in said
+    assert "prepare ? features ? scale" in said
 
 
 def test_package_imports_only_itself(tmp_path: Path) -> None:
