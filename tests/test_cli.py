@@ -20,7 +20,7 @@ from maskdm import __version__
 from maskdm.cli import STAGES, main
 from maskdm.config import load_params
 from maskdm.config.jobs import ARM_STAGES, STAGE_VERSIONS
-from tests.imported import modules_after, run_python
+from tests.imported import run_python
 
 if TYPE_CHECKING:
     from tests.conftest import Experiment, Outcome
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 ARM = "patch-m50"
 OF_ARM = ["--arm", ARM, "--seed", "0"]
 OF_TRIAL = ["--arm", ARM, "--trial", "given"]
-HEAVY = {"torch", "mlflow", "pandas", "matplotlib", "numpy", "scipy", "sklearn", "PIL", "torch_fidelity", "torchvision"}
 
 
 def words_of(stage: str) -> list[str]:
@@ -290,13 +289,6 @@ def test_characters_that_the_terminal_lacks_are_replaced(
 def test_package_imports_only_itself(tmp_path: Path) -> None:
     code = "import sys; before = set(sys.modules); import maskdm; print(*sorted(set(sys.modules) - before))"
     assert run_python(code, tmp_path) == ["maskdm"]
-
-
-@pytest.mark.parametrize("words", [["--help"], ["pretrain", "--help"], ["validate"], ["--version"]], ids=" ".join)
-def test_commands_that_compute_nothing_import_nothing_heavy(tiny: Experiment, words: list[str]) -> None:
-    modules = modules_after(tiny.folder, *words)
-    assert not modules & HEAVY
-    assert len(modules) < 400
 
 
 def lengthen(experiment: Experiment) -> None:

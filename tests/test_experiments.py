@@ -33,7 +33,7 @@ EXPERIMENTS = (
 # Run end to end. The other digits differ from digits-seeds and transfer-digits in values that shrinking replaces, and
 # tiny is what most tests of stages run on.
 RUN = sorted({*EXPERIMENTS} - {"digits", "transfer-digits-1", "tiny"})
-REPORTED = {"celeba64", "swissroll", "transfer-digits"}  # images, points, two datasets: the figures of the rest are these
+REPORTED = {"celeba64", "swissroll", "transfer-digits"}  # images, points, two datasets: the rest have the same figures
 SHRUNK = [
     "model.patch_size=1",
     "model.dim=8",

@@ -147,15 +147,6 @@ def test_done(whole: Experiment) -> None:
     assert everything(whole) == before
 
 
-def test_imports_nothing_heavy(whole: Experiment) -> None:
-    script = (
-        "import sys; from maskdm.cli import main; codes = main(['status']), main(['verify']); "
-        "print(*codes, *{'torch', 'dvc', 'mlflow', 'numpy', 'snakemake'} & set(sys.modules), file=sys.stderr)"
-    )
-    done = subprocess.run([sys.executable, "-c", script], cwd=whole.folder, capture_output=True, text=True)
-    assert done.stderr.splitlines()[-1] == "0 0"
-
-
 def test_a_failed_stage_with_its_reason_and_log_until_it_is_run_again(shared: Experiment) -> None:
     good = shared.content["pretrain"]["lr"]
     shared.change(pretrain={"lr": 1e30})
