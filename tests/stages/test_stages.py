@@ -755,13 +755,6 @@ def test_the_scale_needs_four_real_images(prepared: Experiment, count: int) -> N
         assert json_of(prepared.run("scale") and prepared, "results/metrics/scale.json")["floor"]["num_samples"] == 2
 
 
-def test_a_second_process_of_a_stage_waits_for_the_first(scored_once: Experiment, tuned: Experiment) -> None:
-    processes = [tuned.start("pretrain", *OF_ARM) for _ in range(2)]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
-    assert tuned.hashes(OUTPUTS["pretrain"]) == scored_once.hashes(OUTPUTS["pretrain"])
-
-
 def test_fewer_samples_than_the_metrics_need_are_refused(prepared: Experiment) -> None:
     prepared.change(dataset={"limit": 55}).succeed("prepare")
     says = "55 real images are fewer than the metrics need: 60"

@@ -188,15 +188,6 @@ def test_a_killed_trial_goes_on_and_ends_as_if_uninterrupted(
     assert {path.name for path in work.iterdir()} == {"lock", "record.json"}
 
 
-def test_a_second_process_of_a_trial_waits_for_the_first(tuned: Experiment) -> None:
-    before = tuned.hashes(str(paths.trial(ARM, "given")))
-    tuned.path(str(paths.trial(ARM, "given"))).unlink()
-    processes = [tuned.start("tune", "--arm", ARM, "--trial", "given") for _ in range(2)]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
-    assert tuned.hashes(str(paths.trial(ARM, "given"))) == before
-
-
 @pytest.fixture
 def wild(tuned: Experiment) -> Experiment:
     """One arm whose second trial's loss does not stay finite."""
