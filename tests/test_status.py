@@ -16,10 +16,9 @@ import pytest
 
 from maskdm.config import load_params, paths
 from maskdm.config.jobs import Job, Jobs
-from tests.conftest import ARM, TINY, Experiment, Outcome
+from tests.conftest import ARM, Experiment, Outcome
 
 OF_ARM = ("--arm", ARM, "--seed", "0")
-SHARED = ("prepare", "choose", "features", "scale")
 TRIALS = {"one": {"pretrain.lr": 1e30}, "two": {"pretrain.lr": 2e30}}
 HOLDER = """\
 import sys, time
@@ -31,38 +30,6 @@ with one_writer(Path(sys.argv[1]), "pretrain"):
 """
 Start = Callable[..., subprocess.Popen[bytes]]
 Stop = Callable[[subprocess.Popen[str], Callable[[], bool], signal.Signals], Outcome]
-
-
-@pytest.fixture(scope="module")
-def shared_once(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
-    """One arm, not tuned; the stages of the whole experiment have run. Not to be changed."""
-    folder = tmp_path_factory.mktemp("shared")
-    shutil.copyfile(TINY, folder / "params.yaml")
-    experiment = Experiment(folder).keep_arm(ARM)
-    experiment.change(tracking={"enabled": False}, compute={"device": "cpu"}, tuning={"trials": {}})
-    for stage in SHARED:
-        experiment.succeed(stage)
-    return experiment
-
-
-@pytest.fixture(scope="module")
-def whole_once(shared_once: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
-    """The same, and every other stage has run. Not to be changed."""
-    experiment = shared_once.copy_to(tmp_path_factory.mktemp("whole"))
-    for stage in ("pretrain", "finetune", "sample", "evaluate"):
-        experiment.succeed(stage, *OF_ARM)
-    experiment.succeed("report")
-    return experiment
-
-
-@pytest.fixture
-def shared(shared_once: Experiment, tmp_path: Path) -> Experiment:
-    return shared_once.copy_to(tmp_path)
-
-
-@pytest.fixture
-def whole(whole_once: Experiment, tmp_path: Path) -> Experiment:
-    return whole_once.copy_to(tmp_path)
 
 
 @pytest.fixture
