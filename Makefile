@@ -7,6 +7,10 @@ INSTALLED := $(VENV)/.installed
 # the engines start `maskdm` as a command: it must be the one of this environment
 export PATH := $(BIN):$(PATH)
 export PYTHONUNBUFFERED := 1
+# stages are short processes: without its bytecode each of them would compile the package anew
+unexport PYTHONDONTWRITEBYTECODE
+# whoever has run out of tests takes some of another process's
+PYTEST = $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 # the first of these that is new enough, unless you say PYTHON=…
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 python,$(if $(shell $(p) -c 'import sys; print(sys.version_info >= (3, 11) or "")' 2>/dev/null),$(p))))
 
@@ -37,8 +41,16 @@ ui: $(INSTALLED)  ## open MLflow's UI and print the address that compares the ar
 	@maskdm ui
 
 .PHONY: test
-test: $(INSTALLED)  ## run the tests
-	$(BIN)/python -m pytest -n auto
+test: $(INSTALLED)  ## run all tests (8 minutes on 2 cores)
+	$(PYTEST)
+
+.PHONY: quick
+quick: $(INSTALLED)  ## check, and run the tests without whole pipelines (90 seconds on 2 cores)
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync check quick-test
+
+.PHONY: quick-test
+quick-test: $(INSTALLED)
+	$(PYTEST) --quiet -m "not workflow"
 
 .PHONY: bench
 bench: $(INSTALLED)  ## measure speed and print which targets hold (minutes; leave the machine alone meanwhile)

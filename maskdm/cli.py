@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -121,6 +122,7 @@ STAGES = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the return value is the exit code."""
+    _print_any_character()
     options = build_parser().parse_args(arguments)
     interrupts.install()
     try:
@@ -145,6 +147,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
+
+
+def _print_any_character() -> None:
+    """Print ? for what the terminal's encoding lacks: an × in a table must not end hours of work. stderr escapes it."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a caller in this process may have put another stream there
+        sys.stdout.reconfigure(errors="replace")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""An experiment in a folder of its own, and what the command line does in it."""
+"""Experiments in folders of their own, run as far as a test needs them, and the order of the tests."""
 
 from __future__ import annotations
 
@@ -28,6 +28,17 @@ from maskdm.config.jobs import Job, Jobs
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "experiments" / "tiny" / "params.yaml"
 ARM = "patch-m50"
+
+# Experiments that take the tests seconds to make and to copy.
+PIPELINES = {"shared_once", "one_arm_once", "whole_once", "tuned_once", "scored_once", "finished_once"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that use whole pipelines, and start all marked ones first: at the end short ones fill the gaps."""
+    for item in items:
+        if PIPELINES & {*getattr(item, "fixturenames", ())}:
+            item.add_marker(pytest.mark.workflow)
+    items.sort(key=lambda item: item.get_closest_marker("workflow") is None)
 
 
 @dataclass(frozen=True)
@@ -92,11 +103,11 @@ class Experiment:
         return self.run(name, "--arm", arm, "--seed", str(seed))
 
     def try_values(self, trial: str, arm: str = ARM) -> Outcome:
-        """Run a trial of an arm's tuning, which must end well."""
+        """Run a trial of an arm's tuning; it must succeed."""
         return self.succeed("tune", "--arm", arm, "--trial", trial)
 
     def succeed(self, *words: str) -> Outcome:
-        """Run a command that must end well."""
+        """Run a command; it must succeed."""
         outcome = self.run(*words)
         assert outcome.code == 0, outcome.err
         return outcome
@@ -114,7 +125,7 @@ class Experiment:
         )
 
     def job(self, stage: str, arm: str | None = None, seed: int | None = None, trial: str | None = None) -> Job:
-        """A run of a stage, as params.yaml has it; its paths are relative to the folder."""
+        """The job of a stage that params.yaml asks for; its paths are relative to the folder."""
         return Jobs(load_params(self.file)).find(stage, arm, seed, trial)
 
     def path(self, *parts: str) -> Path:
@@ -129,7 +140,7 @@ class Experiment:
         return {str(f.relative_to(self.folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
     def copy_to(self, folder: Path) -> Experiment:
-        """The same experiment, results included, elsewhere."""
+        """Copy the experiment with its results."""
         shutil.copytree(self.folder, folder, dirs_exist_ok=True)
         return Experiment(folder)
 
@@ -159,7 +170,7 @@ Once = Callable[[str, Callable[[Path], Any]], Path]
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
-    """(name, make) → the folder that `make` has filled once, for all processes that share these tests (pytest -n)."""
+    """(name, make) → a folder that `make` fills once for all processes of `pytest -n`."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
 
@@ -167,7 +178,7 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
         folder, done = shared / f"{name}-once", shared / f"{name}-once.done"
         with FileLock(shared / f"{name}-once.lock"):
             if not done.exists():
-                shutil.rmtree(folder, ignore_errors=True)  # of a process that has failed in it
+                shutil.rmtree(folder, ignore_errors=True)  # another process has failed in it
                 folder.mkdir()
                 make(folder)
                 done.touch()
@@ -178,7 +189,7 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
 
 @pytest.fixture(scope="session")
 def prepared_once(once: Once) -> Experiment:
-    """The tiny experiment with its data, every arm with the values as given; not to be changed."""
+    """The tiny experiment with its data, nothing tuned; not to be changed."""
 
     def make(folder: Path) -> None:
         experiment = _tiny_in(folder).change(tuning={"trials": {}})
@@ -190,18 +201,34 @@ def prepared_once(once: Once) -> Experiment:
 
 @pytest.fixture
 def prepared(prepared_once: Experiment, tmp_path: Path) -> Experiment:
-    """A copy of the tiny experiment with its data, every arm with the values as given."""
+    """A copy of the tiny experiment with its data, nothing tuned."""
     return prepared_once.copy_to(tmp_path)
 
 
 @pytest.fixture(scope="session")
-def one_arm_once(prepared_once: Experiment, once: Once) -> Experiment:
-    """The tiny experiment with one arm, nothing tuned, every stage run but for the report; not to be changed."""
+def shared_once(prepared_once: Experiment, once: Once) -> Experiment:
+    """One arm, nothing tuned; the stages that all arms share have run, but for the report; not to be changed."""
 
     def make(folder: Path) -> None:
         experiment = prepared_once.copy_to(folder).keep_arm(ARM)
         for stage in ("features", "scale", "choose"):
             experiment.succeed(stage)
+
+    return Experiment(once("shared", make))
+
+
+@pytest.fixture
+def shared(shared_once: Experiment, tmp_path: Path) -> Experiment:
+    """A copy of one arm, nothing tuned; the stages that all arms share have run, but for the report."""
+    return shared_once.copy_to(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def one_arm_once(shared_once: Experiment, once: Once) -> Experiment:
+    """One arm, nothing tuned, every stage run but for the report; not to be changed."""
+
+    def make(folder: Path) -> None:
+        experiment = shared_once.copy_to(folder)
         for stage in ("pretrain", "finetune", "sample", "evaluate"):
             experiment.succeed(stage, "--arm", ARM, "--seed", "0")
 
@@ -210,8 +237,20 @@ def one_arm_once(prepared_once: Experiment, once: Once) -> Experiment:
 
 @pytest.fixture
 def one_arm(one_arm_once: Experiment, tmp_path: Path) -> Experiment:
-    """A copy of the tiny experiment with one arm, nothing tuned, every stage run but for the report."""
+    """A copy of one arm, nothing tuned, every stage run but for the report."""
     return one_arm_once.copy_to(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def whole_once(one_arm_once: Experiment, once: Once) -> Experiment:
+    """One arm, nothing tuned, every stage run; not to be changed."""
+    return Experiment(once("whole", lambda folder: one_arm_once.copy_to(folder).succeed("report")))
+
+
+@pytest.fixture
+def whole(whole_once: Experiment, tmp_path: Path) -> Experiment:
+    """A copy of one arm, nothing tuned, every stage run."""
+    return whole_once.copy_to(tmp_path)
 
 
 @pytest.fixture(scope="session")
@@ -269,7 +308,7 @@ def finished(finished_once: Experiment, tmp_path: Path) -> Experiment:
 
 @pytest.fixture
 def stop_when() -> Callable[[subprocess.Popen[str], Callable[[], bool], signal.Signals], Outcome]:
-    """Send a signal to a process as soon as something is so, and see how it ends."""
+    """Send a signal to a process as soon as a condition holds, and wait for its end."""
 
     def stop(process: subprocess.Popen[str], is_so: Callable[[], bool], number: signal.Signals) -> Outcome:
         deadline = time.monotonic() + 60

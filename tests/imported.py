@@ -1,20 +1,22 @@
-"""What a command imports, seen in a process of its own."""
+"""What commands import, seen in a process of their own."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-AFTER = """
+COMMANDS = """
 import sys
 from maskdm.cli import main
-try:
-    code = main({words!r})
-except SystemExit as leaving:
-    code = leaving.code
-assert not code, code
-print("MODULES", *sys.modules)
+for words in {commands!r}:
+    try:
+        code = main(words)
+    except SystemExit as leaving:
+        code = leaving.code
+    assert not code, (words, code)
+    print("MODULES", *sys.modules)
 {more}
 """
 
@@ -26,12 +28,14 @@ def run_python(code: str, folder: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
-def after(folder: Path, *words: str, more: str = "") -> list[str]:
-    """What `more` prints in a process in which a command has ended well; before it, a line with its modules."""
-    lines = run_python(AFTER.format(words=list(words), more=more), folder)
-    return lines[next(i for i, line in enumerate(lines) if line.startswith("MODULES ")) :]
+def modules_after_each(folder: Path, commands: list[list[str]], more: str = "") -> Iterator[set[str]]:
+    """The modules that one process has imported after each of its commands; then it runs `more`."""
+    for line in run_python(COMMANDS.format(commands=commands, more=more), folder):
+        if line.startswith("MODULES "):
+            yield set(line.split()[1:])
 
 
 def modules_after(folder: Path, *words: str) -> set[str]:
-    """The modules that are imported when a command has ended well."""
-    return set(after(folder, *words)[0].split()[1:])
+    """The modules that are imported when a command has succeeded."""
+    (modules,) = modules_after_each(folder, [list(words)])
+    return modules

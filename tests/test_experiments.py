@@ -1,4 +1,4 @@
-"""Every experiment that comes with maskdm: it says what it is, validates, plans, and runs when it is shrunk."""
+"""Every experiment that comes with maskdm states its cost, is valid, can be planned, and runs when it is shrunk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,25 @@ from tests.conftest import Experiment
 from tests.data.test_datasets import encode, make_hub_celeba, make_hub_cifar, make_lsun, make_mnist, pixels, put
 
 ROOT = Path(__file__).parents[1]
-EXPERIMENTS = sorted(file.parent.name for file in (ROOT / "experiments").glob("*/params.yaml"))
+# Ours by name, for a user's own ones lie beside them. To add an experiment to maskdm, add it here.
+EXPERIMENTS = (
+    "celeba64",
+    "celebahq256",
+    "church256",
+    "cifar10",
+    "digits",
+    "digits-seeds",
+    "fashion-mnist",
+    "swissroll",
+    "tiny",
+    "transfer-digits",
+    "transfer-digits-1",
+    "vggface2-celebahq",
+)
+# Run end to end. The other digits differ from digits-seeds and transfer-digits in values that shrinking replaces, and
+# tiny is what most tests of stages run on.
+RUN = sorted({*EXPERIMENTS} - {"digits", "transfer-digits-1", "tiny"})
+REPORTED = {"celeba64", "swissroll", "transfer-digits"}  # images, points, two datasets: the rest have the same figures
 SHRUNK = [
     "model.patch_size=1",
     "model.dim=8",
@@ -53,18 +71,18 @@ def header(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name != "tiny"])
-def test_its_header_says_what_it_costs_what_to_expect_and_how_to_run_it(name: str) -> None:
+def test_the_header_gives_cost_expectation_and_command(name: str) -> None:
     for what in ("cost ", "expected ", f"command   snakemake -d experiments/{name} --cores "):
         assert f"#   {what}" in header(name)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_it_is_valid_and_named_as_its_folder(name: str) -> None:
+def test_an_experiment_is_valid_and_named_like_its_folder(name: str) -> None:
     assert load_params(experiment(name) / "params.yaml").name == name
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_it_can_be_planned(name: str, tmp_path: Path) -> None:
+def test_an_experiment_can_be_planned(name: str, tmp_path: Path) -> None:
     params = load_params(experiment(name) / "params.yaml")
     with contextlib.chdir(tmp_path):
         plan = run(params, ["A100"], calibrate=False)
@@ -86,7 +104,7 @@ MAKERS: dict[str, Callable[[str], object]] = {
 
 
 def shrink(name: str, folder: Path) -> Experiment:
-    """The experiment as small as can be, of scratch and its last arm; images are made where they are not embedded."""
+    """The smallest experiment with these sources: the first and the last arm, on made-up images unless embedded."""
     params = load_params(experiment(name) / "params.yaml")
     changes = list(SHRUNK)
     for where, dataset in [("dataset", params.dataset), *((f"datasets.{k}", d) for k, d in params.datasets.items())]:
@@ -111,8 +129,9 @@ def make_images(params: Params) -> None:
             MAKERS[dataset.source](dataset.root)
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_it_runs_from_end_to_end(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.workflow
+@pytest.mark.parametrize("name", RUN)
+def test_an_experiment_runs_from_end_to_end(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if name in ("cifar10", "celeba64"):
         monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
         monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
@@ -122,5 +141,6 @@ def test_it_runs_from_end_to_end(name: str, tmp_path: Path, monkeypatch: pytest.
     for arm in shrunk.content["arms"]:
         for stage in ("pretrain", "finetune", "sample", "evaluate"):
             shrunk.succeed(stage, "--arm", arm, "--seed", "0")
-    shrunk.succeed("report")
-    assert all(arm in shrunk.succeed("summary").out for arm in shrunk.content["arms"])
+    if name in REPORTED:
+        shrunk.succeed("report")
+        assert all(arm in shrunk.succeed("summary").out for arm in shrunk.content["arms"])

@@ -34,7 +34,6 @@ from maskdm.plan import (
 )
 from maskdm.training import devices
 from tests.factories import BF16, FP32, tiny_model, tiny_params
-from tests.imported import run_python
 
 if TYPE_CHECKING:
     from tests.conftest import Experiment
@@ -605,11 +604,6 @@ def test_help_teaches(tiny: Experiment) -> None:
     out = tiny.succeed("plan", "--help").out
     for part in ("--utilisation", "--gpu", "V100", ".work/calibration.json", "examples:"):
         assert part in out
-
-
-def test_importing_it_imports_neither_tensors_nor_engines(tiny: Experiment) -> None:
-    (modules,) = run_python("import sys, maskdm.plan; print(*sys.modules)", tiny.folder)
-    assert not {*modules.split()} & {"torch", "numpy", "mlflow", "psutil"}
 
 
 def test_threads_beyond_the_cores_are_not_measured() -> None:

@@ -1,4 +1,4 @@
-"""What starting a command costs, told by what its process imports: no compiler, nothing that is not used."""
+"""What commands import: no compiler, no engine, nothing that is not used. Each import costs every short stage time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from maskdm.config.jobs import ARM_STAGES
 from maskdm.training.optimizer import EagerAdam, EagerAdamW
-from tests.imported import AFTER, after, modules_after, run_python
+from tests.imported import modules_after_each, run_python
 
 if TYPE_CHECKING:
     from tests.conftest import Experiment
@@ -25,62 +25,52 @@ ENGINES = {"dvc", "snakemake", "mlflow"}
 TENSORS = {"torch", "numpy"}
 NEVER = COMPILER | SCORING | ENGINES  # the classifier scores, and MLflow is for stages of minutes, and the report
 TRAINING = NEVER | PLOTTING | {"sklearn", "scipy", "PIL"}
+HEAVY = TENSORS | TRAINING
 
-NOT_IMPORTED = {
-    "prepare": TRAINING - {"PIL"} | {"torch"},  # not even scikit-learn, which has the digits
-    "features": TRAINING,
-    "scale": TRAINING,
-    "tune": TRAINING,
-    "choose": TRAINING | {"torch"},
-    "pretrain": TRAINING,
-    "finetune": TRAINING,
-    "sample": TRAINING - {"PIL"},  # it draws grids
-    "evaluate": TRAINING - {"PIL"},  # it knows what `sample` has drawn
-    "report": NEVER | {"sklearn"},  # SciPy has Student's t, torch draws the example masks
-}
+# Stages that one process runs in this order, and what is not imported after each: ever less.
+PROCESSES: list[dict[str, set[str]]] = [
+    {"choose": TRAINING | {"torch"}, "prepare": TRAINING - {"PIL"} | {"torch"}},  # scikit-learn's digits without it
+    {
+        **dict.fromkeys(("features", "scale", "tune", "pretrain", "finetune"), TRAINING),
+        "sample": TRAINING - {"PIL"},  # it draws grids
+        "evaluate": TRAINING - {"PIL"},
+        "report": NEVER | {"sklearn"},  # SciPy has Student's t, torch draws the example masks
+    },
+]
 
 
 def words_of(stage: str) -> list[str]:
     return [stage, *(OF_ARM if stage in ARM_STAGES else OF_TRIAL if stage == "tune" else [])]
 
 
-@pytest.mark.parametrize("words", [["--help"], ["plan", "--help"], ["validate"]], ids=" ".join)
-def test_commands_that_compute_nothing_import_neither_tensors_nor_engines(tiny: Experiment, words: list[str]) -> None:
-    assert not modules_after(tiny.folder, *words) & (TENSORS | TRAINING)
-
-
-@pytest.mark.parametrize("stage", list(NOT_IMPORTED))
-def test_a_stage_that_does_its_work_imports_only_what_it_uses(scored: Experiment, stage: str) -> None:
-    unused = modules_after(scored.folder, *words_of(stage), "--force") & NOT_IMPORTED[stage]
-    assert not unused, unused
-
-
-@pytest.mark.parametrize("stage", list(NOT_IMPORTED))
-def test_a_stage_that_is_up_to_date_imports_neither_tensors_nor_engines(finished_once: Experiment, stage: str) -> None:
-    said, modules = run_python(AFTER.format(words=words_of(stage), more=""), finished_once.folder)
-    assert said.endswith(": up to date")
-    assert not {*modules.split()} & (TENSORS | TRAINING)
-
-
-@pytest.mark.parametrize(
-    "module", ["maskdm.config.jobs", "maskdm.stages.markers", "maskdm.stages.runner", "maskdm.status"]
-)
-def test_what_only_compares_stamps_imports_neither_tensors_nor_engines(module: str, tiny: Experiment) -> None:
-    (modules,) = run_python(f"import sys, {module}; print(*sys.modules)", tiny.folder)
-    assert not {*modules.split()} & (TENSORS | TRAINING)
-
-
-def test_kernels_are_deterministic_although_the_compiler_is_not_told(prepared: Experiment) -> None:
-    asked = "import torch; print(torch.are_deterministic_algorithms_enabled())"
-    assert after(prepared.folder, *words_of("pretrain"), more=asked)[1:] == ["True"]
-
-
-def test_imported_modules_are_kept_out_of_garbage_collection_and_nothing_else_is(prepared: Experiment) -> None:
-    asked = """
-import gc
-print(gc.isenabled(), gc.get_freeze_count() > 10_000, len(gc.get_objects()) < gc.get_freeze_count())
+@pytest.mark.workflow
+@pytest.mark.parametrize("unused", PROCESSES, ids=" ".join)
+def test_stages_import_only_what_they_use(scored: Experiment, unused: dict[str, set[str]]) -> None:
+    """And PyTorch's kernels are deterministic, and imported modules alone are kept out of garbage collection."""
+    commands = [[*words_of(stage), "--force"] for stage in unused]
+    more = """
+import gc, sys
+if "torch" in sys.modules:
+    assert sys.modules["torch"].are_deterministic_algorithms_enabled()
+assert gc.isenabled() and gc.get_freeze_count() > 10_000 and len(gc.get_objects()) < gc.get_freeze_count()
 """
-    assert after(prepared.folder, "choose", "--force", more=asked)[1:] == ["True True True"]
+    for modules, (stage, names) in zip(modules_after_each(scored.folder, commands, more), unused.items(), strict=True):
+        assert not modules & names, stage
+
+
+def test_stages_that_are_up_to_date_import_nothing_heavy(finished_once: Experiment) -> None:
+    commands = [words_of(stage) for stages in PROCESSES for stage in stages]
+    *_, modules = modules_after_each(finished_once.folder, commands)
+    assert not modules & HEAVY
+
+
+def test_commands_that_compute_nothing_import_nothing_heavy(tiny: Experiment) -> None:
+    """Nor does the Snakefile, which looks for outdated outputs."""
+    given = ("--version", "--help", "pretrain --help", "plan --help", "validate", "status", "verify")
+    snakefile = "import maskdm.stages.markers; print('MODULES', *sys.modules)"
+    after_each = modules_after_each(tiny.folder, [words.split() for words in given], snakefile)
+    for modules, words in zip(after_each, (*given, "Snakefile"), strict=True):
+        assert not modules & HEAVY and len(modules) < 500, words
 
 
 # --- optimizers without the compiler
@@ -122,20 +112,17 @@ def test_an_update_records_no_gradient_and_leaves_gradients_on() -> None:
     assert torch.is_grad_enabled() and weight.is_leaf and not torch.equal(weight, torch.ones(3))
 
 
-@pytest.mark.parametrize(
-    ("name", "imports"), [("maskdm.training.optimizer.EagerAdamW", False), ("torch.optim.AdamW", True)]
-)
-def test_the_bare_optimizers_do_not_import_the_compiler(tiny: Experiment, name: str, imports: bool) -> None:
+def test_pytorchs_optimizer_imports_the_compiler_and_the_bare_one_does_not(tiny: Experiment) -> None:
     """Where PyTorch's own no longer does, ours are no longer needed."""
-    module, cls = name.rsplit(".", 1)
-    code = f"""
+    code = """
 import sys, torch
-from {module} import {cls}
-weight = torch.nn.Parameter(torch.ones(3))
-optimizer = {cls}([weight], lr=0.1, fused=True)
-weight.sum().backward()
-optimizer.step()
-optimizer.zero_grad()
-print("torch._dynamo" in sys.modules)
+from maskdm.training.optimizer import EagerAdamW
+for cls in (EagerAdamW, torch.optim.AdamW):
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = cls([weight], lr=0.1, fused=True)
+    weight.sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    print("torch._dynamo" in sys.modules)
 """
-    assert run_python(code, tiny.folder) == [str(imports)]
+    assert run_python(code, tiny.folder) == ["False", "True"]

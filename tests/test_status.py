@@ -16,10 +16,9 @@ import pytest
 
 from maskdm.config import load_params, paths
 from maskdm.config.jobs import Job, Jobs
-from tests.conftest import ARM, TINY, Experiment, Outcome
+from tests.conftest import ARM, Experiment, Outcome
 
 OF_ARM = ("--arm", ARM, "--seed", "0")
-SHARED = ("prepare", "choose", "features", "scale")
 TRIALS = {"one": {"pretrain.lr": 1e30}, "two": {"pretrain.lr": 2e30}}
 HOLDER = """\
 import sys, time
@@ -31,38 +30,6 @@ with one_writer(Path(sys.argv[1]), "pretrain"):
 """
 Start = Callable[..., subprocess.Popen[bytes]]
 Stop = Callable[[subprocess.Popen[str], Callable[[], bool], signal.Signals], Outcome]
-
-
-@pytest.fixture(scope="module")
-def shared_once(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
-    """One arm, not tuned; the stages of the whole experiment have run. Not to be changed."""
-    folder = tmp_path_factory.mktemp("shared")
-    shutil.copyfile(TINY, folder / "params.yaml")
-    experiment = Experiment(folder).keep_arm(ARM)
-    experiment.change(tracking={"enabled": False}, compute={"device": "cpu"}, tuning={"trials": {}})
-    for stage in SHARED:
-        experiment.succeed(stage)
-    return experiment
-
-
-@pytest.fixture(scope="module")
-def whole_once(shared_once: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
-    """The same, and every other stage has run. Not to be changed."""
-    experiment = shared_once.copy_to(tmp_path_factory.mktemp("whole"))
-    for stage in ("pretrain", "finetune", "sample", "evaluate"):
-        experiment.succeed(stage, *OF_ARM)
-    experiment.succeed("report")
-    return experiment
-
-
-@pytest.fixture
-def shared(shared_once: Experiment, tmp_path: Path) -> Experiment:
-    return shared_once.copy_to(tmp_path)
-
-
-@pytest.fixture
-def whole(whole_once: Experiment, tmp_path: Path) -> Experiment:
-    return whole_once.copy_to(tmp_path)
 
 
 @pytest.fixture
@@ -145,15 +112,6 @@ def test_done(whole: Experiment) -> None:
         [ARM, "0", *["done"] * 4],
     ]
     assert everything(whole) == before
-
-
-def test_imports_nothing_heavy(whole: Experiment) -> None:
-    script = (
-        "import sys; from maskdm.cli import main; codes = main(['status']), main(['verify']); "
-        "print(*codes, *{'torch', 'dvc', 'mlflow', 'numpy', 'snakemake'} & set(sys.modules), file=sys.stderr)"
-    )
-    done = subprocess.run([sys.executable, "-c", script], cwd=whole.folder, capture_output=True, text=True)
-    assert done.stderr.splitlines()[-1] == "0 0"
 
 
 def test_a_failed_stage_with_its_reason_and_log_until_it_is_run_again(shared: Experiment) -> None:

@@ -7,10 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +19,6 @@ from maskdm.base.publishing import move, publish_folder, publish_json, publish_t
 from maskdm.config import paths
 
 OUTPUT = Path("results/pretrain/scratch/seed-0")
-SHARED_MEMORY = Path("/dev/shm")
 
 
 @pytest.fixture(autouse=True)
@@ -28,12 +27,21 @@ def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def other_filesystem(tmp_path: Path) -> Iterator[Path]:
-    """A folder that nothing can be renamed into from the test's own."""
-    if not SHARED_MEMORY.is_dir() or SHARED_MEMORY.stat().st_dev == tmp_path.stat().st_dev:
-        pytest.skip("needs /dev/shm on a filesystem of its own")
-    with tempfile.TemporaryDirectory(dir=SHARED_MEMORY) as folder:
-        yield Path(folder)
+def other_filesystem(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that the kernel refuses to rename or link into or out of, as if it were another file system."""
+    folder = tmp_path_factory.mktemp("other")
+
+    def refusing(function: Callable[..., None]) -> Callable[..., None]:
+        def call(source: Path, target: Path, **options: Any) -> None:
+            if len({Path(path).parent.resolve().is_relative_to(folder) for path in (source, target)}) == 2:
+                raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+            function(source, target, **options)
+
+        return call
+
+    for name in ("rename", "replace", "link"):
+        monkeypatch.setattr(os, name, refusing(getattr(os, name)))
+    return folder
 
 
 def publish(output: Path = OUTPUT, **files: str) -> None:

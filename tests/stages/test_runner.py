@@ -257,20 +257,6 @@ def test_what_was_found_out_is_remembered_until_it_is_to_be_forgotten(one_arm: E
 # --- up to date -----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def whole_once(one_arm_once: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
-    """One arm, every stage run, the report too; not to be changed."""
-    experiment = one_arm_once.copy_to(tmp_path_factory.mktemp("whole"))
-    experiment.succeed("report")
-    return experiment
-
-
-@pytest.fixture
-def whole(whole_once: Experiment, tmp_path: Path) -> Experiment:
-    """A copy of one arm with every stage run, the report too."""
-    return whole_once.copy_to(tmp_path)
-
-
 def test_what_is_up_to_date_says_so_and_touches_no_file(whole_once: Experiment) -> None:
     before = everything(whole_once)
     for stage in STAGES:

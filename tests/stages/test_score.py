@@ -541,18 +541,6 @@ def test_a_set_in_colour_is_known_by_its_first_file(monkeypatch: pytest.MonkeyPa
     assert len(opened) == 2
 
 
-def test_inception_sees_the_same_in_grey_and_in_rgb_of_grey(tmp_path: Path) -> None:
-    """So that reading grey folders as they are leaves the numbers those of torch-fidelity's `fidelity`."""
-    write_inception_weights(tmp_path / "weights.pth")
-    for name, first in (("a", 0), ("b", 100)):
-        save_pngs(Path(name), digits().pixels[first : first + 12])
-    words = ["--weights", "weights.pth", "--kid-subset-size", "10", "--kid-subsets", "2", "--threads", "1"]
-    grey, rgb = scores_of("a", "b", *words), scores_of("a", "b", *words, "--channels", "3")
-    assert (grey["protocol"]["shape"], rgb["protocol"]["shape"]) == ([8, 8, 1], [8, 8, 3])
-    assert grey["fid"] > 1
-    assert {k: grey[k] for k in SCORES} == {k: rgb[k] for k in SCORES}
-
-
 @pytest.mark.parametrize("channels", [1, 3])
 def test_exported_files_are_as_grey_as_those_they_were_made_of(channels: int) -> None:
     images = colour(3)[..., :channels]
