@@ -1,4 +1,4 @@
-"""The command line: one subcommand per stage, and what helps around them. Imports of weight are made when used."""
+"""The command line: one subcommand for each stage, and tools around them. Heavy imports happen inside the commands."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from maskdm.stages.score.options import add_export_images, add_score
 DESCRIPTION = """\
 Does masked pretraining of a diffusion model pay on your data, at equal compute?
 
-Every command reads ./params.yaml and writes below ./results. You rarely type the stages yourself:
+Every command reads ./params.yaml and writes to ./results. You rarely run the stages yourself:
   dvc repro                 runs what is not up to date, one stage after the other
   snakemake --cores N       the same stages, arms in parallel
 """
@@ -34,11 +34,11 @@ order of the stages:
   pretrain → finetune → sample → evaluate   (every arm and seed)
   all of them → report
 exit codes: 0 done, 1 a stage failed, 2 wrong params.yaml or command line (nothing was started),
-  130 stopped by Ctrl-C, 143 by SIGTERM: training saves its state first; the same command goes on from there
+  130, 143, 129 stopped by Ctrl-C, SIGTERM, SIGHUP: training saves its state first; run the same command to resume
 """
 
 PLAN_DESCRIPTION = """\
-What every stage would do and cost, before anything runs: visible patches, steps, FLOPs, memory, disk, and time.
+What every stage will do and cost, before anything runs: visible patches, steps, FLOPs, memory, disk, and time.
 
 Times on this machine come from a few seconds of real steps, sampling and scoring on random data, measured once and kept
 in .work/calibration.json; what is not estimated is named below the table. Times on GPUs are FLOPs / (datasheet rate ×
@@ -53,9 +53,10 @@ examples:
 """
 
 NEW_DESCRIPTION = """\
-A new experiment from another one: a folder with a changed copy of its params.yaml (comments kept), and the link that
-lets DVC run it. Snakemake needs no link, and the experiments that come with maskdm have none, as every linked one slows
-`dvc repro` down: to run one with DVC, make yours from it. Paths go on leading to the same files.
+Make a new experiment from another one: a folder with a changed copy of its params.yaml (comments are kept), and a
+dvc.yaml, a link that DVC needs. Snakemake needs no link. Most experiments that come with maskdm have none, because every
+linked experiment makes `dvc repro` slower; to run one with DVC, make your own from it. Relative paths in params.yaml are
+changed so that they lead to the same files.
 """
 NEW_EPILOG = """\
 examples:
@@ -64,7 +65,7 @@ examples:
   maskdm new /tmp/smoke --from experiments/cifar10 --arms scratch,block2-m50 --set model.dim=64 --set model.depth=3
 """
 
-GOES_ON = "what was finished is kept; the same command goes on from there"
+RESUMES = "what was finished is kept; run the same command to resume"
 
 TRACK_DESCRIPTION = """\
 Make MLflow say what results/ says: every arm, stage and trial that is up to date or has failed, and the final models.
@@ -73,7 +74,7 @@ when MLflow could not be reached. A second time it changes nothing.
 """
 
 STATUS_DESCRIPTION = """\
-Where every stage of every arm stands, and what is in the way. Looks only: nothing is changed or computed.
+The state of every stage of every arm, and what is in the way. Nothing is changed or computed.
 
   done          its output is what params.yaml asks for
   running       a process works on it: which, since when, at which step, how long it will take
@@ -82,8 +83,8 @@ Where every stage of every arm stands, and what is in the way. Looks only: nothi
   out of date   its output was made from other values or inputs: which
   after tuning  the arm's values are not chosen yet
   missing       nothing is there yet
-Below: a lock file that keeps DVC from working, damaged files, a full disk, each with the command that helps.
-If a run was interrupted, you need not ask: run the same command again, and it resumes.
+Below the table: a lock file that keeps DVC from working, damaged files, a full disk, each with the command that helps.
+If a run is interrupted, run the same command: it resumes.
 """
 STATUS_EPILOG = """\
 examples:
@@ -95,9 +96,9 @@ exit codes: 0; 1 something has failed or is in the way; 2 wrong params.yaml; wit
 """
 
 VERIFY_DESCRIPTION = """\
-Read every file of every output again, and compare its sha256 with the one that was written: after a crash of the
-machine, a copy, or a doubt about the disk. Stages themselves compare sizes only. Each damaged output is printed with
-the command that makes it again. An output that is whole but out of date is not damaged.
+Read every file of every output again, and compare its sha256 with that of the file that was written. Use it after a
+crash of the machine, after copying results, or when you doubt the disk; stages themselves compare sizes only. Each damaged
+output is printed with the command that makes it again. A complete output that is out of date is not damaged.
 """
 VERIFY_EPILOG = """\
 examples:
@@ -109,9 +110,9 @@ exit codes: 0 all files are what was written; 1 some are not; 2 wrong params.yam
 STAGES = {
     "prepare": "dataset → arrays of uint8 in results/data",
     "features": "the feature extractor and the real images' features",
-    "scale": "the two ends of the metrics: real images against real ones, and the untrained network",
-    "tune": "one trial of one arm: other values, a fraction of the budget",
-    "choose": "for every arm the values of its best trial",
+    "scale": "the two ends of the scale of scores: real images against real images, and the untrained network",
+    "tune": "one trial of one arm: other hyperparameters, a fraction of the budget",
+    "choose": "for every arm, the values of its best trial",
     "pretrain": "masked denoising score matching on the visible patches",
     "finetune": "unmasked denoising score matching from the pretrained checkpoint",
     "sample": "images from the averaged weights at every milestone",
@@ -138,12 +139,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except interrupts.Stopped as stopped:
         with suppress(OSError):  # the terminal may be gone
-            print(f"maskdm: stopped by {stopped.number.name}: {stopped.message or GOES_ON}", file=sys.stderr)
+            print(f"maskdm: stopped by {stopped.number.name}: {stopped.message or RESUMES}", file=sys.stderr)
         return stopped.exit_code
     except KeyboardInterrupt:
         print("maskdm: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # who read the output, e.g. `head`, has gone
+    except BrokenPipeError:  # the reader of the output, e.g. `head`, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
@@ -212,17 +213,17 @@ def _add_stage(commands: argparse._SubParsersAction[argparse.ArgumentParser], na
         command.add_argument("--seed", required=True, type=int, help="one of `seeds` in params.yaml")
     if name == "tune":
         command.add_argument("--trial", required=True, help="a key of `tuning.trials` in params.yaml, e.g. lr-low")
-    command.add_argument("--force", action="store_true", help="work even if the output is up to date")
+    command.add_argument("--force", action="store_true", help="run it even if the output is up to date")
     command.add_argument(
         "--stage-version",
         type=int,
-        help="what the workflow engines expect of this stage's code; it makes them rerun the stage when its code "
-        "computes something else (default: do not check)",
+        help="for the workflow engines: the version of this stage's code that they expect; a raised version makes them "
+        "rerun the stage (default: do not check)",
     )
 
 
 def _job(options: argparse.Namespace) -> Job:
-    """The stage that is to be run, of an arm and seed or trial if it has one; the libraries are set up for it."""
+    """The job to run, after the libraries are configured for it."""
     stage = options.stage
     _check_version(stage, options.stage_version)
     params = load_params()
@@ -232,7 +233,7 @@ def _job(options: argparse.Namespace) -> Job:
 
 
 def _prepare_libraries(threads: int) -> None:
-    """Keep BLAS to the stage's cores, and CUDA's to reproducible results; both read this when they are imported."""
+    """Limit BLAS to the stage's threads, and make CUDA's BLAS reproducible; both read this when they are imported."""
     for library in ("OMP", "OPENBLAS", "MKL"):
         os.environ[f"{library}_NUM_THREADS"] = str(threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on CUDA
@@ -247,10 +248,10 @@ def _check_version(stage: str, expected: int | None) -> None:
 
 
 def _which(params: Params, stage: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The arm and the seed or trial that a stage is to work on, if it works on one.
+    """The arm and the seed or trial of a stage, from the options; empty for a stage of the whole experiment.
 
     Raises:
-        ParamsError: params.yaml has no such.
+        ParamsError: params.yaml does not have them.
     """
     if stage not in (*ARM_STAGES, "tune"):
         return {}

@@ -1,12 +1,12 @@
-"""Around every stage: is there work, who does it, what becomes of it.
+"""The runner: what happens around every stage.
 
-A stage fills a folder. The runner compares stamps before anything heavy is imported, lets one process at a time work,
-keeps what the output was before, moves the new output into its place, and writes the record. In this order:
+A stage fills a folder. The runner does the rest: it compares stamps before torch is imported, allows one process at a
+time to work, keeps the previous output, moves the new output into its place, and writes the record. The places:
 
-    .work/OUTPUT/KEY/           what a killed process goes on from; in it `output`, while it is built
-    .work/OUTPUT/previous/KEY/  the output before, with its record: going back to its values costs a rename
-    .work/OUTPUT/record.json    a copy of the record, should that get lost
-    results/records/            the record, written just before
+    .work/OUTPUT/KEY/           unfinished work, from which a killed process resumes; `output` in it is being built
+    .work/OUTPUT/previous/KEY/  the previous output with its record: going back to its values costs a rename
+    .work/OUTPUT/record.json    a copy of the record, in case the record is lost
+    results/records/            the record, written just before the output is renamed
     results/OUTPUT              the output, renamed into its place
 """
 
@@ -50,8 +50,8 @@ from maskdm.tracking.live import live_log
 
 BEGUN, FAILED, OUTPUT, RECORD, PREVIOUS = "begun.json", "failed.json", "output", "record.json", "previous"
 SHARED = ("tune", "pretrain", "finetune", "sample")  # stages that several processes may share
-KEYS_KEPT = 2  # unfinished work of so many different values is kept for an output
-# `choose` reads the folder of all trials. Where nothing is tuned nobody else makes it, and DVC wants it there.
+KEYS_KEPT = 2  # for each output, unfinished work of this many different values is kept
+# `choose` reads the folder of all trials. Where nothing is tuned no other stage makes it, and DVC needs it.
 TRIALS_NOTE = "One file for every trial of every arm: what it changed, and its scores. Empty where nothing is tuned.\n"
 
 
@@ -61,11 +61,11 @@ class Task:
 
     Attributes:
         job: what to do.
-        work: the folder for what a killed process goes on from; gone when the stage is done.
+        work: the folder for unfinished work, from which a killed process resumes; removed when the stage is done.
         log: takes rows of a training curve, for MLflow.
         record: plain values that the stage adds to its record.
         inputs: digests of what it reads, by name.
-        result: what the stage has returned: the content of an output that is one JSON file.
+        result: what the stage has returned; for an output that is one JSON file, its content.
     """
 
     job: Job
@@ -91,14 +91,14 @@ class Task:
 
 
 def run_stage(job: Job, force: bool = False) -> None:
-    """Do a stage's work, if there is any.
+    """Run a stage, unless its output is up to date.
 
     Args:
-        job: which.
-        force: work even if the output is up to date.
+        job: the stage, and its arm and seed or trial.
+        force: run it even if the output is up to date.
 
     Raises:
-        UserError: an input is missing or out of date, the stage can't do its work, or a place can't be written.
+        UserError: an input is missing or out of date, the stage fails, or a file can't be written.
         Stopped: a signal came; training has saved its state.
     """
     if is_follower():
@@ -142,7 +142,7 @@ def _say_up_to_date(job: Job) -> None:
 
 
 def _dismiss_others(job: Job) -> None:
-    """Tell the processes that a launcher has started with this one that there is no work."""
+    """Notify the other ranks that a launcher has started with this process: there is no work."""
     if (launched() or (0, 1))[1] > 1 and job.stage in SHARED:
         from maskdm.training.ranks import sharing
 
@@ -152,10 +152,10 @@ def _dismiss_others(job: Job) -> None:
 
 @contextmanager
 def _making_output(job: Job) -> Iterator[tuple[ModuleType, Task, Path]]:
-    """Around the work of a stage: claim its work folder, time and track it, then put the output in its place.
+    """Surround the work of a stage: claim its work folder, time it, log it, then put the output into its place.
 
     Yields:
-        the stage's module, its task, and the folder to fill, or the file's place for an output that is one file.
+        the stage's module, its task, and the folder to fill; for an output that is one file, the path of that file.
     """
     if job.output.exists() and (reason := job.why_outdated()):
         print(f"{job.title}: {reason}", file=sys.stderr, flush=True)
@@ -199,7 +199,7 @@ def _stamp(job: Job, task: Task, building: Path, stamp: Stamp) -> None:
 
 
 def _remove_half_files(job: Job) -> None:
-    """Remove what processes were killed in the middle of writing; states may be large."""
+    """Remove files that a killed process has left half written; states may be large."""
     output, record = job.output, job.record
     halves = [*paths.work(output).glob(f"**/.*{BUILDING}"), *record.parent.glob(f".{record.name}.*{BUILDING}")]
     for half in (*halves, output.with_name(f".{output.name}{BUILDING}")):
@@ -207,9 +207,9 @@ def _remove_half_files(job: Job) -> None:
 
 
 def _load(stage: str) -> ModuleType:
-    """Import a stage with all that it needs, and never look for garbage among it.
+    """Import a stage and all its modules, with the garbage collector off, and exempt them from later collections.
 
-    There is none, and looking is a quarter of the CPU time of starting and ending a process with PyTorch.
+    They hold no garbage. Looking for it takes a quarter of the CPU time of a process that imports PyTorch and exits.
     """
     gc.disable()
     try:
@@ -220,7 +220,7 @@ def _load(stage: str) -> ModuleType:
 
 
 def _begin(work: Path) -> dict[str, Any]:
-    """Claim a work folder: whose run it is, and how many processes have worked on it, this one included."""
+    """Claim a work folder: note the id of the work, and how many processes have worked on it, including this one."""
     work.mkdir(parents=True, exist_ok=True)
     try:
         begun = dict(json.loads((work / BEGUN).read_bytes()))
@@ -236,7 +236,7 @@ def _begin(work: Path) -> dict[str, Any]:
 
 
 def _note_failure(work: Path, error: BaseException) -> None:
-    """Leave the reason where `maskdm status` finds it; a full disk may refuse even that."""
+    """Write down the reason for `maskdm status`; on a full disk even this may fail."""
     reason = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception_only(error)).strip()
     failure = {"reason": reason, "host": socket.gethostname(), "pid": os.getpid(), "log": _log(), "time": _now()}
     with suppress(OSError, UserError):
@@ -244,7 +244,7 @@ def _note_failure(work: Path, error: BaseException) -> None:
 
 
 def _log() -> str | None:
-    """The file that this process's messages go to, if it is one."""
+    """The file that stderr is redirected to; None if it is a terminal or a pipe."""
     with suppress(OSError):
         target = Path("/proc/self/fd/2").readlink()
         return str(target) if target.is_file() else None
@@ -252,7 +252,7 @@ def _log() -> str | None:
 
 
 def _took_back(job: Job) -> bool:
-    """Bring the output of the wanted key back from `previous`, if it is there; what is in place goes to `previous`."""
+    """Exchange the output with the one in `previous`, if that one has the wanted key."""
     key = job.wanted().key
     kept = paths.work(job.output) / PREVIOUS / key
     stamp = read_stamp(kept / OUTPUT)
@@ -272,19 +272,19 @@ def _took_back(job: Job) -> bool:
 
 
 def _put_in_place(job: Job, made: Path, record: Path) -> None:
-    """Let an output and its record take the place of those that are there, which go to `previous`.
+    """Move an output and its record into place; those that were there go to `previous`.
 
-    When that fails they come back. A process killed at any moment leaves the old or the new ones in place, or no output
-    there and the old one whole in `previous`.
+    If this fails, they are moved back. A process that is killed at any moment leaves the old ones or the new ones in
+    place, or no output there and the whole old one in `previous`.
 
     Args:
-        job: whose.
-        made: the output, complete, elsewhere.
-        record: its record, elsewhere; the report has none, as it shows all records.
+        job: the stage.
+        made: the complete output, in another place.
+        record: its record, in another place; the report has none, because it shows all records.
     """
     before = _copy_record_aside(job)
     try:
-        if before is None:  # nothing, or what is not whole
+        if before is None:  # nothing was there, or nothing complete
             remove(job.output)
         else:
             move(job.output, before / OUTPUT)
@@ -303,7 +303,7 @@ def _put_in_place(job: Job, made: Path, record: Path) -> None:
 
 
 def _copy_record_aside(job: Job) -> Path | None:
-    """Make the folder in `previous` for the output that is there, with its record; None if there is nothing whole."""
+    """Make the folder in `previous` for the current output, with a copy of its record; None if it is not complete."""
     stamp = read_stamp(job.output)
     if stamp is None or missing_files(job.output, stamp):
         return None
@@ -316,7 +316,7 @@ def _copy_record_aside(job: Job) -> Path | None:
 
 
 def _keep_one_previous(job: Job, before: Path | None) -> None:
-    """Of the outputs in `previous`, keep the last one that is not the one in place."""
+    """Keep one output in `previous`: the last one that is not in place."""
     stamp, folder = read_stamp(job.output), paths.work(job.output) / PREVIOUS
     now = None if stamp is None else folder / stamp.key
     last = None if before == now else before
