@@ -54,9 +54,9 @@ examples:
 
 NEW_DESCRIPTION = """\
 Make a new experiment from another one: a folder with a changed copy of its params.yaml (comments are kept), and a
-dvc.yaml, a link that DVC needs. Snakemake needs no link. Most experiments that come with maskdm have none, because every
-linked experiment makes `dvc repro` slower; to run one with DVC, make your own from it. Relative paths in params.yaml are
-changed so that they lead to the same files.
+dvc.yaml, a link that DVC needs. Snakemake needs no link. Most experiments that come with maskdm have none, because
+every linked experiment makes `dvc repro` slower; to run one with DVC, make your own from it. Relative paths in
+params.yaml are changed so that they lead to the same files.
 """
 NEW_EPILOG = """\
 examples:
@@ -97,8 +97,8 @@ exit codes: 0; 1 something has failed or is in the way; 2 wrong params.yaml; wit
 
 VERIFY_DESCRIPTION = """\
 Read every file of every output again, and compare its sha256 with that of the file that was written. Use it after a
-crash of the machine, after copying results, or when you doubt the disk; stages themselves compare sizes only. Each damaged
-output is printed with the command that makes it again. A complete output that is out of date is not damaged.
+crash of the machine, after copying results, or when you doubt the disk; stages themselves compare sizes only. Each
+damaged output is printed with the command that makes it again. A complete output that is out of date is not damaged.
 """
 VERIFY_EPILOG = """\
 examples:
