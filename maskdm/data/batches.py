@@ -15,10 +15,8 @@ from maskdm.base import rng
 
 RESIDENT_SHARE = 4  # the dataset may take 1/4 of a GPU's memory
 UPLOADED_AT_ONCE = 8192  # images
-STEPS_AT_ONCE, BYTES_AT_ONCE = (
-    16,
-    2**20,
-)  # on a CPU at most so many batches, of so many float32 bytes, are made together
+STEPS_AT_ONCE = 16  # batches made together on a CPU, at most
+BYTES_AT_ONCE = 2**20  # of their float32 pixels, at most, unless one batch has more
 
 
 class Images(Protocol):

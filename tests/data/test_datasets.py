@@ -210,7 +210,7 @@ IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
         (IMAGES, b"<html>not found</html>", r"\(AssertionError\)"),
     ],
 )
-def test_damaged_files_of_mnist_are_told(name: str, content: bytes, message: str) -> None:
+def test_damaged_files_of_mnist_are_reported(name: str, content: bytes, message: str) -> None:
     make_mnist()
     put(f"data/mnist/{name}", content)
     with pytest.raises(UserError, match=message) as caught:
@@ -308,7 +308,7 @@ def test_svhn_is_its_file_bit_by_bit(split: str | None, monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("no_network")
-def test_a_damaged_file_of_svhn_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_file_of_svhn_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     make_svhn(monkeypatch)
     put("data/svhn/train_32x32.mat", b"cut")
     with pytest.raises(UserError, match=r"files of svhn in data/svhn are damaged, .*: download train_32x32\.mat again"):
@@ -409,7 +409,7 @@ def test_a_damaged_database_is_refused(damage: Callable[[bytes], bytes], message
     assert str(file) in str(caught.value)
 
 
-def test_without_the_package_the_user_of_lsun_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_lmdb_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     make_lsun()
     monkeypatch.setitem(__import__("sys").modules, "lmdb", None)
     with pytest.raises(UserError, match=r"source lsun needs the package lmdb: pip install 'maskdm\[datasets\]'"):
@@ -533,7 +533,7 @@ def test_a_saved_dataset_of_one_split_is_of_that_split(hub: Any) -> None:
             prepare(params(root=root, split="test", **given), Path("other"))
 
 
-def test_a_saved_dataset_without_the_split_is_told(hub: Any) -> None:
+def test_a_saved_dataset_without_the_split_is_refused(hub: Any) -> None:
     hub.DatasetDict(train=table(hub), valid=table(hub)).save_to_disk("files")
     with pytest.raises(UserError, match=r"dataset\.split: files has no split 'test'; it has train, valid"):
         prepared(source="huggingface:someone/insects", root="files", split="test", image_size=8)
@@ -572,7 +572,7 @@ def test_a_saved_dataset_is_of_its_configuration(hub: Any) -> None:
             prepare(params(source="huggingface:insects:all", root=root, image_size=8), Path("other"))
 
 
-def test_what_hugging_face_does_not_have_is_told(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_hugging_face_does_not_have_is_reported(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     table(hub).save_to_disk("files")
     table(hub).remove_columns("image").save_to_disk("other")
     with pytest.raises(UserError, match=r"has no column of images; it has label"):
@@ -590,7 +590,7 @@ def test_a_script_in_a_dataset_of_hugging_face_is_not_run(hub: Any) -> None:
     assert not Path("run").exists()
 
 
-def test_without_the_package_the_user_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_datasets_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(UserError, match=r"pip install 'maskdm\[datasets\]'"):
         prepared(source="huggingface:x", image_size=8)
@@ -625,15 +625,15 @@ def test_limit_draws_by_seed_and_keeps_the_order() -> None:
     assert len(positions(drawn.all(), more)) == 200, "a smaller draw is a part of a larger one"
 
 
-@pytest.mark.parametrize(("limit", "is_told"), [(183, False), (184, True)])
+@pytest.mark.parametrize(("limit", "warns"), [(183, False), (184, True)])
 def test_a_limit_of_more_images_than_there_are_is_all_with_a_warning(
-    limit: int, is_told: bool, capsys: pytest.CaptureFixture[str]
+    limit: int, warns: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = digits(limit=limit, classes=["3"])
     assert prepared(**given, datasets={"same": given}).manifest["source"]["counts"]["used"] == 183
     said = capsys.readouterr().err
     for name in ("dataset", "datasets.same"):
-        assert (f"warning: {name}.limit {limit}: there are 183 images; all are used\n" in said) == is_told
+        assert (f"warning: {name}.limit {limit}: there are 183 images; all are used\n" in said) == warns
 
 
 def test_a_draw_is_the_same_in_all_versions() -> None:
@@ -682,7 +682,7 @@ def test_held_out_images_are_the_rest_of_those_used() -> None:
         ({"source": "image_folder", "root": "photos", "on_bad_image": "skip"}, r"dataset\.root: all 1 images"),
     ],
 )
-def test_mistakes_in_other_datasets_are_told_with_their_name(other: dict[str, Any], message: str) -> None:
+def test_errors_in_other_datasets_name_them(other: dict[str, Any], message: str) -> None:
     put("photos/1.png", b"no image")
     with pytest.raises(UserError, match=rf"^datasets\.more: {message}"):
         prepared(**digits(), datasets={"more": {"image_size": 8, "channels": 1, **other}})
@@ -711,7 +711,7 @@ def test_other_datasets_lie_beside_it() -> None:
         ({"limit": 1, "held_out": 0.9}, r"held_out 0\.9 of 1 images is 1"),
     ],
 )
-def test_impossible_selections_are_told(knobs: dict[str, Any], message: str) -> None:
+def test_impossible_selections_are_refused(knobs: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         prepared(**digits(**knobs))
 
@@ -738,7 +738,7 @@ def test_the_same_images_are_drawn_from_every_kind_of_root() -> None:
     assert len(found) == 1
 
 
-def test_an_unknown_dataset_is_told() -> None:
+def test_an_unknown_dataset_is_refused() -> None:
     with pytest.raises(ParamsError, match=r"unknown dataset 'minst'; did you mean 'mnist'"):
         params(source="minst", image_size=8)
 

@@ -364,7 +364,7 @@ def test_of_equal_names_the_last_counts(mode: str) -> None:
     np.testing.assert_array_equal(ImageArrays.open(Path("out")).all(), np.stack([noise(2), noise(3)]))
 
 
-def test_a_compressed_tar_that_there_is_no_room_to_unpack_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_space_to_decompress_a_tar_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     make_tar("photos.tar.gz", make_folder(), "w:gz")
 
     def refuse(*_: Any) -> None:
@@ -433,7 +433,7 @@ def test_a_bad_image_is_named(root: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("root", BUILDERS)
-def test_skipped_images_are_recorded_and_told(root: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_skipped_images_are_recorded_and_reported(root: str, capsys: pytest.CaptureFixture[str]) -> None:
     good = {"z/ok.png": picture(1), "a/ok.png": picture(2)}
     BUILDERS[root]({**good, **{f"a/{name}": content for name, (content, _) in BAD.items()}})
     manifest = run(root, threads=2, on_bad_image="skip")
@@ -508,7 +508,7 @@ def test_a_failed_run_leaves_the_old_dataset() -> None:
     assert not list(Path().rglob("*.building"))
 
 
-# --- what the user is told about the root
+# --- error messages about the root
 
 
 def test_missing_root(tmp_path: Path) -> None:
@@ -532,7 +532,7 @@ def test_roots_without_images() -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", picture(), bytes(10_000)])
-def test_a_root_that_is_no_archive(content: bytes) -> None:
+def test_a_root_that_is_not_an_archive(content: bytes) -> None:
     put("photos.tar", content)
     with pytest.raises(UserError, match=r"photos\.tar is neither a folder nor a \.zip.*|no images in photos\.tar"):
         run("photos.tar")

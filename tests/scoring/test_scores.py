@@ -523,12 +523,12 @@ def test_clip_takes_the_published_file_alone(tmp_path: Path) -> None:
         open_pretrained(EvaluationConfig(features="clip-vit-b-32", weights=str(path)), CPU)
 
 
-def test_dinov2_takes_no_file_and_says_what_else_to_do() -> None:
+def test_dinov2_takes_no_file_and_the_error_says_what_to_do() -> None:
     with pytest.raises(ValidationError, match=r"takes no local weights: remove weights, and copy torch\.hub's folder"):
         EvaluationConfig(features="dinov2-vit-s-14", weights="dino.pth")
 
 
-def test_weights_that_cannot_be_downloaded_are_an_error_that_says_what_else_to_do() -> None:
+def test_without_a_download_the_error_says_what_to_do() -> None:
     declare_missing_operators()
     target = "torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url"
     with (
@@ -551,7 +551,7 @@ def test_weights_that_cannot_be_downloaded_are_an_error_that_says_what_else_to_d
     ],
     ids=str,
 )
-def test_a_download_that_is_broken_is_told_of(error: Exception, says: str) -> None:
+def test_a_broken_download_is_reported(error: Exception, says: str) -> None:
     declare_missing_operators()
     target = "torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url"
     with patch(target, side_effect=error), pytest.raises(UserError, match=says) as refusal:
