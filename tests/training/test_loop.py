@@ -184,8 +184,8 @@ class Interrupted(Exception):  # noqa: N818  (no error: what a killed process lo
     """Training stops here."""
 
 
-def train_in_two_goes(params: Params, run: Training, at_step: int, folder: Path, compute: Compute) -> TrainState:
-    """Train until the state of `at_step` is on disk, then go on from there in another network."""
+def train_in_two_parts(params: Params, run: Training, at_step: int, folder: Path, compute: Compute) -> TrainState:
+    """Train until the state of `at_step` is on disk, then resume in another network."""
     store = StateStore(folder, every_seconds=0.0)
 
     def save(good: TrainState) -> None:
@@ -217,13 +217,13 @@ def train_in_two_goes(params: Params, run: Training, at_step: int, folder: Path,
     ],
     ids=["plain", "clip-flip", "schedule-micro", "conditional", "bf16", "cuda"],
 )
-def test_resuming_is_going_on_bit_for_bit(changes: dict[str, Any], compute: Compute, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(changes: dict[str, Any], compute: Compute, tmp_path: Path) -> None:
     params = tiny_params(**{**changes, "training": {"log_every": 3, **changes.get("training", {})}})
     run = replace(run_of(params, num_steps=10), milestones=(4,))
     labelled = params.model.class_conditional
     whole = train_quietly(fresh_state(params, device=compute.device), run, compute, labelled=labelled)
     for at_step in (3, 4, 8, 9):  # 4 is a milestone, and after 8 steps a row is half full
-        resumed = train_in_two_goes(params, run, at_step, tmp_path / str(at_step), compute)
+        resumed = train_in_two_parts(params, run, at_step, tmp_path / str(at_step), compute)
         assert_same_tensors(frozen(resumed), frozen(whole))
         assert resumed.curve == whole.curve
         assert resumed.step == whole.step == 10
@@ -331,7 +331,7 @@ def test_device_seconds_hold_steps_and_data_but_neither_logging_nor_saving(monke
     assert clock.now == 1000 + 12.5 + 4 * 100 + 4 * 1000, "the milestone is taken too"
 
 
-def test_seconds_of_a_resumed_run_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seconds_of_a_resumed_run_continue(monkeypatch: pytest.MonkeyPatch) -> None:
     params = tiny_params(training={"log_every": 4})
     clock, whole, first = FakeTime(monkeypatch), fresh_state(params), fresh_state(params)
     train_timed(clock, whole, run_of(params, num_steps=10))
@@ -345,7 +345,7 @@ def test_seconds_of_a_resumed_run_go_on(monkeypatch: pytest.MonkeyPatch) -> None
     without_memory = [[{**row, "peak_memory_gib": 0} for row in state.timings] for state in (resumed, whole)]
     assert without_memory[0] == without_memory[1]
     assert resumed.curve == whole.curve
-    assert len(first.timings) == 2, "the list that was saved is not the one that goes on"
+    assert len(first.timings) == 2, "the list that was saved is not the one that grows"
 
 
 def test_the_curve_does_not_depend_on_the_time_that_it_took(monkeypatch: pytest.MonkeyPatch) -> None:

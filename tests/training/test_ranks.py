@@ -72,7 +72,7 @@ def _is_maskdm(process: psutil.Process) -> bool:
 def when(is_so: Callable[[], bool], seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while not is_so():
-        assert time.monotonic() < deadline, "it never came"
+        assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.002)
 
 
@@ -243,17 +243,17 @@ def stopped(prepared_once: Experiment, tmp_path_factory: pytest.TempPathFactory)
     return experiment
 
 
-def gone_on(stopped: Experiment, folder: Path, **changes: Any) -> Experiment:
+def resumed(stopped: Experiment, folder: Path, **changes: Any) -> Experiment:
     """What comes of a stopped stage with other values."""
     experiment = stopped.copy_to(folder).change(**changes)
     assert "resuming from step" in experiment.succeed("pretrain", *OF_ARM).out
     return experiment
 
 
-def test_going_on_is_exact_with_as_many_devices_and_possible_with_another_number(
+def test_resuming_is_exact_with_as_many_devices_and_possible_with_another_number(
     stopped: Experiment, tmp_path: Path
 ) -> None:
-    with_two, with_one = gone_on(stopped, tmp_path / "2"), gone_on(stopped, tmp_path / "1", compute={"devices": 1})
+    with_two, with_one = resumed(stopped, tmp_path / "2"), resumed(stopped, tmp_path / "1", compute={"devices": 1})
     shutil.rmtree(stopped.path(".work"))
     stopped.succeed("pretrain", *OF_ARM)
     place = "results/pretrain"

@@ -1,4 +1,4 @@
-"""What a killed stage goes on from: states and pieces, whole or refused."""
+"""What an interrupted stage resumes from: states and pieces, whole or refused."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_a_state_that_can_not_be_read_now_is_not_taken_for_damaged(
 def test_a_curve_of_any_length_can_be_saved(tmp_path: Path) -> None:
     """The header of safetensors ends at 100 MB."""
     store = store_in(tmp_path)
-    curve = [{"step": step, "loss": 0.123456789, "note": "x" * 80} for step in range(1_000_000)]
+    curve = [{"step": step, "loss": 0.123456789, "note": "x" * 11_000} for step in range(10_000)]
     store.save({}, {"step": 1, "curve": curve})
     loaded = store.load()
     assert loaded is not None and loaded[1]["curve"] == curve
@@ -196,15 +196,15 @@ for step in range(1, 100_000):
 
 
 def test_a_process_killed_while_it_saves_leaves_a_whole_state(tmp_path: Path) -> None:
-    """At ten moments, each in a process of its own that does nothing but save."""
-    for round_number in range(10):
+    """At five moments, each in a process of its own that does nothing but save."""
+    for round_number in range(5):
         folder = tmp_path / str(round_number)
         process = subprocess.Popen([sys.executable, "-c", SAVING, str(folder)], stdout=subprocess.PIPE)
         assert process.stdout is not None and process.stdout.readline() == b"ready\n"
         deadline = time.monotonic() + 30
         while not list(folder.glob("state-*.safetensors")) and time.monotonic() < deadline:
             time.sleep(0.001)
-        time.sleep(0.0017 * round_number)
+        time.sleep(0.0034 * round_number)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         process.stdout.close()
