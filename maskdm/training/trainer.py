@@ -20,7 +20,7 @@ from maskdm.config import DiffusionConfig, Training
 from maskdm.data.arrays import ImageArrays
 from maskdm.data.batches import Batches, is_resident
 from maskdm.method.backbones import build_model
-from maskdm.method.backbones.uvit import Block, uses_plain_attention
+from maskdm.method.backbones.uvit import uses_plain_attention
 from maskdm.training import devices
 from maskdm.training.loop import Watcher, train
 from maskdm.training.objective import Objective
@@ -249,7 +249,7 @@ class Trainer(Watcher):
         else:
             model.load_state_dict(init)
         if self.compute.compile_mode is not None and self.ranks.num_ranks > 1:
-            for block in (module for module in model.modules() if isinstance(module, Block)):
+            for block in model.blocks:
                 block.compile(dynamic=False)
         model.to(self.compute.device)
         ema = Ema(model, config.ema_decay) if self.ranks.is_first else None

@@ -62,6 +62,11 @@ class UViT(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.decoder_pred = nn.Linear(dim, patch_dim)
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks, in their order."""
+        return [*self.in_blocks, self.mid_block, *self.out_blocks]
+
     def forward(self, patches: Tensor, t: Tensor, visible_idx: Tensor, labels: Tensor | None = None) -> Tensor:
         """Predict the target of every visible patch.
 
