@@ -217,7 +217,9 @@ def train_in_two_parts(params: Params, run: Training, at_step: int, folder: Path
     ],
     ids=["plain", "clip-flip", "schedule-micro", "conditional", "bf16", "cuda"],
 )
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(changes: dict[str, Any], compute: Compute, tmp_path: Path) -> None:
+def test_a_resumed_run_is_that_of_one_process_bit_for_bit(
+    changes: dict[str, Any], compute: Compute, tmp_path: Path
+) -> None:
     params = tiny_params(**{**changes, "training": {"log_every": 3, **changes.get("training", {})}})
     run = replace(run_of(params, num_steps=10), milestones=(4,))
     labelled = params.model.class_conditional
