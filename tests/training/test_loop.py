@@ -217,7 +217,7 @@ def train_in_two_parts(params: Params, run: Training, at_step: int, folder: Path
     ],
     ids=["plain", "clip-flip", "schedule-micro", "conditional", "bf16", "cuda"],
 )
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+def test_a_resumed_run_is_that_of_one_process_bit_for_bit(
     changes: dict[str, Any], compute: Compute, tmp_path: Path
 ) -> None:
     params = tiny_params(**{**changes, "training": {"log_every": 3, **changes.get("training", {})}})
