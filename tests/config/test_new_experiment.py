@@ -34,9 +34,7 @@ def test_it_is_the_other_one_but_for_what_was_changed(tmp_path: Path) -> None:
 
 def test_comments_are_kept_and_the_first_line_says_where_it_comes_from(tmp_path: Path) -> None:
     text = (make(tmp_path / "mine", "name=other", arms=("scratch",)) / "params.yaml").read_text(encoding="utf-8")
-    says = (
-        f"# From {TINY / 'params.yaml'}, changed: name=other --arms scratch; the comment below describes that one."
-    )
+    says = f"# From {TINY / 'params.yaml'}, changed: name=other --arms scratch; the comment below describes that one."
     assert text.startswith(f"{says}\n# The whole pipeline in")
     assert "name: other\n" in text
 
