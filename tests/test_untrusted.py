@@ -714,15 +714,11 @@ ARRAYS = {
 
 @pytest.mark.parametrize("case", ARRAYS)
 @pytest.mark.parametrize("file", ["labels.npy", "images-00000.npy"])
-def test_arrays_that_declare_what_is_not_there_are_refused(prepared_once: Experiment, file: str, case: str) -> None:
-    data = prepared_once.path("results", "data")
-    before = (data / file).read_bytes()
-    try:
-        put(data / file, ARRAYS[case])
-        with pytest.raises(UserError, match=rf"(?s){file} .*run `maskdm prepare` again"):
-            ImageArrays.open(data)
-    finally:
-        put(data / file, before)
+def test_arrays_that_declare_what_is_not_there_are_refused(prepared: Experiment, file: str, case: str) -> None:
+    data = prepared.path("results", "data")
+    put(data / file, ARRAYS[case])
+    with pytest.raises(UserError, match=rf"(?s){file} .*run `maskdm prepare` again"):
+        ImageArrays.open(data)
 
 
 @pytest.mark.parametrize("place", ["../../params.yaml", "/etc/passwd", "sub/images-00000.npy", "..", "a\\b/../x"])

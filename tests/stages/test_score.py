@@ -624,7 +624,7 @@ def _checkpoint() -> None:
         (_few, "a.npy", [], r"a\.npy has 49 images, fewer than KID's subsets of 50: .* a smaller --kid-subset-size"),
         (_larger, "a.npy", [], r"must be images of one size and kind, and a\.npy: 60 images, 7×7 RGB, but b\.npy: 60"),
         (_checkpoint, "a.safetensors", [], "a.safetensors is a model: --num-samples N says"),
-        (_checkpoint, "a.safetensors", ["--num-samples", "60"], r"no params\.yaml in any folder above it"),
+        (_checkpoint, "a.safetensors", ["--num-samples", "60"], r"no folder above it has a params\.yaml"),
         (_good, "a.npy", ["--features", "classifier"], r"trained on the labels of B, and b\.npy has none"),
         (_good, "a.npy", ["--features", "pixels", "--weights", "w"], "--features pixels takes no --weights"),
         (
