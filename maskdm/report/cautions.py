@@ -11,11 +11,11 @@ from typing import Any
 from maskdm.config import Params
 from maskdm.report.comparison import Findings
 from maskdm.report.numbers import names_text, rate_text
-from maskdm.report.prose import extractor_caution, few_samples_caution
 from maskdm.report.results import Choice
 from maskdm.report.statistics import ENOUGH
 from maskdm.report.verdicts import EQUAL_COMPUTE, MATCHED_BY
 from maskdm.scoring import points
+from maskdm.scoring.protocol import extractor_caution, few_samples_caution
 
 RATE_TOLERANCE = 0.05  # between the mask rate asked for and the one realised
 MANY_SEEDS = 6  # from here on, Student's t is no longer much wider than the normal distribution

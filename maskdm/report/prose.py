@@ -15,7 +15,7 @@ from maskdm.report.statistics import ENOUGH
 from maskdm.report.tables import SCALES, values_text
 from maskdm.report.verdicts import MATCHED_BY
 from maskdm.scoring.headline import FID, SCORES, Headline, Score
-from maskdm.scoring.protocol import flips_text
+from maskdm.scoring.protocol import bias_note, flips_text
 
 
 def score_of(key: str) -> Score:
@@ -137,55 +137,6 @@ def notes(found: Findings) -> list[str]:
             "(Fieller's way), open where that set reaches the first or the last milestone."
         )
     return [*said, equal]
-
-
-def bias_note(num_samples: int) -> str:
-    """How FID depends on the number of samples."""
-    return (
-        f"FID is biased: it falls as the number of samples grows ({num_samples:,} here), by an amount that depends on "
-        "the model. Compare it only between equal numbers of samples. KID is not biased, but noisier."
-    )
-
-
-def extractor_caution(extractor: str) -> str:
-    """What FIDs on these features are not; empty for Inception's, which published numbers use.
-
-    Args:
-        extractor: its name and layer.
-    """
-    name = extractor.split("/")[0]
-    if extractor == "pixels":
-        return (
-            "The features are the pixel values themselves: these are not Inception FIDs. They compare means and "
-            "covariances of pixels, see no shapes, and are comparable only within this dataset."
-        )
-    if "classifier" in extractor:
-        return (
-            "The features come from a small classifier trained on this dataset's own labels: these are not "
-            "Inception FIDs. They are comparable only within this dataset and this extractor, never with "
-            "published numbers."
-        )
-    if name.startswith("inception"):
-        return ""
-    return (
-        f"The features are those of {name}, not Inception's: the numbers are comparable only with others of the same "
-        "extractor and weights."
-    )
-
-
-def few_samples_caution(num_samples: int, num_features: int) -> str:
-    """What too few images do to FID; empty where there are enough for a covariance of full rank.
-
-    Args:
-        num_samples: of the smaller set.
-        num_features: D.
-    """
-    if num_samples > num_features:
-        return ""
-    return (
-        f"{num_samples:,} images are fewer than the {num_features:,} features: their covariance has not full rank, and "
-        "FID is far too high. Compare it with nothing but FIDs of as many images; KID has no such bias."
-    )
 
 
 def _scores_text(scores: dict[str, Any]) -> str:

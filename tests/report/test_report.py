@@ -958,7 +958,7 @@ class TestFiles:
         for num_real, is_told in ((129, False), (100, True)):
             edit_json(params, paths.record("features"), num_features=128, num_real=num_real)
             report_on(params)
-            assert ("100 images are fewer than the 128 features" in page_text()) == is_told
+            assert ("100 images are too few for 128 features" in page_text()) == is_told
 
     @pytest.mark.usefixtures("_no_figures")
     def test_another_extractor_needs_no_classifier_caution(self):
