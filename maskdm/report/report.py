@@ -185,7 +185,8 @@ def print_summary(params: Params) -> None:
             raise UserError(f"{paths.REPORT / name} is missing; run first: dvc repro")
     print(f"experiment {params.name}\n")
     summary, verdicts = (pd.read_csv(paths.REPORT / name) for name in (SUMMARY, VERDICTS))
-    protocol, flips = _read(PROTOCOL, Protocol.from_dict), _read(TRAINING, _flips_of)
+    protocol = _read(PROTOCOL, Protocol.from_dict)
+    flips = _read(TRAINING, lambda content: {arm: float(flip) for arm, flip in content[FLIP].items()})
     in_order = {arm: flips[arm] for arm in verdicts["arm"] if arm in flips}  # as the report printed them
     print_report(Report(summary, verdicts, [], protocol, in_order))
 
@@ -195,12 +196,5 @@ def _read(name: str, meaning: Callable[[dict[str, Any]], Described]) -> Describe
     file = paths.REPORT / name
     try:
         return meaning(checked(json.loads(file.read_text(encoding="utf-8"))))
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{file} can't be read ({error}); run first: maskdm report") from None
-
-
-def _flips_of(content: dict[str, Any]) -> dict[str, float]:
-    try:
-        return {arm: float(flip) for arm, flip in content[FLIP].items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"no flips by arm: {error}") from None

@@ -120,7 +120,7 @@ def _draw_masks(found: Findings) -> Figure:
     for title, masks in panels:
         above, below = (masked_image(image, mask) for image, mask in zip(images, masks, strict=True))
         stacked.append((title, np.concatenate([above, gap, below])))
-    return lay_out(stacked, columns=min(PAGE_PIXELS // (images[0].shape[1] + GAP), PANELS))
+    return lay_out(stacked, columns=min(PAGE_PIXELS // (images[0].shape[1] + GAP), PANELS, len(stacked)))
 
 
 def draw_masks(params: Params, arm: str) -> np.ndarray:
