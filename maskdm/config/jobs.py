@@ -33,7 +33,7 @@ STAGE_VERSIONS = {
     "finetune": 6,
     "sample": 6,
     "evaluate": 5,
-    "report": 6,
+    "report": 7,
 }
 OUTPUTS = {
     "prepare": paths.DATA,

@@ -20,8 +20,7 @@ from maskdm.data.arrays import ImageArrays
 from maskdm.data.inputs import open_training_data, read_json
 from maskdm.models.card import model_card
 from maskdm.models.exported import check_replaceable, publish_exported
-from maskdm.report.prose import bias_note, extractor_caution, few_samples_caution
-from maskdm.scoring.protocol import Protocol
+from maskdm.scoring.protocol import Protocol, bias_note, extractor_caution, few_samples_caution
 
 EXPORTED = Path("exported")  # where folders are written by default
 PLACE = re.compile(r"results/(pretrain|finetune)/([a-z0-9][a-z0-9-]*)/seed-(\d+)(?:/([^/]+))?")

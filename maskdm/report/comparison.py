@@ -1,4 +1,4 @@
-"""Each arm's scores over its seeds, and what sets it apart from scratch: the numbers behind the verdicts."""
+"""Each arm's scores over its seeds, and how it differs from scratch: the numbers behind the verdicts."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class Against:
     """An arm compared with scratch, on the seeds that both have.
 
     Attributes:
-        score: differences of the headline's score at the end of the budget, the arm's less scratch's.
-        second: likewise, of the second opinion.
+        score: differences of the headline's score at the end of the budget, the arm's minus scratch's.
+        second: the same of the second opinion.
         p_holm: the p-value of `score`, adjusted for all arms of the report.
         at_milestones: by milestone, the mean difference of the headline's scores.
-        crossing: the compute at which the arm's score is scratch's final one.
-        base_flops: what scratch spent.
+        crossing: the compute at which the arm reaches scratch's final score.
+        base_flops: FLOPs that scratch spent.
         base_seconds: device seconds that scratch spent.
-        flops: what the arm spent, on these seeds.
-        seconds_at_equal_score: device seconds that the arm had spent at the crossing; None: it never got there.
+        flops: FLOPs that the arm spent, on these seeds.
+        seconds_at_equal_score: device seconds that the arm had spent at the crossing; None: it has none.
     """
 
     score: Paired
@@ -46,9 +46,14 @@ class Against:
         """Whether chance is an unlikely reason for the difference, all arms of the report considered."""
         return self.score.difference.excludes_zero and self.p_holm < SIGNIFICANT
 
-    def ratio(self, flops: float | None) -> float | None:
-        """Compute in units of what scratch spent."""
-        return None if flops is None else flops / self.base_flops
+    @property
+    def ratios(self) -> tuple[float | None, float | None, float | None]:
+        """The crossing and its interval's ends as fractions of scratch's compute; None as in `Crossing`."""
+        at, low, high = (
+            None if flops is None else flops / self.base_flops
+            for flops in (self.crossing.at, self.crossing.low, self.crossing.high)
+        )
+        return at, low, high
 
 
 @dataclass(frozen=True)
@@ -57,15 +62,15 @@ class Comparison:
 
     Attributes:
         arm: its key.
-        headline: the score that all arms are compared by.
-        num_seeds: those with results; 0: the arm is missing.
-        scores: at the end of the budget, by name, over seeds.
+        headline: the score by which all arms are compared.
+        num_seeds: seeds with results; 0: the arm is missing.
+        scores: by name, at the end of the budget, over seeds.
         flops: spent at the end of the budget, mean over seeds; NaN without any.
         images_seen: likewise.
         device_seconds: likewise.
-        choice: how it came by its hyperparameters; None: it is missing, and not tuned yet.
-        against: None for the reference itself and where there is none to compare with.
-        disputed: other arms but the reference whose order with this one score and second opinion see differently.
+        choice: where its hyperparameters come from; None: it is missing, and not tuned yet.
+        against: None for scratch itself and where there is nothing to compare with.
+        disputed: arms other than scratch that the headline's score and the second opinion rank differently against it.
     """
 
     arm: str
@@ -82,43 +87,40 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Findings:
-    """What verdicts, sentences, tables and figures are made from.
+    """What verdicts, texts, tables and figures are made from.
 
     Attributes:
         params: the experiment.
-        results: what was read of it.
+        results: its results.
         summary: a row per arm, seed and milestone, as in summary.csv.
-        compared: every arm of params.yaml, in its order, those without results, too.
+        compared: every arm of params.yaml, in its order, also those without results.
+        reference: the arm that the others are compared with, with results or without; None where there is none.
     """
 
     params: Params
     results: Results
     summary: pd.DataFrame
     compared: dict[str, Comparison]
+    reference: str | None
 
     @property
     def headline(self) -> Headline:
-        """The score that arms are compared by."""
+        """The score by which arms are compared."""
         return headline_of(self.summary)
 
     @property
-    def reference(self) -> str | None:
-        """The arm that the others are compared with, with results or without; None where there is none."""
-        return reference_of(self.params)
-
-    @property
     def baseline(self) -> str | None:
-        """The same; None also where it has no results."""
+        """The reference, if it has results."""
         return self.reference if self.reference in self.arms else None
 
     @property
     def arms(self) -> list[str]:
-        """Those with results."""
+        """The arms with results."""
         return [arm for arm, one in self.compared.items() if one.num_seeds]
 
     @property
     def against(self) -> dict[str, Against]:
-        """The arms that could be compared with scratch, by arm."""
+        """By arm, the comparisons with scratch that are possible."""
         return {arm: one.against for arm, one in self.compared.items() if one.against is not None}
 
     @property
@@ -128,19 +130,15 @@ class Findings:
 
     @property
     def num_seeds(self) -> int:
-        """The most seeds that an arm has results of."""
+        """The largest number of seeds with results that an arm has."""
         return max(one.num_seeds for one in self.compared.values())
 
 
-def reference_of(params: Params) -> str | None:
-    """The arm that the others are compared with: `scratch`, else the first without pretraining, else none."""
-    unmasked = [key for key, arm in params.arms.items() if arm.strategy == "none"]
-    return "scratch" if "scratch" in unmasked else next(iter(unmasked), None)
-
-
 def compare_arms(params: Params, results: Results, summary: pd.DataFrame) -> Findings:
-    """Compare every arm with scratch, on all scores of the summary."""
-    reference, headline = reference_of(params), headline_of(summary)
+    """Compare every arm with `scratch`, or if there is none, with the first arm without pretraining."""
+    unmasked = [key for key, arm in params.arms.items() if arm.strategy == "none"]
+    reference = "scratch" if "scratch" in unmasked else next(iter(unmasked), None)
+    headline = headline_of(summary)
     rows = {arm: summary[summary["arm"] == arm] for arm in params.arms}
     finals = {arm: final(of_arm).set_index("seed") for arm, of_arm in rows.items()}
     against: dict[str, Against] = {}
@@ -167,7 +165,7 @@ def compare_arms(params: Params, results: Results, summary: pd.DataFrame) -> Fin
         )
         for arm, last in finals.items()
     }
-    return Findings(params, results, summary, compared)
+    return Findings(params, results, summary, compared, reference)
 
 
 def final(rows: pd.DataFrame) -> pd.DataFrame:
@@ -196,7 +194,7 @@ def _compare(rows: pd.DataFrame, base: pd.DataFrame, headline: Headline) -> Agai
         base_flops=float(base_last["flops"].mean()),
         base_seconds=float(base_last["device_seconds"].mean()),
         flops=float(flops[-1]),
-        # Between milestones every step costs the same, so that seconds are linear in compute.
+        # Between milestones every step costs the same, so seconds are linear in compute.
         seconds_at_equal_score=None if crossed.at is None else float(np.interp(crossed.at, flops, seconds)),
     )
 

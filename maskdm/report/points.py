@@ -1,4 +1,4 @@
-"""Points: images of two values. Their distances in a table, and the points that are drawn."""
+"""Points, which are images of two values: their distances in a table, and the points that are drawn."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ NAMES = {"marginal_0": "W₁ of x", "marginal_1": "W₁ of y", JOINT: SLICED_WAS
 
 
 def are_shown(params: Params) -> bool:
-    """Whether the report speaks of points: images of two values, compared as such."""
+    """Whether the images are points of two values that are compared as such."""
     return points.apply_to(params) and int(np.prod(params.dataset.shape)) == 2
 
 
 def distance_frame(params: Params, results: Results) -> pd.DataFrame:
-    """A row per arm, seed and milestone, the primers before them.
+    """A row per arm, seed and milestone; primers come before the milestones.
 
-    Columns: arm, seed, milestone (0.500, or one of `PRIMERS`), flops, and every distance by its name.
+    Columns: arm, seed, milestone (`0.500`, or one of `PRIMERS`), flops, and every distance by its name.
     """
     rows = []
     for run in results.runs:
@@ -42,7 +42,7 @@ def distance_frame(params: Params, results: Results) -> pd.DataFrame:
 
 
 def distance_table(params: Params, results: Results) -> pd.DataFrame:
-    """The distances of the primers and at the end of the budget, as text; empty where there are none."""
+    """The distances of the primers and of the arms at the end of the budget, as text; empty where there are none."""
     if not are_shown(params) or (frame := distance_frame(params, results)).empty:
         return pd.DataFrame()
     rows = []
@@ -65,10 +65,10 @@ def distance_table(params: Params, results: Results) -> pd.DataFrame:
 
 
 def read_points(params: Params, results: Results) -> list[tuple[str, np.ndarray]]:
-    """The data, and of the first seed the primers and final samples of the arms; what can't be read is left out.
+    """The data, and the primers and final samples of the arms with the first seed; unreadable files are left out.
 
     Returns:
-        for each panel what the points are, and they themselves: (N, 2) in [−1, 1].
+        a title, and points (N, 2) in [−1, 1], for each panel.
     """
     files = [("data", paths.DATA / results.manifest["shards"][0]["file"])]
     seed, last = params.seeds[0], f"milestone-{milestone_key(params.budget.milestones[-1])}"

@@ -25,7 +25,6 @@ from maskdm.report.cautions import cautions
 from maskdm.report.comparison import compare_arms
 from maskdm.report.figures import draw_figures
 from maskdm.report.points import distance_table
-from maskdm.report.prose import distance_note, facts, notes, table_note, tuning_note
 from maskdm.report.results import read_results
 from maskdm.report.tables import (
     LEFT_COLUMNS,
@@ -38,6 +37,7 @@ from maskdm.report.tables import (
     verdict_frame,
     write_csv,
 )
+from maskdm.report.texts import texts
 from maskdm.report.verdicts import answer, judge_arms
 from maskdm.scoring.protocol import Protocol, flips_text
 
@@ -56,7 +56,7 @@ class Report:
     Attributes:
         summary: a row per arm, seed and milestone, as in summary.csv.
         verdicts: a row per arm, as in verdicts.csv.
-        missing: what it does without, a line each.
+        missing: the missing results, a line each.
         protocol: what scores are of, as in protocol.json.
         flips: by arm, the probability of a left-right flip in training, as in training.json.
     """
@@ -69,14 +69,14 @@ class Report:
 
 
 def write_report(params: Params, folder: Path) -> Report:
-    """Write tables, figures, summary.md and report.html from what there is of the results.
+    """Write tables, figures, summary.md and report.html from the results that exist.
 
     Args:
         params: what was run.
         folder: an existing one.
 
     Raises:
-        UserError: nothing can be shown.
+        UserError: no arm can be shown.
     """
     results = read_results(params)
     summary = summary_frame(params, results)
@@ -87,7 +87,7 @@ def write_report(params: Params, folder: Path) -> Report:
     write_csv(verdicts, folder / VERDICTS)
     publish_description(folder / PROTOCOL, results.protocol.as_dict())
     publish_description(folder / TRAINING, {FLIP: results.flips})
-    missing = [one.text for one in results.missing]
+    missing, said = [one.text for one in results.missing], texts(found)
     content = {
         "title": f"Does masked pretraining pay? {params.name}",
         "answer": answer(found),
@@ -95,14 +95,14 @@ def write_report(params: Params, folder: Path) -> Report:
         "missing": missing,
         "verdicts": judged,
         "points": distance_table(params, results),
-        "points_note": distance_note(params, results),
+        "points_notes": said["distances"],
         "table": display_table(verdicts, summary),
-        "table_note": table_note(found),
-        "pictures": draw_figures(found, folder),
+        "table_notes": said["table"],
+        "pictures": draw_figures(found, folder, said),
         "tuning": trials_table(results),
-        "tuning_note": tuning_note(params, results),
-        "notes": notes(found),
-        "facts": facts(params, results),
+        "tuning_notes": said["tuning"],
+        "notes": said["notes"],
+        "facts": [(name, value.strip()) for name, _, value in (fact.partition(":") for fact in said["facts"])],
     }
     for name, template in ((MARKDOWN, "report.md.j2"), (PAGE, "page.html.j2")):
         (folder / name).write_text(render(template, content, folder), encoding="utf-8", newline="\n")
@@ -110,12 +110,11 @@ def write_report(params: Params, folder: Path) -> Report:
 
 
 def render(template: str, content: dict[str, Any], folder: Path) -> str:
-    """A report as Markdown beside its figures (report.md.j2), or as a page that carries them (page.html.j2).
+    """A report as Markdown that links its figures (report.md.j2), or as a page that contains them (page.html.j2).
 
     Args:
         template: a file beside this one.
-        content: plain text, tables of text, and figures, by the names that `write_report` gives them; the templates
-            escape all of it.
+        content: plain text, tables of text, and figures, as in `write_report`; the templates escape all of it.
         folder: where the figures are.
     """
     environment = Environment(
@@ -137,14 +136,14 @@ def render(template: str, content: dict[str, Any], folder: Path) -> str:
 
 
 def _markdown(text: str) -> str:
-    """Text with Markdown's own characters escaped, `code` left as code."""
+    """Text with Markdown's own characters escaped, except in `code`."""
     parts = CODE.split(" ".join(text.split()))
     escaped = [re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", part) for part in parts]
     return "".join(f"`{parts[i]}`" if i % 2 else escaped[i] for i in range(len(parts)))
 
 
 def _prose(text: str) -> Markup:
-    """A sentence in HTML: `code` is set as code, and a number stays with its unit."""
+    """A sentence in HTML: `code` is set as code, and no line break separates a number from its unit."""
     marked = CODE.sub(r"<code>\1</code>", str(escape(text)))
     return Markup(re.sub(r"(?<=\d) (?=%|s\b)|(?<=\bn) (?== \d)|(?<=\bn =) (?=\d)", "\u00a0", marked))
 
@@ -157,7 +156,7 @@ def _embedded(file: Path) -> dict[str, Any]:
 
 
 def print_report(report: Report) -> None:
-    """Print the verdicts and the table, and to stderr what is missing."""
+    """Print the verdicts and the table, and on stderr what is missing."""
     for line in report.missing:
         print(f"missing: {line}", file=sys.stderr)
     for _, row in report.verdicts.iterrows():
@@ -169,14 +168,14 @@ def print_report(report: Report) -> None:
 
 
 def _wrapped(text: str) -> str:
-    """A sentence in lines for a terminal, `n = 3` and `95 %` never broken."""
+    """A sentence in lines for a terminal; `n = 3` and `95 %` stay on one line."""
     glued = re.sub(r"(?<= =) (?=\d)|(?<=[np]) (?== )|(?<=\d) (?=%)", "\N{NO-BREAK SPACE}", text)
     lines = textwrap.fill(glued, TERMINAL_WIDTH, subsequent_indent="    ", break_on_hyphens=False)
     return lines.replace("\N{NO-BREAK SPACE}", " ")
 
 
 def print_summary(params: Params) -> None:
-    """Print the verdicts and the table of a report that was written before.
+    """Print the verdicts and the table of an existing report.
 
     Raises:
         UserError: there is none.
@@ -186,22 +185,16 @@ def print_summary(params: Params) -> None:
             raise UserError(f"{paths.REPORT / name} is missing; run first: dvc repro")
     print(f"experiment {params.name}\n")
     summary, verdicts = (pd.read_csv(paths.REPORT / name) for name in (SUMMARY, VERDICTS))
-    protocol, flips = _read(PROTOCOL, Protocol.from_dict), _read(TRAINING, _flips_of)
+    protocol = _read(PROTOCOL, Protocol.from_dict)
+    flips = _read(TRAINING, lambda content: {arm: float(flip) for arm, flip in content[FLIP].items()})
     in_order = {arm: flips[arm] for arm in verdicts["arm"] if arm in flips}  # as the report printed them
     print_report(Report(summary, verdicts, [], protocol, in_order))
 
 
 def _read(name: str, meaning: Callable[[dict[str, Any]], Described]) -> Described:
-    """What a description of a report that was written before means."""
+    """A JSON file of an existing report, as `meaning` understands it."""
     file = paths.REPORT / name
     try:
         return meaning(checked(json.loads(file.read_text(encoding="utf-8"))))
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{file} can't be read ({error}); run first: maskdm report") from None
-
-
-def _flips_of(content: dict[str, Any]) -> dict[str, float]:
-    try:
-        return {arm: float(flip) for arm, flip in content[FLIP].items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"no flips by arm: {error}") from None

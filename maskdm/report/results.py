@@ -1,7 +1,7 @@
-"""What the report reads: every arm and seed of params.yaml; what cannot be shown is named with its reason and command.
+"""What the report reads: the results of every arm and seed of params.yaml; what is missing has a reason and a command.
 
-Stamps say before that an output is there and what it was made from. What is left for reading to find: bits that have
-changed since in files of the right size, records that no stamp has the hash of, and files that may not be read.
+Stamps already say that an output exists and what it was made from. Reading finds the rest: files of the right size
+whose bits have changed, damaged records (stamps do not cover records), and files that may not be read.
 """
 
 from __future__ import annotations
@@ -26,18 +26,12 @@ from maskdm.config.stamps import read_stamp
 from maskdm.scoring.headline import DISTANCE, flat_scores
 from maskdm.scoring.protocol import Protocol
 
-TIMING_COLUMNS = ("step", "device_seconds", "data_wait_seconds", "peak_memory_gib")
-MAX_SHOWN = 64  # images of a panel in samples.png, at most
-FORCE = " --force"  # for what no stamp can see: without it the stage says that its output is up to date
+MAX_SHOWN = 64  # images of a panel in samples.png
+FORCE = " --force"  # for damage that no stamp can see: without it the stage says that its output is up to date
 
 
 class UnusableError(Exception):
-    """A result that cannot be shown.
-
-    Args:
-        reason: what is wrong, with the file.
-        command: what makes it anew.
-    """
+    """A result cannot be shown: `reason` says why, with the file; `command` makes it again."""
 
     def __init__(self, reason: str, command: str) -> None:
         super().__init__(f"{reason}: run `{command}`")
@@ -46,14 +40,7 @@ class UnusableError(Exception):
 
 @dataclass(frozen=True)
 class Missing:
-    """A result that params.yaml asks for and the report does without.
-
-    Attributes:
-        arm: its key.
-        seed: of its run.
-        reason: what is wrong, with the file.
-        command: what makes it.
-    """
+    """A result that params.yaml asks for and the report lacks: why, with the file, and the command that makes it."""
 
     arm: str
     seed: int
@@ -72,8 +59,8 @@ class Trial:
 
     Attributes:
         values: what it overrides, by dotted path.
-        failed: why it has no scores, if its training failed.
-        scores: by metric, at the end of the trial's budget; None where it failed.
+        failed: why its training failed; None: it did not.
+        scores: by metric, at the end of the trial's budget; None where there is no such score.
         wall_seconds: of training, sampling and scoring; None without a record.
     """
 
@@ -87,12 +74,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class Choice:
-    """How an arm came by its hyperparameters.
+    """Where an arm's hyperparameters come from.
 
     Attributes:
-        trial: the name of the chosen one; None: all have failed, and the arm is missing.
+        trial: the name of the chosen trial; None: all have failed, and the arm is missing.
         values: what it overrides, by dotted path.
-        trials: what it was chosen from, in the order of params.yaml; empty: the values were given, not tuned.
+        trials: all trials, in the order of params.yaml; empty: the values were given, not tuned.
     """
 
     arm: str
@@ -102,16 +89,20 @@ class Choice:
 
     @property
     def num_trials(self) -> int:
-        """From how many trials it was chosen; 1 means that the values were given."""
+        """The number of trials to choose from; 1: the values were given."""
         return max(len(self.trials), 1)
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one arm with one seed left behind.
+    """The results of one arm with one seed.
 
-    The curves have the columns of curve.csv and of `TIMING_COLUMNS`, cumulative from the start of pretraining on,
-    the step alone from the start of the stage on.
+    Attributes:
+        metrics: as the stage `evaluate` wrote them.
+        pretrain_curve: columns of curve.csv, and device_seconds, data_wait_seconds and peak_memory_gib.
+        finetune_curve: likewise; all columns but the step count from the start of pretraining.
+        samples: (N, H, W, C) uint8, the first of the final milestone.
+        wall_seconds: by stage of an arm.
     """
 
     arm: str
@@ -121,20 +112,20 @@ class Run:
     finetune_record: dict[str, Any]
     pretrain_curve: pd.DataFrame
     finetune_curve: pd.DataFrame
-    samples: np.ndarray  # (N, H, W, C) uint8, the first of the final milestone
-    wall_seconds: dict[str, float]  # by stage of an arm
+    samples: np.ndarray
+    wall_seconds: dict[str, float]
 
 
 @dataclass(frozen=True)
 class Results:
-    """Everything the report shows.
+    """Everything that the report shows.
 
     Attributes:
         real: (N, H, W, C) uint8, spread over the first shard.
         scale: the content of scale.json: `floor` and `untrained` scores, and their protocol.
         runs: in the order of params.yaml.
-        choices: by arm, how it came by its hyperparameters; without missing arms that are not tuned yet.
-        missing: what is asked for and not among these.
+        choices: by arm, where its hyperparameters come from; arms that are not tuned yet are not in it.
+        missing: what params.yaml asks for and is not among `runs`.
     """
 
     manifest: dict[str, Any]
@@ -148,7 +139,7 @@ class Results:
 
     @property
     def protocol(self) -> Protocol:
-        """What every score is of: those of the arms that are shown were made with this scale's data and features."""
+        """What all scores are of: every arm that is shown was scored with the data and features of this scale."""
         return Protocol.from_dict(self.scale["protocol"])
 
     @property
@@ -163,26 +154,23 @@ class Results:
         return [name for name in scored[0] if name.startswith(DISTANCE) and all(name in one for one in scored)]
 
     def scale_of(self, name: str) -> dict[str, float]:
-        """What both ends of the scale get of a score: `floor` and `untrained`."""
+        """A score at both ends of the scale: `floor` and `untrained`."""
         points: dict[str, Any] = self.scale.get("distances", {})
         of_points = {"floor": points.get("floor", {}).get("mean", {}), "untrained": points.get("untrained", {})}
         return {end: float(flat_scores({**self.scale[end], "distances": of_points[end]})[name]) for end in of_points}
 
     @property
     def tuning_wall_seconds(self) -> dict[str, float]:
-        """By arm, what its trials took; without the arms that had none."""
-        return {
-            arm: sum(trial.wall_seconds or 0.0 for trial in choice.trials)
-            for arm, choice in self.choices.items()
-            if choice.trials
-        }
+        """By arm, the seconds of its trials; arms without trials are not in it."""
+        tuned = {arm: choice.trials for arm, choice in self.choices.items() if choice.trials}
+        return {arm: sum(trial.wall_seconds or 0.0 for trial in trials) for arm, trials in tuned.items()}
 
 
 def read_results(params: Params) -> Results:
-    """Read the results of every arm and seed of params.yaml; those of removed arms are not looked at.
+    """Read the results of every arm and seed of params.yaml; results of removed arms are ignored.
 
     Raises:
-        UserError: no arm can be shown, or what all of them were made from is damaged.
+        UserError: no arm can be shown, or something that all of them need is damaged.
     """
     jobs, runs, missing = Jobs(params), list[Run](), list[Missing]()
     for arm, seed in product(params.arms, params.seeds):
@@ -195,8 +183,8 @@ def read_results(params: Params) -> Results:
             "there is nothing to report: none of the arms of params.yaml has results that can be shown; the first, "
             f"{missing[0].text}   {EVERYTHING}"
         )
-    # An arm is shown if its stamps say that it is current. Then the data, features, scale and choice that it was made
-    # from are current, too, and but for the choice the same for all arms.
+    # An arm is shown if its stamps say that it is up to date. Then the data, features, scale and choice that it was
+    # made from are up to date too; all but the choice are the same for all arms.
     try:
         manifest = _read_json(paths.DATA / MANIFEST, "maskdm prepare")
         shard = open_images(paths.DATA / manifest["shards"][0]["file"], params.dataset.shape, "maskdm prepare")
@@ -221,7 +209,7 @@ def milestone_key(fraction: float) -> str:
 
 
 def open_images(file: Path, shape: tuple[int, int, int], made_by: str) -> np.ndarray:
-    """uint8 images (N, H, W, C), memory-mapped; they may be too many to look at them all.
+    """uint8 images (N, H, W, C), memory-mapped, because they may be many.
 
     Raises:
         UnusableError: they are missing, unreadable, or of another shape.
@@ -235,10 +223,10 @@ def open_images(file: Path, shape: tuple[int, int, int], made_by: str) -> np.nda
 
 @contextmanager
 def _reading(file: Path, made_by: str) -> Iterator[None]:
-    """Whatever goes wrong in the block is the file's fault."""
+    """Raises: UnusableError, for any error in the block."""
     try:
         yield
-    except Exception as error:  # what NumPy and pandas raise for nonsense may be almost anything
+    except Exception as error:  # NumPy and pandas may raise almost anything for a damaged file
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UnusableError(f"{file} cannot be read ({reason})", made_by + FORCE) from error
 
@@ -250,7 +238,7 @@ def _read_json(file: Path, made_by: str) -> dict[str, Any]:
 
 def _read_run(jobs: Jobs, arm: str, seed: int) -> Run:
     found = {stage: jobs.find(stage, arm, seed) for stage in ARM_STAGES}
-    for job in found.values():  # in their order: the first that has not run is the one to name
+    for job in found.values():  # in their order: the first one that is out of date is reported
         if reason := job.why_outdated():
             raise UnusableError(reason, job.first.command)
     records = {stage: _read_json(job.record, job.command) for stage, job in found.items()}
@@ -271,18 +259,19 @@ def _read_run(jobs: Jobs, arm: str, seed: int) -> Run:
 
 
 def _read_curve(job: Job, record: dict[str, Any], before: dict[str, Any]) -> pd.DataFrame:
-    """A curve with the seconds and memory of its rows; `before` is the record of the stage before."""
+    """A curve with the seconds and memory of its rows; `before` is the record of the previous stage."""
     file, stamp = job.output / paths.CURVE, read_stamp(job.output)
     with _reading(file, job.command):
         if stamp is None or file_sha256(file) != stamp.files[file.name]["sha256"]:
             raise ValueError("it is not the file that was written: its sha256 differs")
         curve = pd.read_csv(file, dtype="float64")
-    timings = pd.DataFrame(record["timings"], columns=list(TIMING_COLUMNS)).astype("float64")
-    for column in ("device_seconds", "data_wait_seconds"):
+    cumulative = ["device_seconds", "data_wait_seconds"]
+    timings = pd.DataFrame(record["timings"], columns=["step", *cumulative, "peak_memory_gib"]).astype("float64")
+    for column in cumulative:
         timings[column] += before.get(column, 0.0)
     peaks = [timing["peak_memory_gib"] for timing in before.get("timings", [])]
     timings["peak_memory_gib"] = timings["peak_memory_gib"].clip(lower=max(peaks, default=0.0)).cummax()  # if resumed
-    if not set(curve["step"]) <= set(timings["step"]):  # an output was copied here without its record
+    if not set(curve["step"]) <= set(timings["step"]):  # the output was copied here without its record
         raise UnusableError(f"{file} and the timings of its record are of different runs", job.command + FORCE)
     return curve.merge(timings, on="step", how="left")
 
@@ -293,9 +282,9 @@ def _read_choices(jobs: Jobs) -> dict[str, Choice]:
         try:
             jobs.chosen_values(arm)
         except OutdatedError:
-            continue  # then no run of it is current either
+            continue  # then no run of this arm is up to date either
         except UserError:
-            pass  # all its trials have failed, which are shown
+            pass  # all its trials have failed: they are shown
         if not params.tuning.enabled:
             choices[arm] = Choice(arm, GIVEN, {}, [])
             continue
@@ -306,12 +295,11 @@ def _read_choices(jobs: Jobs) -> dict[str, Choice]:
 
 
 def _read_trial(job: Job) -> Trial:
-    found, tuning = _read_json(job.output, job.command), job.params.tuning
-    assert job.trial is not None
+    found, tuning, name = _read_json(job.output, job.command), job.params.tuning, str(job.trial)
     try:
         wall_seconds = float(_read_json(job.record, job.command)["wall_seconds"])
     except UnusableError:
-        wall_seconds = None  # a trial counts without them
-    values = tuning.trials[job.trial]  # the file's may be others that mean the same to this arm
+        wall_seconds = None  # the trial is shown without them
+    values = tuning.trials[name]  # the file may have others that mean the same to this arm
     scores = {metric: found.get(metric) for metric in ("kid", "fid", str(tuning.metric))}
-    return Trial(found["arm"], job.trial, values, found["failed"], scores, wall_seconds)
+    return Trial(found["arm"], name, values, found["failed"], scores, wall_seconds)

@@ -1,4 +1,4 @@
-"""What few seeds can tell: Student-t intervals, paired differences, Holm's correction, and where two curves cross."""
+"""Statistics of a few seeds: Student-t intervals, paired differences, Holm's correction, and where two curves cross."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 ROUNDING = 1e-9  # of a segment's length
-ENOUGH = 3  # values below which no interval is given: with two, Student's t is a formality
+ENOUGH = 3  # with fewer values no interval is given: with two, Student's t is a formality
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Estimate:
     Attributes:
         mean: NaN without values.
         std: of the values, n − 1 in the denominator; NaN for n < 2.
-        low: of the 95 % interval of the mean by Student's t; NaN for n < `ENOUGH`.
-        high: likewise.
-        n: values.
+        low: lower end of the mean's 95 % interval by Student's t; NaN for n < `ENOUGH`.
+        high: its upper end.
+        n: number of values.
     """
 
     mean: float
@@ -34,29 +34,29 @@ class Estimate:
 
     @property
     def has_interval(self) -> bool:
-        """Whether there were values enough for one."""
+        """Whether there are enough values for an interval."""
         return self.n >= ENOUGH
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether there is an interval, with zero outside."""
+        """Whether there is an interval, and zero lies outside it."""
         return self.low > 0 or self.high < 0
 
     def times(self, factor: float) -> Estimate:
-        """The estimate of values so many times as large; `factor` is above 0."""
+        """The estimate of the values multiplied by a factor above 0."""
         return Estimate(factor * self.mean, factor * self.std, factor * self.low, factor * self.high, self.n)
 
 
 @dataclass(frozen=True)
 class Paired:
-    """A mean of differences, and the two-sided p-value of its being zero by a paired t-test; NaN for n < `ENOUGH`."""
+    """A mean difference, and the two-sided p-value of a paired t-test that it is zero; NaN for n < `ENOUGH`."""
 
     difference: Estimate
     p_value: float
 
 
 def estimate(values: Sequence[float] | np.ndarray) -> Estimate:
-    """The mean of independent values, with the 95 % interval by Student's t, which takes them to be normal."""
+    """The mean of independent values with its 95 % interval by Student's t, which assumes that they are normal."""
     array = np.asarray(values, dtype=np.float64)
     n = len(array)
     mean = float(array.mean()) if n else math.nan
@@ -71,14 +71,10 @@ def half_width(std: float, n: int) -> float:
 
 
 def paired(values: Sequence[float] | np.ndarray, base: Sequence[float] | np.ndarray) -> Paired:
-    """The differences of values that belong together by position.
-
-    Args:
-        values: one per seed.
-        base: the same seeds' values of what is compared with.
+    """The differences of two lists of values, one of each per seed and in the same order.
 
     Raises:
-        ValueError: there are not as many of one as of the other.
+        ValueError: the lists differ in length.
     """
     if len(values) != len(base):
         raise ValueError(f"paired values: expected as many of both, got {len(values)} and {len(base)}")
@@ -92,9 +88,7 @@ def paired(values: Sequence[float] | np.ndarray, base: Sequence[float] | np.ndar
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values adjusted so that each below 5 % keeps the chance of any false one among all below 5 %.
-
-    NaNs stay NaN and do not count as tests.
+    """p-values adjusted so that the chance of any false one below 5 % is at most 5 %; NaNs stay and do not count.
 
     Source: Holm 1979, A simple sequentially rejective multiple test procedure.
     """
@@ -109,14 +103,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Crossing:
-    """Where an arm's curve reaches a target for good.
+    """Where an arm's curve reaches a target and stays there.
 
     Attributes:
         at: the compute from which on the mean curve stays at or below the mean target; None: not within the budget.
-        at_most: the mean curve is there at its first milestone already, which `at` then is.
+        at_most: the mean curve is at or below the target from its first milestone on, which `at` then is.
         low: lower end of the 95 % interval; None: open, below the first milestone (or, for n < `ENOUGH`, unknown).
         high: upper end; None: open, beyond the last milestone (or unknown).
-        n: seeds.
+        n: number of seeds.
     """
 
     at: float | None
@@ -127,7 +121,7 @@ class Crossing:
 
     @property
     def has_interval(self) -> bool:
-        """Whether there were seeds enough for one; its ends may be open."""
+        """Whether there are enough seeds for an interval; its ends may be open."""
         return self.n >= ENOUGH
 
 
@@ -137,10 +131,10 @@ def crossing(compute: np.ndarray, curves: np.ndarray, targets: np.ndarray) -> Cr
     Let D_s(c) = curve_s(c) − target_s, each seed's curve linear in log c between milestones. The point estimate is the
     compute from which on the mean of D stays ≤ 0 until the last milestone. The interval inverts a test, as Fieller's
     theorem does for a ratio: it spans the c at which a t-interval of the mean of D(c) contains 0. This covers: at the
-    true crossing c* the expectation of D is 0, so that the t-interval *there* contains 0, and c* belongs to the set,
-    in 95 % of experiments, however noise is correlated along a curve or with the target. (A delta-method interval
-    around the estimate would need a steep curve and many seeds.) Where D is not clearly above 0 at the first milestone
-    the set has no lower end within the budget, and where D is not clearly below 0 at the last it has no upper one.
+    true crossing c* the expectation of D is 0, so the t-interval *there* contains 0, and c* belongs to the set, in
+    95 % of experiments, however noise is correlated along a curve or with the target. (A delta-method interval around
+    the estimate would need a steep curve and many seeds.) Where D is not clearly above 0 at the first milestone, the
+    set has no lower end within the budget; where D is not clearly below 0 at the last one, it has no upper end.
 
     Assumed: seeds are independent and D is normal over seeds; the expected curve is linear in log c between
     milestones, else the interval is around the crossing of its interpolation.
@@ -191,10 +185,10 @@ def _inverted_test(x: np.ndarray, gaps: np.ndarray) -> tuple[float | None, float
 
 
 def _accepted(x: np.ndarray, gaps: np.ndarray) -> list[float]:
-    """The ends of what of a segment is in the set.
+    """The ends of the part of a segment that is in the set.
 
-    With u from 0 to 1 along the segment the mean gap is linear and its variance quadratic in u, so that the set is
-    where the quadratic mean(u)² − t²·variance(u)/n is at most 0.
+    With u from 0 to 1 along the segment, the mean gap is linear in u and its variance is quadratic: the set is where
+    the quadratic mean(u)² − t²·variance(u)/n is at most 0.
     """
     mean_0, slope = gaps[:, 0].mean(), (gaps[:, 1] - gaps[:, 0]).mean()
     covariance = np.cov(gaps[:, 0], gaps[:, 1] - gaps[:, 0])
@@ -208,7 +202,7 @@ def _accepted(x: np.ndarray, gaps: np.ndarray) -> list[float]:
     )
     ends = [u for u in (0.0, 1.0) if np.polyval(quadratic, u) <= 0]
     ends += [r.real for r in np.roots(quadratic) if r.imag == 0]
-    if slope != 0:  # where the mean itself is 0: without spread the only one, and found by no rounded root
+    if slope != 0:  # where the mean itself is 0: without spread the set is this point, which no rounded root finds
         ends.append(-mean_0 / slope)
     return [float(x[0] + min(max(u, 0.0), 1.0) * (x[1] - x[0])) for u in ends if -ROUNDING <= u <= 1 + ROUNDING]
 

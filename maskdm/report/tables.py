@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +14,15 @@ from maskdm.config.paths import ORIGIN_KEYS
 from maskdm.report.comparison import Comparison, Findings
 from maskdm.report.numbers import decimals, number_text, rate_text, signed
 from maskdm.report.results import Results, milestone_key
-from maskdm.report.statistics import ENOUGH, half_width
+from maskdm.report.statistics import ENOUGH, Paired, estimate, half_width
 from maskdm.report.verdicts import Verdict
-from maskdm.scoring.headline import FID, SCORE_KEYS, SCORES, Headline, flat_scores, headline_of
+from maskdm.scoring.headline import FID, SCORE_KEYS, SCORES, Headline, Score, flat_scores, headline_of
 
-ARM_COLUMNS = ("arm", "strategy", "block_size", "mask_rate", "realised_mask_rate")
-SPENT = ("step", "flops", "images_seen", "tokens_seen")  # by a milestone
-SCALES = {"floor": "real vs real", "untrained": "untrained"}  # as they are called in tables
+OF_AN_ARM = ("strategy", "block_size", "mask_rate", "realised_mask_rate")
+SPENT = ("step", "flops", "images_seen", "tokens_seen")  # until a milestone
+SCALES = {"floor": "real vs real", "untrained": "untrained"}  # both ends of the scale, as tables call them
 SCALED = [score.key for score in SCORES if score.has_scale]
 OTHERS = [score for score in SCORES if score not in FID.shown]  # precision, recall: beside the headline's scores
-SUMMARY_COLUMNS = (
-    *("arm", "seed", *ARM_COLUMNS[1:], "num_visible", "milestone", *SPENT),
-    *("device_seconds", "data_wait_share", "peak_memory_gib"),
-    *SCORE_KEYS,
-    *(*(f"{key}_floor" for key in SCALED), "floor_num_samples", *(f"{key}_untrained" for key in SCALED)),
-    *ORIGIN_KEYS,
-    *("trial", "num_trials"),
-)
 WHOLE_COLUMNS = (
     *("seed", "block_size", "num_visible", "step", "images_seen", "tokens_seen", "num_samples", "floor_num_samples"),
     *("num_trials", "num_seeds"),
@@ -38,92 +30,89 @@ WHOLE_COLUMNS = (
 TEXT_COLUMNS = ("arm", "strategy", *ORIGIN_KEYS, "trial", "verdict")
 LEFT_COLUMNS = ("arm", "strategy", "trial", "values", "what", "value", "")  # of tables of text
 TERMINAL_WIDTH = 110
+MAX_ARM = 24  # characters of an arm's name in a terminal that is too narrow
 NONE = "–"
 
 
-def verdict_columns(headline: Headline, others: Sequence[str]) -> tuple[str, ...]:
-    """Those of verdicts.csv; `others` are the scores besides the headline's two."""
-    key, second = headline.key, headline.second.key
-    return (
-        *ARM_COLUMNS,
-        "num_seeds",
-        *(key, f"{key}_std", f"{key}_low", f"{key}_high"),
-        *(f"delta_{key}", f"delta_{key}_low", f"delta_{key}_high", "p_value", "p_holm"),
-        *(second, f"{second}_std", f"delta_{second}", f"delta_{second}_low", f"delta_{second}_high"),
-        *(column for name in others for column in (name, f"{name}_std")),
-        *("flops", "images_seen", "device_seconds"),
-        *("compute_ratio", "compute_ratio_low", "compute_ratio_high"),
-        *(f"flops_at_equal_{key}", f"device_seconds_at_equal_{key}"),
-        *("trial", "num_trials", "verdict"),
-    )
-
-
 def summary_frame(params: Params, results: Results) -> pd.DataFrame:
-    """One row per arm, seed and milestone, in the order of params.yaml; seconds and memory are those until then."""
-    distances, rows = results.distances, []
-    ends = {name: results.scale_of(name) for name in (*SCALED, *distances)}
-    scale = {f"{name}_{end}": value for name, of in ends.items() for end, value in of.items()}
+    """One row per arm, seed and milestone, in the order of params.yaml: the columns of summary.csv.
+
+    Seconds and memory are those from the start of pretraining to the milestone.
+    """
+    rows, distances = [], results.distances
+    floor, untrained = ({f"{key}_{end}": results.scale_of(key)[end] for key in SCALED} for end in SCALES)
+    ends = {f"{name}_{end}": results.scale_of(name)[end] for end in SCALES for name in distances}
     for run in results.runs:
         choice, curve = results.choices[run.arm], run.finetune_curve
-        of_run = {
-            **{key: run.metrics[key] for key in (*ARM_COLUMNS[1:], *ORIGIN_KEYS)},
-            **{"arm": run.arm, "seed": run.seed, "num_visible": params.mask_of(run.arm).num_visible},
-            **{"trial": choice.trial, "num_trials": choice.num_trials},
-            **{**scale, "floor_num_samples": results.scale["floor"]["num_samples"]},
-        }
         for fraction in params.budget.milestones:
-            milestone = flat_scores(run.metrics["milestones"][milestone_key(fraction)])
-            timing = curve[curve["step"] == milestone["step"]].iloc[0]
+            at = flat_scores(run.metrics["milestones"][milestone_key(fraction)])
+            timing = curve[curve["step"] == at["step"]].iloc[0]
             seconds = float(timing["device_seconds"])
-            waited = float(timing["data_wait_seconds"]) / seconds if seconds > 0 else math.nan
-            at_milestone = {key: milestone[key] for key in (*SPENT, *SCORE_KEYS, *distances)}
-            spent = {"device_seconds": seconds, "peak_memory_gib": float(timing["peak_memory_gib"])}
-            rows.append({**of_run, "milestone": fraction, **at_milestone, **spent, "data_wait_share": waited})
-    columns = (*SUMMARY_COLUMNS, *distances, *(f"{name}_{end}" for end in SCALES for name in distances))
-    return _typed(rows, columns)
+            rows.append(
+                {
+                    **{"arm": run.arm, "seed": run.seed, **{key: run.metrics[key] for key in OF_AN_ARM}},
+                    **{"num_visible": params.mask_of(run.arm).num_visible, "milestone": fraction},
+                    **{key: at[key] for key in SPENT},
+                    "device_seconds": seconds,
+                    "data_wait_share": float(timing["data_wait_seconds"]) / seconds if seconds > 0 else math.nan,
+                    "peak_memory_gib": float(timing["peak_memory_gib"]),
+                    **{key: at[key] for key in SCORE_KEYS},
+                    **{**floor, "floor_num_samples": results.scale["floor"]["num_samples"], **untrained},
+                    **{key: run.metrics[key] for key in ORIGIN_KEYS},
+                    **{"trial": choice.trial, "num_trials": choice.num_trials},
+                    **{**{key: at[key] for key in distances}, **ends},
+                }
+            )
+    return _typed(rows)
 
 
-def _typed(rows: list[dict[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
-    kinds = {column: "float64" for column in columns if column not in TEXT_COLUMNS}
-    kinds.update({column: "Int64" for column in WHOLE_COLUMNS if column in columns})
-    return pd.DataFrame(rows, columns=list(columns)).astype(kinds)
+def _typed(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    kinds = {column: "float64" for column in rows[0] if column not in TEXT_COLUMNS}
+    kinds.update({column: "Int64" for column in WHOLE_COLUMNS if column in kinds})
+    return pd.DataFrame(rows).astype(kinds)
 
 
 def verdict_frame(found: Findings, verdicts: list[Verdict]) -> pd.DataFrame:
-    """One row per arm, in the order of params.yaml; empty where there is nothing to say."""
-    rows = [_verdict_row(found.params, found.compared[verdict.arm], verdict.text) for verdict in verdicts]
-    key, second = found.headline.key, found.headline.second.key
-    others = [name for name in found.compared[verdicts[0].arm].scores if name not in (key, second)]
-    return _typed(rows, verdict_columns(found.headline, others))
+    """One row per arm, in the order of params.yaml, empty where there is no value: the columns of verdicts.csv."""
+    return _typed([_verdict_row(found.params, found.compared[verdict.arm], verdict.text) for verdict in verdicts])
 
 
 def _verdict_row(params: Params, arm: Comparison, verdict: str) -> dict[str, Any]:
-    config, choice, against, key = params.arm(arm.arm), arm.choice, arm.against, arm.headline.key
-    row: dict[str, Any] = {
-        **{name: getattr(config, name) for name in ("strategy", "block_size", "mask_rate")},
-        **{name: getattr(arm, name) for name in ("arm", "num_seeds", "flops", "device_seconds")},
+    config, choice, against, nothing = params.arm(arm.arm), arm.choice, arm.against, Paired(estimate([]), math.nan)
+    key, second = arm.headline.key, arm.headline.second.key
+    score, gap = arm.scores[key], nothing if against is None else against.score
+    other, other_gap = arm.scores[second], nothing if against is None else against.second
+    ratio, low, high = (None, None, None) if against is None else against.ratios
+    return {
+        "arm": arm.arm,
+        **{name: getattr(config, name) for name in OF_AN_ARM[:3]},
         "realised_mask_rate": params.mask_of(arm.arm).realised_mask_rate,
+        "num_seeds": arm.num_seeds,
+        **{key: score.mean, f"{key}_std": score.std, f"{key}_low": score.low, f"{key}_high": score.high},
+        **_delta(key, gap),
+        **{"p_value": gap.p_value, "p_holm": math.nan if against is None else against.p_holm},
+        **{second: other.mean, f"{second}_std": other.std, **_delta(second, other_gap)},
+        **{
+            column: value
+            for name, one in arm.scores.items()
+            if name not in (key, second)
+            for column, value in ((name, one.mean), (f"{name}_std", one.std))
+        },
+        "flops": arm.flops,
         "images_seen": None if math.isnan(arm.images_seen) else round(arm.images_seen),
+        "device_seconds": arm.device_seconds,
+        **{"compute_ratio": ratio, "compute_ratio_low": low, "compute_ratio_high": high},
+        f"flops_at_equal_{key}": None if against is None else against.crossing.at,
+        f"device_seconds_at_equal_{key}": None if against is None else against.seconds_at_equal_score,
         "trial": None if choice is None else choice.trial,
         "num_trials": None if choice is None else choice.num_trials,
         "verdict": verdict,
     }
-    for name, score in arm.scores.items():
-        row |= {name: score.mean, f"{name}_std": score.std, f"{name}_low": score.low, f"{name}_high": score.high}
-    if against is None:
-        return row
-    for name, pair in ((key, against.score), (arm.headline.second.key, against.second)):
-        gap = pair.difference
-        row |= {f"delta_{name}": gap.mean, f"delta_{name}_low": gap.low, f"delta_{name}_high": gap.high}
-    return row | {
-        "p_value": against.score.p_value,
-        "p_holm": against.p_holm,
-        "compute_ratio": against.ratio(against.crossing.at),
-        "compute_ratio_low": against.ratio(against.crossing.low),
-        "compute_ratio_high": against.ratio(against.crossing.high),
-        f"flops_at_equal_{key}": against.crossing.at,
-        f"device_seconds_at_equal_{key}": against.seconds_at_equal_score,
-    }
+
+
+def _delta(name: str, pair: Paired) -> dict[str, float]:
+    gap = pair.difference
+    return {f"delta_{name}": gap.mean, f"delta_{name}_low": gap.low, f"delta_{name}_high": gap.high}
 
 
 def write_csv(frame: pd.DataFrame, file: Path) -> None:
@@ -132,24 +121,18 @@ def write_csv(frame: pd.DataFrame, file: Path) -> None:
 
 
 def display_table(verdicts: pd.DataFrame, summary: pd.DataFrame) -> pd.DataFrame:
-    """The verdicts' numbers as text, rounded for people, the scales in two rows below the arms.
+    """The verdicts' numbers as text, rounded for people, with both ends of the scale in two rows below the arms.
 
-    With three seeds or more a mean stands with its 95 % interval. With fewer the number of seeds stands beside it: in
-    the heading where it is the same for all arms, else in the cell.
+    A mean over three seeds or more has its 95 % interval beside it. With fewer seeds their number stands there instead:
+    in the heading if it is the same for all arms, otherwise in the cell.
     """
     headline, first = headline_of(summary), summary.iloc[0]
-    keys = [score.key for score in headline.shown]
-    ends = [{"arm": title, **{key: first[f"{key}_{end}"] for key in keys}} for end, title in SCALES.items()]
-    scales = pd.DataFrame(ends, columns=["arm", *keys]).astype(dict.fromkeys(keys, "float64"))
-    frame = pd.concat([verdicts, scales], ignore_index=True)
-    for score in headline.shown:
-        parts = (f"{score.key}_std", f"delta_{score.key}", f"delta_{score.key}_low", f"delta_{score.key}_high")
-        for column in [name for name in (score.key, *parts) if name in frame]:
-            frame[column] *= score.times
+    ends = [{"arm": title, **{s.key: first[f"{s.key}_{end}"] for s in headline.shown}} for end, title in SCALES.items()]
+    frame = pd.concat([verdicts, pd.DataFrame(ends)], ignore_index=True)
     counts = verdicts.loc[verdicts["num_seeds"] > 0, "num_seeds"].unique()
-    common = int(counts[0]) if len(counts) == 1 else None
-    suffix = "" if common is None else f" (n={common})"
-    first_flops = summary.groupby("arm")["flops"].min()
+    is_common, label = len(counts) == 1, headline.label
+    n, in_cells = (f" (n={counts[0]})", False) if is_common else ("", True)
+    places, first_flops = decimals(headline.times * frame[headline.key]), summary.groupby("arm")["flops"].min()
     table = {
         "arm": list(frame["arm"]),
         "strategy": [
@@ -158,67 +141,66 @@ def display_table(verdicts: pd.DataFrame, summary: pd.DataFrame) -> pd.DataFrame
         ],
         "asked": _each(frame["mask_rate"], rate_text),
         "realised": _each(frame["realised_mask_rate"], rate_text),
-        **_score_columns(frame, headline, common, suffix),
-        f"same {headline.name} at{suffix}": [_ratio_cell(row, headline, first_flops) for _, row in frame.iterrows()],
+        **({} if is_common else {"seeds": _each(frame["num_seeds"], lambda count: str(int(count)))}),
+        f"{label}{n}": _scores(frame, headline, places, in_cells),
+        f"{label} SD{n}": _each(headline.times * frame[f"{headline.key}_std"], lambda std: f"{std:.{places}f}"),
+        f"Δ{label}{n}": _differences(frame, headline, places, in_cells),
+        "p (Holm)": _each(frame["p_holm"], lambda p: "<0.001" if p < 0.001 else f"{p:.3f}"),
+        **{
+            f"{one.label}{n}": _scores(frame, one, decimals(one.times * frame[one.key]), in_cells)
+            for one in headline.shown[1:]
+        },
+        **{f"{one.name}{n}": _scores(frame, one, 3, in_cells) for one in OTHERS},
+        f"same {headline.name} at{n}": [_ratio(row, headline, first_flops) for row in frame.to_dict("records")],
         "TFLOPs": _each(frame["flops"] / 1e12, number_text),
         "images seen": _each(frame["images_seen"], lambda count: f"{count:,.0f}"),
-        f"device s{suffix}": _each(frame["device_seconds"], number_text),
+        f"device s{n}": _each(frame["device_seconds"], number_text),
         "tuned": _each(frame["num_trials"], lambda count: "no" if count == 1 else f"{int(count)} trials"),
     }
-    # Without the columns that compare where nothing can be compared, and the others that are empty.
-    return pd.DataFrame({name: cells for name, cells in table.items() if name == "arm" or set(cells) != {NONE}})
+    return pd.DataFrame({name: column for name, column in table.items() if name == "arm" or set(column) != {NONE}})
 
 
 def _each(values: pd.Series, text: Callable[[Any], str]) -> list[str]:
     return [NONE if pd.isna(value) else text(value) for value in values]
 
 
-def _score_columns(frame: pd.DataFrame, headline: Headline, common: int | None, suffix: str) -> dict[str, list[str]]:
-    """The headline, other scores, precision and recall, the number of seeds in the heading or a column of its own."""
-    key, label, others = headline.key, headline.label, headline.shown[1:]
-    places, rows = decimals(frame[key]), [row for _, row in frame.iterrows()]
-
-    def scores(name: str, places: int) -> list[str]:
-        return [_score_cell(row, name, places, common) for row in rows]
-
-    return {
-        **({"seeds": _each(frame["num_seeds"], lambda count: str(int(count)))} if common is None else {}),
-        f"{label}{suffix}": scores(key, places),
-        f"{label} SD{suffix}": _each(frame[f"{key}_std"], lambda std: f"{std:.{places}f}"),
-        f"Δ{label}{suffix}": [_delta_cell(row, key, places, common) for row in rows],
-        "p (Holm)": _each(frame["p_holm"], lambda p: "<0.001" if p < 0.001 else f"{p:.3f}"),
-        **{f"{one.label}{suffix}": scores(one.key, decimals(frame[one.key])) for one in others},
-        **{f"{one.name}{suffix}": scores(one.key, 3) for one in OTHERS},
-    }
+def _rounded(values: pd.Series) -> list[str]:
+    places = decimals(values)
+    return _each(values, lambda value: f"{value:.{places}f}")
 
 
-def _score_cell(row: pd.Series, name: str, places: int, common: int | None) -> str:
-    mean, count = row[name], row["num_seeds"]
-    if pd.isna(mean):
-        return NONE
-    text = f"{mean:.{places}f}"
-    if pd.notna(count):  # not a scale
-        half = half_width(row[f"{name}_std"], int(count))
-        if not math.isnan(half):
-            text += f" [{mean - half:.{places}f}, {mean + half:.{places}f}]"
-        elif common is None:
+def _scores(frame: pd.DataFrame, score: Score, places: int, is_count_shown: bool) -> list[str]:
+    """Means over seeds with their intervals; the ends of the scale have neither seeds nor an interval."""
+    cells = []
+    for mean, std, count in zip(frame[score.key], frame[f"{score.key}_std"], frame["num_seeds"], strict=True):
+        text = NONE if pd.isna(mean) else f"{score.times * mean:.{places}f}"
+        if text != NONE and pd.notna(count):
+            half = half_width(score.times * std, int(count))
+            if not math.isnan(half):
+                text += f" [{score.times * mean - half:.{places}f}, {score.times * mean + half:.{places}f}]"
+            elif is_count_shown:
+                text += f" (n={int(count)})"
+        cells.append(text.replace("-", "−"))
+    return cells
+
+
+def _differences(frame: pd.DataFrame, headline: Headline, places: int, is_count_shown: bool) -> list[str]:
+    cells = []
+    gaps = headline.times * frame[[f"delta_{headline.key}{end}" for end in ("", "_low", "_high")]]
+    for (gap, low, high), count in zip(gaps.itertuples(index=False), frame["num_seeds"], strict=True):
+        text = NONE if pd.isna(gap) else signed(gap, places)
+        if pd.notna(low):
+            text += f" [{signed(low, places)}, {signed(high, places)}]"
+        elif text != NONE and count >= ENOUGH:
+            text += f" (n<{ENOUGH})"
+        elif text != NONE and is_count_shown:
             text += f" (n={int(count)})"
-    return text.replace("-", "−")
+        cells.append(text)
+    return cells
 
 
-def _delta_cell(row: pd.Series, key: str, places: int, common: int | None) -> str:
-    if pd.isna(row[f"delta_{key}"]):
-        return NONE
-    text, low, high = (signed(row[f"delta_{key}{end}"], places) for end in ("", "_low", "_high"))
-    if pd.notna(row[f"delta_{key}_low"]):
-        return f"{text} [{low}, {high}]"
-    if row["num_seeds"] >= ENOUGH:
-        return f"{text} (n<{ENOUGH})"
-    return text + (f" (n={int(row['num_seeds'])})" if common is None else "")
-
-
-def _ratio_cell(row: pd.Series, headline: Headline, first_flops: pd.Series) -> str:
-    """The compute at an equal score in units of scratch's, open ends of its interval as ellipses."""
+def _ratio(row: dict[Any, Any], headline: Headline, first_flops: pd.Series) -> str:
+    """The compute at an equal score as a fraction of scratch's; an open end of its interval is an ellipsis."""
     if pd.isna(row[f"delta_{headline.key}"]):
         return NONE
     if pd.isna(row["compute_ratio"]):
@@ -235,15 +217,17 @@ def _ratio_cell(row: pd.Series, headline: Headline, first_flops: pd.Series) -> s
 def trials_table(results: Results) -> pd.DataFrame:
     """Every trial of every arm as text, the chosen one marked; empty where nothing was tuned."""
     trials = [(choice.trial, trial) for choice in results.choices.values() for trial in choice.trials]
-    kids = pd.Series([trial.scores["kid"] for _, trial in trials], dtype="float64") * 1000
-    fids = pd.Series([trial.scores["fid"] for _, trial in trials], dtype="float64")
+    scores = pd.DataFrame([trial.scores for _, trial in trials], columns=["kid", "fid"], dtype="float64")
+    kid, fid = (
+        [cell.replace("-", "−") for cell in _rounded(column)] for column in (1000 * scores["kid"], scores["fid"])
+    )
     return pd.DataFrame(
         {
             "arm": [trial.arm for _, trial in trials],
             "trial": [trial.name for _, trial in trials],
             "values": [values_text(trial.values) for _, trial in trials],
-            "KID×1000": _each(kids, lambda score: f"{score:.{decimals(kids)}f}".replace("-", "−")),
-            "FID": _each(fids, lambda score: f"{score:.{decimals(fids)}f}".replace("-", "−")),
+            "KID×1000": kid,
+            "FID": fid,
             "": [f"failed: {t.failed}" if t.failed else "chosen" if t.name == best else "" for best, t in trials],
         }
     )
@@ -256,7 +240,7 @@ def values_text(values: dict[str, Any]) -> str:
 
 
 def strategy_text(strategy: str, block_size: int | None) -> str:
-    """How a family of arms is called in tables and legends."""
+    """How arms of one strategy and block size are called in tables and legends."""
     return strategy if block_size is None else f"{strategy} {block_size}×{block_size}"
 
 
@@ -267,37 +251,29 @@ def plain_table(table: pd.DataFrame, style: str = "pipe") -> str:
 
 
 def format_table(verdicts: pd.DataFrame, summary: pd.DataFrame, width: int = TERMINAL_WIDTH) -> str:
-    """The result table for a terminal, at most `width` columns wide: what matters least is left out first.
+    """The result table for a terminal, at most `width` columns wide: the least important parts are left out first.
 
     Args:
         verdicts: as in verdicts.csv.
         summary: as in summary.csv.
         width: columns of the terminal.
     """
-    tables = _ever_leaner(display_table(verdicts, summary), headline_of(summary))
-    texts = [plain_table(table, "simple") for table in tables]
-    return next((text for text in texts if max(map(len, text.splitlines())) <= width), texts[-1])
-
-
-def _ever_leaner(table: pd.DataFrame, headline: Headline) -> Iterator[pd.DataFrame]:
-    """The table as it is, then with shorter cells, then with ever fewer columns; arm, score and difference stay."""
+    table, headline = display_table(verdicts, summary), headline_of(summary)
     titles = {column: column.split(" (n=")[0] for column in table}  # without the number of seeds
-
-    def without_intervals(*names: str) -> pd.DataFrame:
-        return table.assign(**{c: [cell.split(" [")[0] for cell in table[c]] for c in table if titles[c] in names})
-
-    yield table
-    table = table.assign(arm=[arm if len(arm) <= 24 else arm[:23] + "…" for arm in table["arm"]])
-    table = without_intervals(*(score.name for score in OTHERS))
-    yield table
-    for name in (
-        *("images seen", "strategy", "TFLOPs", f"{headline.label} SD", "asked", "tuned"),
-        *(score.name for score in reversed(OTHERS)),
-        *(*(score.label for score in headline.also), "device s", "realised"),
-        *("p (Holm)", f"same {headline.name} at", headline.second.label, "seeds"),
+    second, others, interval = headline.second.label, [score.name for score in OTHERS], "interval of "
+    for left_out in (
+        *("nothing", "long names", *(interval + name for name in others), "images seen", "strategy", "TFLOPs"),
+        *(f"{headline.label} SD", "asked", "tuned", *reversed(others), *(score.label for score in headline.also)),
+        *("device s", "realised", "p (Holm)", interval + second, f"same {headline.name} at", second, "seeds"),
     ):
-        if name == f"same {headline.name} at":  # worth more than the interval of the second opinion
-            table = without_intervals(headline.second.label)
-            yield table
-        table = table[[column for column in table if titles[column] != name]]
-        yield table
+        if left_out == "long names":
+            table["arm"] = [arm if len(arm) <= MAX_ARM else arm[: MAX_ARM - 1] + "…" for arm in table["arm"]]
+        elif left_out.startswith(interval):
+            for column in [column for column in table if interval + titles[column] == left_out]:
+                table[column] = [cell.split(" [")[0] for cell in table[column]]
+        else:
+            table = table[[column for column in table if titles[column] != left_out]].copy()
+        text = plain_table(table, "simple")
+        if max(map(len, text.splitlines())) <= width:
+            break
+    return text

@@ -1,4 +1,4 @@
-"""Each arm against scratch, in a sentence, and the project's question answered in one."""
+"""Each arm against scratch in a sentence, and the answer to the project's question."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from maskdm.report.comparison import SIGNIFICANT, Against, Comparison, Findings
 from maskdm.report.numbers import names_text, places_of, seeds_text, signed
 from maskdm.report.statistics import Estimate
 
-EQUAL_COMPUTE = 0.02  # arms whose compute differs by less are said to have had equal compute
+EQUAL_COMPUTE = 0.02  # a relative difference: below it, two arms are said to have had equal compute
 MATCHED_BY = {"flops": "compute", "images": "images seen", "steps": "steps"}
 MAX_NAMES = 3  # of arms in a sentence
 Kind = Literal["better", "worse", "undecided", "baseline", "missing"]
@@ -24,7 +24,7 @@ class Verdict:
     Attributes:
         arm: its key.
         text: the sentence, without the arm's name.
-        kind: better and worse only where chance is an unlikely reason, all arms considered; all else is undecided.
+        kind: better or worse only where chance is an unlikely reason, all arms considered; otherwise undecided.
     """
 
     arm: str
@@ -33,7 +33,7 @@ class Verdict:
 
 
 def judge_arms(found: Findings) -> list[Verdict]:
-    """A verdict for every arm, scratch and the missing ones, too."""
+    """A verdict for every arm, also for scratch and for missing arms."""
     return [_judge(found, arm) for arm in found.compared.values()]
 
 
@@ -44,24 +44,24 @@ def _judge(found: Findings, arm: Comparison) -> Verdict:
         return Verdict(arm.arm, f"missing: {first.reason}; run `{first.command}`", "missing")
     kind: Kind = "undecided"
     if reference is None:
-        parts = [_score(arm), "there is no arm without pretraining to compare with"]
+        parts = [_score(arm), "there is no arm without pretraining to compare it with"]
     elif arm is reference:
         kind = "baseline"
-        parts = [f"what the others are compared with: {_score(arm)}", _origin(arm, reference)]
+        parts = [f"the arm that the others are compared with: {_score(arm)}", _origin(arm, reference)]
     elif arm.against is None:
-        why = "no seed in common with it" if reference.num_seeds else "which is missing"
-        parts = [_score(arm), f"not compared with {reference.arm}, {why}"]
+        why = "they have no seed in common" if reference.num_seeds else f"{reference.arm} is missing"
+        parts = [_score(arm), f"not compared with {reference.arm}, because {why}"]
     else:
         if arm.against.is_clear:
             kind = "better" if arm.against.score.difference.mean < 0 else "worse"
         parts = _result(params, arm, arm.against, reference)
         parts += [*_doubts(arm, arm.against, reference.arm, len(found.against)), _origin(arm, reference)]
-    lost = len(params.seeds) - arm.num_seeds
-    parts += [f"{lost} of {len(params.seeds)} seeds missing"] if lost else []
-    return Verdict(arm.arm, _sentence(parts), kind)
+    if lost := len(params.seeds) - arm.num_seeds:
+        parts.append(f"{lost} of {len(params.seeds)} seeds missing")
+    return Verdict(arm.arm, _joined(parts), kind)
 
 
-def _sentence(parts: Iterable[str]) -> str:
+def _joined(parts: Iterable[str]) -> str:
     return "; ".join(part for part in parts if part)
 
 
@@ -79,29 +79,30 @@ def _is_tuned(*arms: Comparison) -> bool:
 
 
 def _origin(arm: Comparison, reference: Comparison) -> str:
-    """How the hyperparameters of the two came about, where that is not: both were tuned."""
+    """Where the hyperparameters come from, unless both arms were tuned."""
     return "" if _is_tuned(arm, reference) else "hyperparameters given, not tuned"
 
 
 def _result(params: Params, arm: Comparison, against: Against, reference: Comparison) -> list[str]:
     """What the numbers say, the strongest statement that they allow first."""
-    score, name, at_equal = arm.headline, reference.arm, _matched(params, against)
+    score, name = arm.headline, reference.arm
     gap, is_there = against.score.difference.times(score.times), against.crossing.at is not None
-    difference = f"{score.label} {signed(gap.mean, places_of(gap))}"
+    difference = f"{score.label} difference {signed(gap.mean, places_of(gap))}"
+    at_equal, reaches = _matched(params, against), f"reaches {name}'s final {score.name}"
     if not gap.has_interval:
         if is_there:
-            return [_crossing(against, f"same {score.name}"), f"{difference} {at_equal}"]
+            return [_crossing(against, reaches), f"{difference} {at_equal}"]
         return [f"{_worse(against, name)}: {difference} {at_equal} ({seeds_text(gap.n)}: no interval)"]
     if gap.high < 0:
         saves = _saves(against) if _is_tuned(arm, reference) else ""
-        return [f"{saves}{_crossing(against, f'same {score.name}')}", f"{difference} {at_equal} ({_interval(gap)})"]
+        return [f"{saves}{_crossing(against, reaches)}", f"{difference} {at_equal} ({_interval(gap)})"]
     if gap.low > 0:
         return [f"{_worse(against, name)}: {difference} {at_equal} ({_interval(gap)}, n = {gap.n})"]
     text = f"not distinguishable from {name} {at_equal}: {difference} ({_interval(gap)}, n = {gap.n})"
     if is_there:
-        return [text, _crossing(against, f"its mean reaches {name}'s {score.name}")]
+        return [text, _crossing(against, f"its mean {reaches}")]
     never = all(gap >= 0 for gap in against.at_milestones.values())
-    return [text, "on average no better at any budget tried"] if never else [text]
+    return [text, "on average no better at any milestone"] if never else [text]
 
 
 def _interval(gap: Estimate) -> str:
@@ -109,16 +110,16 @@ def _interval(gap: Estimate) -> str:
 
 
 def _worse(against: Against, name: str) -> str:
-    """The arm is worse at the end; was it ever better?"""
+    """The arm is worse at the end of the budget; it may have been better before."""
     better = [f"{fraction:g}" for fraction, gap in against.at_milestones.items() if gap < 0]
     if not better:
-        return f"no better than {name} at any budget tried"
+        return f"no better than {name} at any milestone"
     earlier = names_text(better, MAX_NAMES, " and ")
     return f"worse than {name} at the end, though better on average at {earlier} of the budget"
 
 
 def _matched(params: Params, against: Against) -> str:
-    """Under which condition two arms are compared at the end of the budget, with the compute if that differs."""
+    """What is equal between two arms at the end of the budget, with the compute if that differs."""
     ratio, equal = against.flops / against.base_flops, f"at equal {MATCHED_BY[params.budget.match]}"
     if abs(ratio - 1) <= EQUAL_COMPUTE:
         return equal if params.budget.match == "flops" else f"{equal} and compute"
@@ -126,17 +127,16 @@ def _matched(params: Params, against: Against) -> str:
 
 
 def _saves(against: Against) -> str:
-    """The word is for what is clear, against a scratch arm that was tuned as much."""
-    ratio, high = against.ratio(against.crossing.at), against.ratio(against.crossing.high)
+    """Said only of a clear difference to a scratch arm that was tuned too."""
+    ratio, _, high = against.ratios
     if not against.is_clear or ratio is None or high is None or high > 1:
         return ""
     return f"saves {'at least ' if against.crossing.at_most else ''}{100 * (1 - ratio):.0f} % of the compute: "
 
 
 def _crossing(against: Against, claim: str) -> str:
-    """Compute at an equal score, in units of scratch's, and its interval."""
-    crossed = against.crossing
-    at, low, high = (against.ratio(flops) for flops in (crossed.at, crossed.low, crossed.high))
+    """The compute at an equal score as a fraction of scratch's, and its interval."""
+    crossed, (at, low, high) = against.crossing, against.ratios
     assert at is not None and against.seconds_at_equal_score is not None
     if not crossed.has_interval:
         interval = f"{seeds_text(crossed.n)}: no interval"
@@ -153,16 +153,16 @@ def _crossing(against: Against, claim: str) -> str:
 
 
 def _doubts(arm: Comparison, against: Against, name: str, tests: int) -> list[str]:
-    """A difference that is clear by itself and not among all, and where the second opinion sees another order."""
+    """Doubts: a difference that is clear alone but not among all arms, and a second opinion that disagrees."""
     said, second, gap = [], arm.headline.second, against.second.difference.mean
     if against.score.difference.excludes_zero and not against.is_clear:
-        said.append(f"with {tests} arms compared chance cannot be ruled out (Holm-adjusted p = {against.p_holm:.2f})")
+        said.append(f"with {tests} arms compared, chance cannot be ruled out (Holm-adjusted p = {against.p_holm:.2f})")
     if against.score.difference.mean * gap < 0:
-        difference = f"{second.label} {signed(gap * second.times, 2)}"
-        said.append(f"{second.name} orders it and {name} the other way round ({difference})")
+        difference = f"{second.label} difference {signed(gap * second.times, 2)}"
+        said.append(f"{second.name} ranks it and {name} the other way round ({difference})")
     if arm.disputed:
         others = names_text(arm.disputed, MAX_NAMES, " and ")
-        said.append(f"{arm.headline.name} and {second.name} dispute its order with {others}")
+        said.append(f"{arm.headline.name} and {second.name} disagree on whether it is better than {others}")
     return said
 
 
@@ -179,7 +179,7 @@ def answer(found: Findings) -> str:
         return f"No comparison is possible yet: {name} or every {kind} arm is missing."
     sure = {arm: one for arm, one in against.items() if one.score.difference.has_interval}
     than = f"{found.headline.name} than {name} at equal {MATCHED_BY[params.budget.match]}"
-    said = [_sure_answer(sure, kind, than) if sure else _unsure_answer(against, kind, than)]
+    said = [_sure_answer(sure, kind, than, name) if sure else _unsure_answer(against, kind, than)]
     if sure and len(against) > len(sure):
         said.append(f"{len(against) - len(sure)} more had too few seeds to tell.")
     if len(masked) > len(against):
@@ -187,34 +187,28 @@ def answer(found: Findings) -> str:
     return " ".join(said)
 
 
-def _sure_answer(found: dict[str, Against], kind: str, than: str) -> str:
-    """With intervals: what is clear among all arms."""
-    better, worse = [
-        [arm for arm, a in found.items() if a.is_clear and (a.score.difference.mean < 0) == is_better]
-        for is_better in (True, False)
-    ]
-    rest, seeds = len(found) - len(better) - len(worse), min(a.score.difference.n for a in found.values())
+def _sure_answer(found: dict[str, Against], kind: str, than: str, name: str) -> str:
+    """With intervals: the differences that are clear among all arms."""
+    clear = {arm: one.score.difference.mean < 0 for arm, one in found.items() if one.is_clear}
+    better, worse = [arm for arm, is_better in clear.items() if is_better], len(clear) - sum(clear.values())
+    rest, seeds = len(found) - len(clear), min(one.score.difference.n for one in found.values())
     parts = [
-        f"{_count(better, found)} {kind} arms had a clearly lower {than}{_listed(better)} "
+        f"{len(better) or 'None'} of {len(found)} {kind} arms had a clearly lower {than}{_listed(better)} "
         f"({seeds_text(seeds)}, Holm-adjusted p < {SIGNIFICANT:g})",
-        f"{len(worse)} had a clearly higher one" if worse else "",
-        f"{rest} could not be distinguished from it" if rest else "",
+        f"{worse} had a clearly higher one" if worse else "",
+        f"{rest} could not be distinguished from {name}" if rest else "",
     ]
-    return f"{_sentence(parts)}."
+    return f"{_joined(parts)}."
 
 
 def _unsure_answer(found: dict[str, Against], kind: str, than: str) -> str:
-    """Without intervals for all: what was seen, and that chance may be the reason."""
+    """Without any interval: what was observed, and that chance may be the reason."""
     better = [arm for arm, against in found.items() if against.score.difference.mean < 0]
     seeds = seeds_text(max(against.score.difference.n for against in found.values()))
     return (
-        f"{seeds[0].upper()}{seeds[1:]} cannot tell a difference from chance. What was seen: {_count(better, found)} "
-        f"{kind} arms had a lower {than}{_listed(better)}."
+        f"{seeds[0].upper()}{seeds[1:]} cannot tell a difference from chance. Observed: {len(better) or 'none'} of "
+        f"{len(found)} {kind} arms had a lower {than}{_listed(better)}."
     )
-
-
-def _count(better: list[str], found: dict[str, Against]) -> str:
-    return f"{len(better) or 'None'} of {len(found)}"
 
 
 def _listed(arms: list[str]) -> str:

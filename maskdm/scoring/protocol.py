@@ -143,6 +143,55 @@ def flip_text(probability: float) -> str:
     return f"with left-right flips of probability {probability:g}" if probability else "without left-right flips"
 
 
+def bias_note(num_samples: int) -> str:
+    """How FID depends on the number of samples."""
+    return (
+        f"FID is biased: it falls as the number of samples grows ({num_samples:,} here), by an amount that depends on "
+        "the model. Compare it only between equal numbers of samples. KID is not biased, but it varies more."
+    )
+
+
+def extractor_caution(extractor: str) -> str:
+    """What FIDs on these features cannot be compared with; empty for Inception's, which published numbers use.
+
+    Args:
+        extractor: its name and layer.
+    """
+    name = extractor.split("/")[0]
+    if extractor == "pixels":
+        return (
+            "The features are the pixel values themselves: these are not Inception FIDs. They compare means and "
+            "covariances of pixels, do not see shapes, and are comparable only within this dataset."
+        )
+    if "classifier" in extractor:
+        return (
+            "The features come from a small classifier trained on this dataset's own labels: these are not "
+            "Inception FIDs. They are comparable only within this dataset and with this extractor, never with "
+            "published numbers."
+        )
+    if name.startswith("inception"):
+        return ""
+    return (
+        f"The features are those of {name}, not Inception's: the numbers are comparable only with others of the same "
+        "extractor and weights."
+    )
+
+
+def few_samples_caution(num_samples: int, num_features: int) -> str:
+    """What too few images do to FID; empty where there are enough for a covariance of full rank.
+
+    Args:
+        num_samples: of the smaller set.
+        num_features: D.
+    """
+    if num_samples > num_features:
+        return ""
+    return (
+        f"{num_samples:,} images are too few for {num_features:,} features: their covariance does not have full rank, "
+        "and FID is far too high. Compare it only with FIDs of as many images; KID does not have this bias."
+    )
+
+
 def said_of(scores: Mapping[str, Any]) -> str:
     """The protocol and flips of published scores, for people; empty if they were not recorded.
 

@@ -808,7 +808,7 @@ def test_too_few_samples_and_another_extractor_are_told_in_the_card(scored: Expe
     export(scored, f"results/finetune/{ARM}/seed-0", "--out", "out")
     card = scored.path("out", "README.md").read_text()
     assert "caveat: The features are those of dinov2-vit-s-14, not Inception's" in card
-    assert "64 images are fewer than the 192 features" in card
+    assert "64 images are too few for 192 features" in card
 
 
 def test_another_format_is_no_choice(scored: Experiment) -> None:

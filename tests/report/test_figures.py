@@ -16,6 +16,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 import maskdm.report.report as report_module
+import maskdm.report.texts as texts_module
 from maskdm.config import ArmConfig
 from maskdm.method.masks import Masking
 from maskdm.report.comparison import Findings, final
@@ -31,7 +32,9 @@ from maskdm.report.figures.points import POINTS
 from maskdm.report.numbers import score_text
 from maskdm.report.report import render
 from maskdm.report.statistics import estimate
+from maskdm.report.texts import texts as texts_of
 from maskdm.report.verdicts import Verdict
+from maskdm.scoring.headline import Score
 from tests.factories import protocol
 from tests.report.made_up_results import (
     SCRATCH,
@@ -43,7 +46,7 @@ from tests.report.made_up_results import (
     thirteen_arms,
 )
 
-OF_IMAGES = [kind for kind in FIGURES if kind is not POINTS]  # tests/data/test_swissroll.py has that one
+OF_IMAGES = [kind for kind in FIGURES if kind is not POINTS]  # test_points.py has that one
 ROOT = Path(__file__).parents[2]
 TRIALS = {"given": {}, "slow": {"finetune.lr": 1e-3}, "fast": {"finetune.lr": 8e-3}}
 SMALLEST_PRINT = 8.0  # points
@@ -72,7 +75,7 @@ def texts(figure: Figure) -> list[str]:
 
 def write(shown: Findings, folder: Path) -> list[Picture]:
     folder.mkdir()
-    return draw_figures(shown, folder)
+    return draw_figures(shown, folder, texts_of(shown))
 
 
 CASES = {
@@ -166,6 +169,7 @@ def test_small_print_fits_its_strip(text):
 
 def test_captions_and_alt_texts_are_sentences(drawn):
     for picture in drawn.pictures:
+        assert picture.title[0].isupper() and len(texts_of(drawn.shown)[picture.file]) == 3
         for text in (picture.caption, picture.alt):
             assert text[0].isupper() and text.endswith((".", "”.")), text
             assert "None" not in text and "nan" not in text and "  " not in text, text
@@ -216,7 +220,7 @@ def test_two_seeds_have_their_range_as_the_band():
     ends = axes.collections[0].get_paths()[0].vertices[:, 1]
     assert ends.min() == pytest.approx(shown.summary["fid"].min())
     assert ends.max() == pytest.approx(shown.summary["fid"].max())
-    assert "their range" in FID_VS_COMPUTE.caption(shown)
+    assert "their range" in texts_of(shown)[FID_VS_COMPUTE.file][1]
 
 
 def test_scratchs_final_fid_is_a_dashed_line_in_every_panel():
@@ -304,12 +308,12 @@ def test_one_seed_says_so_in_every_cell():
     assert all(text.endswith("n=1") for text in cells.values()) and len(cells) == 7
 
 
-def test_missing_arms_are_marked_and_places_without_arms_hatched():
+def test_missing_arms_are_marked_and_places_without_arms_are_empty():
     shown = show(missing=["patch-m75", "scratch"])
     assert heat_map_cells(shown)["patch", "0.75"] == "missing"
     assert heat_map_cells(shown)["scratch", "0.50"] == "missing"
     [axes, *bar] = draw(HEAT_MAP, shown).axes
-    assert sum(bool(patch.get_hatch()) for patch in axes.patches) == 3  # patch and block at 0.44, crop at 0.5
+    assert len(axes.patches) == len(seven_arms())  # none for patch and block at 0.44, and for crop at 0.5
     assert not bar  # nothing to be different from
 
 
@@ -317,8 +321,7 @@ def test_colours_are_white_at_scratch_and_symmetric():
     fids = {"scratch": (0.5,), "patch-m50": (0.6,), "patch-m75": (0.4,), "crop-m75": (0.5,)}
     shown = show(make_params({key: seven_arms()[key] for key in fids}, seeds=(0,)), fids=fids)
     [axes, _] = draw(HEAT_MAP, shown).axes
-    # Scratch's own cell is the first that is not hatched.
-    _, worse, better, equal = (np.array(patch.get_facecolor()[:3]) for patch in axes.patches if not patch.get_hatch())
+    _, worse, better, equal = (np.array(patch.get_facecolor()[:3]) for patch in axes.patches)  # scratch's comes first
     assert worse[0] > worse[2] and better[2] > better[0]  # orange, purple
     assert equal.min() > 0.94
 
@@ -398,6 +401,21 @@ def test_time_names_the_missing_and_has_tuning_beside():
     assert "tuning, all trials" not in texts(draw(TIME, show(make_params(seeds=(0,)))))
 
 
+def test_a_trial_without_the_metric_has_not_failed():
+    params = make_params(few_arms("patch-m50"), trials=TRIALS)
+    shown = findings(params, make_results(params))
+    del shown.results.choices["scratch"].trials[0].scores["kid"]
+    shown.results.choices["patch-m50"].trials[1].scores["kid"] = None
+    assert texts(draw(TUNING, shown)).count("no KID") == 2 and "× failed" not in texts(draw(TUNING, shown))
+
+
+@pytest.mark.parametrize(("lower", "said"), [(True, "lowest"), (False, "highest")])
+def test_the_best_trial_has_the_lowest_or_highest_score_by_the_metrics_direction(lower, said, monkeypatch):
+    monkeypatch.setattr(texts_module, "SCORES", [Score("kid", "KID", is_lower_better=lower)])
+    of = texts_of(show(make_params(few_arms("patch-m50"), trials=TRIALS)))
+    assert f"with the {said} KID was chosen" in of["tuning.png"][1] and f"with the {said} KID" in of["tuning"][0]
+
+
 def test_tuning_marks_the_chosen_and_the_failed():
     shown = show(make_params(seven_arms(), trials=TRIALS), failed_trials=("fast",))
     figure = draw(TUNING, shown)
@@ -439,10 +457,10 @@ def test_masked_patches_are_grey_and_the_others_themselves():
 def test_every_mask_says_its_realised_rate_below_the_same_images():
     shown = show(make_params(seeds=(0,)))
     figure = draw(MASKS, shown)
-    assert len(figure.axes) == 7  # the images themselves, and six masked arms
+    assert len(figure.images) == 7  # the images themselves, and six masked arms
     found = texts(figure)
     assert {"masked 0.50", "masked 0.75", "masked 0.438", "real images", "crop-m44"} <= set(found)
-    bare, *others = (axes.images[0].get_array() for axes in figure.axes)
+    bare, *others = (image.get_array() for image in figure.images)
     for picture in others:
         same = (picture == bare).all(axis=-1)
         assert 0.2 < same.mean() < 0.7 and picture.shape == bare.shape
@@ -451,11 +469,11 @@ def test_every_mask_says_its_realised_rate_below_the_same_images():
 def test_samples_show_real_images_first_and_every_arm_with_its_fid():
     shown = show(make_params(seeds=(0, 1)), missing=["crop-m75", ("patch-m50", 0)])
     figure = draw(SAMPLES, shown)
-    assert len(figure.axes) == 7 and texts(figure)[0] == "real images"
+    assert len(figure.images) == 7 and texts(figure)[0] == "real images"
     first = final(shown.summary).set_index(["arm", "seed"]).loc[("scratch", 0), "fid"]
     assert f"FID {score_text(first)}" in texts(figure)
     assert any(text.endswith("(seed 1)") for text in texts(figure))
-    assert np.array_equal(figure.axes[0].images[0].get_array(), image_grid(shown.results.real, 8))
+    assert np.array_equal(figure.images[0].get_array(), image_grid(shown.results.real, 8))
 
 
 def test_an_image_grid_keeps_every_pixel():
@@ -507,14 +525,14 @@ def make_content(**changes) -> dict:
         "missing": ["crop-m75, seed 1: <no> file; run `maskdm evaluate --arm crop-m75 --seed 1`"],
         "verdicts": [Verdict("patch-m50", "same FID with 0.61× the compute (95 %: 0.55–0.70, n = 3)", "better")],
         "points": pd.DataFrame(),
-        "points_note": "",
+        "points_notes": [],
         "table": pd.DataFrame({"arm": ["patch-m50", "real vs real"], "FID": ["0.40 [0.30, 0.50]", "0.09"]}),
-        "table_note": "Means.",
+        "table_notes": ["Means."],
         "notes": ["FID is biased."],
         "pictures": [Picture("losses.png", "Losses", "A caption {style} {{ title }}.", "An <alt> text.")],
         "facts": [("machine", "A <fast> CPU {body} {% if %}")],
         "tuning": pd.DataFrame({"arm": ["patch-m50"] * 13, "KID×1000": [str(k) for k in range(13)]}),
-        "tuning_note": "Tuned: 13 trials.",
+        "tuning_notes": ["Tuned: 13 trials."],
         **changes,
     }
 

@@ -24,8 +24,7 @@ from maskdm.config.jobs import Jobs
 from maskdm.report import Report, print_report, print_summary, write_report
 from maskdm.report.numbers import decimals, number_text, signed
 from maskdm.report.results import read_results
-from maskdm.report.tables import SUMMARY_COLUMNS, format_table, verdict_columns
-from maskdm.scoring.headline import FID
+from maskdm.report.tables import format_table
 from tests.factories import protocol
 from tests.report.made_up_results import stamp_outputs
 
@@ -62,6 +61,18 @@ RAN_WITH = {
     **{"attention": "plain", "activation_checkpointing": False, "devices": 1},
 }
 SECONDS_PER_STEP, WAIT_PER_STEP = 0.04, 0.001
+# Of the CSV files, which other programs read.
+SUMMARY_COLUMNS = (
+    "arm,seed,strategy,block_size,mask_rate,realised_mask_rate,num_visible,milestone,step,flops,images_seen,tokens_seen,"
+    "device_seconds,data_wait_share,peak_memory_gib,fid,kid,kid_std,precision,recall,num_samples,fid_floor,kid_floor,"
+    "floor_num_samples,fid_untrained,kid_untrained,extractor,extractor_sha256,data_sha256,trial,num_trials"
+)
+VERDICT_COLUMNS = (
+    "arm,strategy,block_size,mask_rate,realised_mask_rate,num_seeds,fid,fid_std,fid_low,fid_high,delta_fid,delta_fid_low,"
+    "delta_fid_high,p_value,p_holm,kid,kid_std,delta_kid,delta_kid_low,delta_kid_high,precision,precision_std,recall,"
+    "recall_std,flops,images_seen,device_seconds,compute_ratio,compute_ratio_low,compute_ratio_high,flops_at_equal_fid,"
+    "device_seconds_at_equal_fid,trial,num_trials,verdict"
+)
 Fids = dict[str, Sequence[float | Sequence[float]]]
 
 
@@ -323,7 +334,7 @@ class TestSummary:
         rows = read_rows(report[0] / "summary.csv")
         expected = [(a, s, m) for a in ARMS for s in (0, 1, 2) for m in (0.5, 0.75, 1.0)]
         assert [(r["arm"], int(r["seed"]), float(r["milestone"])) for r in rows] == expected
-        assert tuple(rows[0]) == SUMMARY_COLUMNS
+        assert list(rows[0]) == SUMMARY_COLUMNS.split(",")
 
     def test_the_milestone_s_numbers_to_the_last_digit(self, report):
         row = next(r for r in read_rows(report[0] / "summary.csv") if r["arm"] == "block2-m75" and r["seed"] == "1")
@@ -368,7 +379,7 @@ class TestVerdictNumbers:
             assert float(row["precision"]) == pytest.approx(0.8 - statistics.mean(fids) / 100, rel=1e-12)
             assert float(row["recall_std"]) == pytest.approx(statistics.stdev(fids) / 100, rel=1e-9)
             assert (float(row["flops"]), row["images_seen"]) == (pytest.approx(BUDGET_FLOPS), "128000")
-        assert tuple(row) == verdict_columns(FID, ("precision", "recall"))
+        assert list(row) == VERDICT_COLUMNS.split(",")
 
     def test_differences_are_paired_by_seed_and_their_p_values_holm_s(self, report):
         rows, base = verdict_rows(report[0]), FINAL_FIDS["scratch"]
@@ -431,14 +442,18 @@ class TestVerdicts:
     def test_a_better_arm(self):
         text = self.verdict((14.0, 10.0, 8.0))
         assert re.match(
-            r"same FID with 0\.75× the compute \(95 %: 0\.7\d–0\.7\d, n = 3\) and 0\.85× the device seconds; "
-            r"FID −1\.99 at equal compute \(95 %: −2\.0\d to −1\.9\d\); hyperparameters given, not tuned$",
+            r"reaches scratch's final FID with 0\.75× the compute \(95 %: 0\.7\d–0\.7\d, n = 3\) and 0\.85× the device "
+            r"seconds; FID difference −1\.99 at equal compute \(95 %: −2\.0\d to −1\.9\d\); hyperparameters given, not "
+            r"tuned$",
             text,
         )
 
     def test_saves_is_said_where_both_were_tuned(self):
         text = self.verdict((14.0, 10.0, 8.0), self.tuned)
-        assert text.startswith("saves 25 % of the compute: same FID with 0.75× the compute") and "given" not in text
+        assert (
+            text.startswith("saves 25 % of the compute: reaches scratch's final FID with 0.75× the compute")
+            and "given" not in text
+        )
 
     def test_saves_is_said_nowhere_where_scratch_was_not_tuned(self):
         self.verdict((14.0, 10.0, 8.0))
@@ -454,19 +469,21 @@ class TestVerdicts:
         report_on(self.tuned)
         row = verdict_rows()["patch-m50"]
         assert float(row["compute_ratio"]) < 1 < float(row["compute_ratio_high"]) and float(row["p_holm"]) < 0.05
-        assert row["verdict"].startswith("same FID with 0.96× the compute (95 %: 0.85–1.12")
+        assert row["verdict"].startswith("reaches scratch's final FID with 0.96× the compute (95 %: 0.85–1.12")
         assert "saves" not in page_text()
 
     def test_a_censored_crossing_is_at_most(self):
         text = self.verdict((9.0, 8.5, 8.0), self.tuned)
-        assert text.startswith("saves at least 50 % of the compute: same FID with at most 0.50× the compute")
+        assert text.startswith("saves at least 50 % of the compute: reaches scratch's final FID with at most 0.50× the")
         assert "95 %: up to 0.50, n = 3" in text
         assert "≤ 0.50× […, 0.50]" in (paths.REPORT / "summary.md").read_text().replace("\\", "")
 
     def test_an_arm_that_is_never_better(self):
         text = self.verdict((21.0, 16.0, 12.0))
-        assert text.startswith("no better than scratch at any budget tried: FID +2.01 at equal compute (95 %: +1.9")
-        assert "same FID" not in text and verdict_rows()["patch-m50"]["compute_ratio"] == ""
+        assert text.startswith(
+            "no better than scratch at any milestone: FID difference +2.01 at equal compute (95 %: +1.9"
+        )
+        assert "reaches" not in text and verdict_rows()["patch-m50"]["compute_ratio"] == ""
 
     def test_an_arm_that_was_better_earlier(self):
         text = self.verdict((18.0, 14.0, 12.0))
@@ -475,8 +492,9 @@ class TestVerdicts:
     def test_an_arm_that_cannot_be_told_from_scratch(self):
         text = self.verdict((19.0, 14.0, 9.8), noise=0.3)
         assert re.match(
-            r"not distinguishable from scratch at equal compute: FID −0\.10 \(95 %: −0\.\d+ to \+0\.\d+, n = 3\); its "
-            r"mean reaches scratch's FID with 0\.99× the compute \(95 %: 0\.9\d to beyond the budget, n = 3\)",
+            r"not distinguishable from scratch at equal compute: FID difference −0\.10 \(95 %: −0\.\d+ to \+0\.\d+, "
+            r"n = 3\); its mean reaches scratch's final FID with 0\.99× the compute \(95 %: 0\.9\d to beyond the "
+            r"budget, n = 3\)",
             text,
         )
 
@@ -488,16 +506,16 @@ class TestVerdicts:
     def test_too_few_seeds_have_no_interval(self, seeds, said):
         params = make_params(ARMS, seeds=seeds, trials=TRIALS)
         found = verdicts_of(params, FINAL_FIDS)
-        assert f"same FID with 0.92× the compute ({said}: no interval)" in found["patch-m25"]
+        assert f"reaches scratch's final FID with 0.92× the compute ({said}: no interval)" in found["patch-m25"]
         text = found["crop-m45"]
-        assert text.startswith("no better than scratch at any budget tried: FID +10")
+        assert text.startswith("no better than scratch at any milestone: FID difference +10")
         assert f"at equal compute ({said}: no interval)" in text
         assert f"({said}: no interval)" in found["scratch"]
         assert "saves" not in page_text()
 
     def test_the_baseline_is_said_to_be_it(self):
         found = verdicts_of(self.params, FINAL_FIDS)
-        expected = "what the others are compared with: FID 11.00 (95 %: 8.52 to 13.48, n = 3); hyperparameters given"
+        expected = "the arm that the others are compared with: FID 11.00 (95 %: 8.52 to 13.48, n = 3); hyperparameters "
         assert found["scratch"].startswith(expected)
 
     def test_what_is_clear_alone_need_not_be_among_many(self):
@@ -505,13 +523,13 @@ class TestVerdicts:
         assert "chance" not in verdicts_of(self.params, near)["patch-m50"]
         many = make_params({f"patch-m{n}": {"strategy": "patch", "mask_rate": n / 20} for n in range(5, 8)} | PAIR)
         text = verdicts_of(many, near)["patch-m50"]
-        assert re.search(r"with 4 arms compared chance cannot be ruled out \(Holm-adjusted p = 0\.\d\d\)", text)
+        assert re.search(r"with 4 arms compared, chance cannot be ruled out \(Holm-adjusted p = 0\.\d\d\)", text)
 
     def test_kid_may_disagree_about_scratch(self):
         write_results(self.params, {"scratch": (10.0, 12.0, 11.0), "patch-m50": (9.0, 10.9, 9.8)})
         edit_milestones(self.params, "patch-m50", kid=2.0)
         text = report_on(self.params).verdicts.set_index("arm")["verdict"]
-        assert "KID orders it and scratch the other way round (KID×1000 +2.93)" in text["patch-m50"]
+        assert "KID ranks it and scratch the other way round (KID×1000 difference +2.93)" in text["patch-m50"]
         assert "other way" not in text["scratch"]
 
     def test_arms_whose_order_is_disputed_are_named_up_to_three(self):
@@ -519,8 +537,8 @@ class TestVerdicts:
         write_results(params)
         edit_milestones(params, "crop-m45", kid=0.01)  # the worst FID, the best KID
         texts = report_on(params).verdicts.set_index("arm")["verdict"]
-        assert "FID and KID dispute its order with patch-m25, patch-m50, patch-m75 and 2 more" in texts["crop-m45"]
-        assert "FID and KID dispute its order with crop-m45" in texts["patch-m50"]
+        assert "disagree on whether it is better than patch-m25, patch-m50, patch-m75 and 2 more" in texts["crop-m45"]
+        assert "FID and KID disagree on whether it is better than crop-m45" in texts["patch-m50"]
 
     def test_arms_matched_otherwise_are_not_said_to_have_equal_compute(self):
         params = make_params(PAIR, match="images")
@@ -541,13 +559,13 @@ class TestAnswer:
     def test_it_counts_what_is_clear_among_all(self):
         assert self.answer(make_params()) == (
             "1 of 6 masked arms had a clearly lower FID than scratch at equal compute: patch-m25 (3 seeds, "
-            "Holm-adjusted p < 0.05); 2 had a clearly higher one; 3 could not be distinguished from it."
+            "Holm-adjusted p < 0.05); 2 had a clearly higher one; 3 could not be distinguished from scratch."
         )
 
     @pytest.mark.parametrize(("seeds", "said"), [((0,), "One seed"), ((0, 1), "Two seeds")])
     def test_it_is_modest_about_few_seeds(self, seeds, said):
         text = self.answer(make_params(seeds=seeds))
-        assert text.startswith(f"{said} cannot tell a difference from chance. What was seen: 1 of 6 masked arms")
+        assert text.startswith(f"{said} cannot tell a difference from chance. Observed: 1 of 6 masked arms")
 
     def test_it_calls_arms_masked_only_if_all_of_them_are(self):
         params = make_params()
@@ -603,7 +621,7 @@ class TestTable:
         row = next(line for line in lines if line.startswith("patch-m50"))
         assert "11.00 (n=1)" in row and "+1.00 (n=1)" in row
         assert "11.00 [8.52, 13.48]" in next(line for line in lines if line.startswith("scratch"))
-        assert "Fewer than 3 seeds give no interval: any difference may be chance alone (patch-m50)." in page_text()
+        assert "Fewer than 3 seeds give no interval: any difference may be chance (patch-m50)." in page_text()
 
     def test_many_arms_fit(self):
         arms = {
@@ -661,7 +679,10 @@ class TestMissing:
         row = verdict_rows()["patch-m50"]
         assert float(row["delta_fid"]) == pytest.approx((11.5 - 12.0 + 11.2 - 11.0) / 2)
         assert row["delta_fid_low"] == "" and row["fid_low"] != ""
-        assert row["verdict"].startswith("same FID with") and "(two seeds: no interval)" in row["verdict"]
+        assert (
+            row["verdict"].startswith("reaches scratch's final FID with")
+            and "(two seeds: no interval)" in row["verdict"]
+        )
         assert "1 of 3 seeds missing" in verdict_rows()["scratch"]["verdict"]
 
     def test_a_curve_of_another_run_than_its_record_is_left_out(self):
@@ -695,7 +716,10 @@ class TestMissing:
         report_on(params)
         assert "No comparison is possible yet: scratch or every masked arm is missing" in page_text()
         row = verdict_rows()["crop-m45"]
-        assert "FID 21.07 (95 %: " in row["verdict"] and "not compared with scratch, which is missing" in row["verdict"]
+        assert (
+            "FID 21.07 (95 %: " in row["verdict"]
+            and "not compared with scratch, because scratch is missing" in row["verdict"]
+        )
         assert row["delta_fid"] == ""
 
     @pytest.mark.parametrize(("output", "stage"), [(paths.SCALE, "scale"), (paths.FEATURES, "features")], ids=str)
@@ -958,7 +982,7 @@ class TestFiles:
         for num_real, is_told in ((129, False), (100, True)):
             edit_json(params, paths.record("features"), num_features=128, num_real=num_real)
             report_on(params)
-            assert ("100 images are fewer than the 128 features" in page_text()) == is_told
+            assert ("100 images are too few for 128 features" in page_text()) == is_told
 
     @pytest.mark.usefixtures("_no_figures")
     def test_another_extractor_needs_no_classifier_caution(self):
@@ -998,14 +1022,14 @@ class TestFiles:
             edit_record(stage, "crop-m45", seed, **change)
         report_on(params)
         assert f"The arms did not run alike: {says}" in page_text()
-        assert "(crop-m45). Scores agree to rounding; seconds do not compare." in page_text()
+        assert "(crop-m45). Their scores agree up to rounding; their seconds are not comparable." in page_text()
 
     @pytest.mark.usefixtures("_no_figures")
     def test_an_arm_whose_stages_ran_differently_stands_with_both_and_bf16_is_said_to_round_coarsely(self):
         write_results(make_params(THREE))
         edit_record("pretrain", "patch-m50", 0, precision="bf16")
         report_on(make_params(THREE))
-        says = "precision fp32 (scratch, patch-m50, crop-m45) and bf16 (patch-m50). Scores agree to rounding, which is"
+        says = "precision fp32 (scratch, patch-m50, crop-m45) and bf16 (patch-m50). Their scores agree up to rounding, "
         assert says in page_text()
 
     @pytest.mark.usefixtures("_no_figures")
@@ -1046,7 +1070,7 @@ class TestFiles:
         again = capsys.readouterr().out
         assert again == f"experiment digits-test\n\n{first}"
         assert max(map(len, first.splitlines()[:-1])) <= 110
-        assert first.startswith("scratch: what the others are compared with") and "FID (n=3)" in first
+        assert first.startswith("scratch: the arm that the others are compared with") and "FID (n=3)" in first
         assert not re.search(r"\b[np]\n|=\n|\d\n *%", first) and "\N{NO-BREAK SPACE}" not in first
         assert first.splitlines()[-1].endswith("results/report/report.html")
 

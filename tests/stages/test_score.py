@@ -427,7 +427,7 @@ def test_the_numbers_come_with_what_they_are_of_and_the_reports_cautions() -> No
     text = score("a.npy", "b", "--features", "pixels", *SMALL)
     for said in (
         *("A  a.npy: 60 images, 6×6 RGB", "B  b: 80 images, 6×6 RGB", "Scores are of 60 generated images (a.npy)"),
-        *("Features: pixels, sha256", "these are not Inception FIDs", "FID is biased", "covariance has not full rank"),
+        *("Features: pixels, sha256", "these are not Inception FIDs", "FID is biased", "does not have full rank"),
     ):
         assert said in text
     assert "trained" not in text.replace("trained on", ""), "of files nothing is known of a training"

@@ -26,23 +26,16 @@ from maskdm.report.figures.points import POINTS
 from maskdm.report.results import Results
 from maskdm.scoring.protocol import flips_text
 
-# In the order of the report: the answer first, then what it rests on.
+# In the order of the report: first what answers the question, then the details.
 FIGURES = (POINTS, AGAINST_SCRATCH, FID_VS_COMPUTE, HEAT_MAP, SAMPLES, MASKS, LOSSES, TIME, TUNING)
 SMALL, LINE_SPACING = 8, 1.35  # points; lines
 MARGIN = 0.06  # inches
-LINE_CHARACTERS = 100  # of digits, which are wider than most, fit
+LINE_CHARACTERS = 100  # so many fit even if all are digits, which are wide
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure in the report's folder.
-
-    Attributes:
-        file: its name there.
-        title: a short one.
-        caption: what it shows, and what it does not.
-        alt: what it says, for those who can't see it.
-    """
+    """A figure in the report's folder: its file there, and the texts beside it."""
 
     file: str
     title: str
@@ -50,31 +43,28 @@ class Picture:
     alt: str = ""
 
 
-def draw_figures(found: Findings, folder: Path) -> list[Picture]:
-    """Draw every figure that there is something to draw for.
+def draw_figures(found: Findings, folder: Path, said: dict[str, list[str]]) -> list[Picture]:
+    """Draw every figure that has something to show, in the order of the report.
 
     Args:
         found: what they show.
         folder: an existing one; it receives the files.
-
-    Returns:
-        the figures with what stands beside them, in the order of the report.
+        said: by file, its title, caption and alternative text.
     """
-    said, pictures = small_print(found.results), []
+    protocol, pictures = small_print(found.results), []
     for kind in FIGURES:
         if not kind.applies(found):
             continue
         with matplotlib.style.context(STYLE, after_reset=True):
             figure = kind.draw(found)
-            below = [printed(said, figure.get_figwidth())] if kind.has_scores else []
+            below = [printed(protocol, figure.get_figwidth())] if kind.has_scores else []
             save([figure, *below], folder / kind.file)
-        title = kind.title.format(score=found.headline.name)
-        pictures.append(Picture(kind.file, title[0].upper() + title[1:], kind.caption(found), kind.alt(found)))
+        pictures.append(Picture(kind.file, *said[kind.file]))
     return pictures
 
 
 def save(strips: list[Figure], file: Path) -> None:
-    """Write figures of one width, one under the other; no software version inside: equal figures, equal bytes."""
+    """Write figures of one width, one below the other, without a software version: equal figures give equal bytes."""
     pixels = []
     for figure in strips:
         canvas = FigureCanvasAgg(figure)
@@ -85,16 +75,16 @@ def save(strips: list[Figure], file: Path) -> None:
 
 
 def small_print(results: Results) -> str:
-    """What all scores are of, and how training flipped images: a figure is found to people without its page."""
+    """What all scores are of, and how training flipped images: people may see a figure without its page."""
     return " ".join(f"{results.protocol.text} {flips_text(results.flips)}".split())
 
 
 def printed(text: str, width: float = WIDTH) -> Figure:
-    """A strip of some width, in inches, with a text in as many lines as it takes."""
+    """A strip of some width, in inches, with a text in as many lines as it needs."""
     lines = textwrap.wrap(text, LINE_CHARACTERS, break_on_hyphens=False)
     height = len(lines) * SMALL * LINE_SPACING / 72 + 2 * MARGIN
     figure = Figure(figsize=(width, height))
     place = (MARGIN / width, 1 - MARGIN / height)
     written = figure.text(*place, "\n".join(lines), fontsize=SMALL, linespacing=LINE_SPACING, color=FLOOR, va="top")
-    written.set_parse_math(False)  # classes have the names that users gave them
+    written.set_parse_math(False)  # names that users gave may contain $
     return figure

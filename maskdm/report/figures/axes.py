@@ -1,4 +1,4 @@
-"""What a figure is, and axes that several share: compute, logarithms, remarks in rows, panels, one legend below."""
+"""What a figure is, and axes that several figures share: compute, logarithms, remarks in rows, panels, one legend."""
 
 from __future__ import annotations
 
@@ -23,30 +23,23 @@ LOG_COMPUTE_FROM = 4.0  # an axis of compute that spans more than this factor is
 FEW_TICKS = 5.0  # a factor
 UNITS = ((1e18, "EFLOPs"), (1e15, "PFLOPs"), (1e12, "TFLOPs"), (1e9, "GFLOPs"), (1e6, "MFLOPs"), (1.0, "FLOPs"))
 COMPUTE = "training compute ({})"
-PANEL_COLUMNS = 3
 LEGEND_ROW = 0.17  # inches
 LEGEND_CHARACTERS = 108  # of a row of the legend below a figure
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A figure of the report.
+    """A figure of the report; its texts are the section of texts.j2 with its file name.
 
     Attributes:
         file: its name.
-        title: a short one; `{score}` in it stands for the headline's name.
         draw: draws it.
-        caption: what it shows, and what it does not.
-        alt: what it says, for those who can't see it.
         applies: whether there is anything to draw.
-        has_scores: whether it shows scores, whose protocol is to stand under it.
+        has_scores: whether it shows scores: then their protocol stands below it.
     """
 
     file: str
-    title: str
     draw: Callable[[Findings], Figure]
-    caption: Callable[[Findings], str]
-    alt: Callable[[Findings], str]
     applies: Callable[[Findings], bool] = lambda _: True
     has_scores: bool = False
 
@@ -68,10 +61,9 @@ def scale_compute(axes: Axes, flops: pd.Series) -> None:
 
 
 def log_values(axis: Axis) -> None:
-    """Plain numbers on a logarithmic axis: at 1, 2 and 5 of each decade, or evenly on a part of one."""
+    """Plain numbers on a logarithmic axis: at 1, 2 and 5 of each decade, or evenly spaced within a decade."""
     low, high = axis.get_view_interval()
     subs = (1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)
-    # Less than a decade has too few of those.
     axis.set_major_locator(MaxNLocator(5) if high < FEW_TICKS * low else LogLocator(subs=subs))
     axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())
@@ -84,7 +76,7 @@ def signed_tick(value: float, _: int = 0) -> str:
 
 
 def band(values: pd.Series) -> tuple[float, float, float]:
-    """The mean, and its 95 % t-interval with three values or more, else their range."""
+    """The mean, and the ends of its 95 % t-interval with three values or more, otherwise of the values' range."""
     found = estimate(values.to_numpy())
     if found.has_interval:
         return found.mean, found.low, found.high
@@ -92,46 +84,46 @@ def band(values: pd.Series) -> tuple[float, float, float]:
 
 
 def legend_below(figure: Figure, found: Findings) -> None:
-    """One legend under the panels, which keep their height: arms in the order of params.yaml, then the other lines."""
+    """One legend below the panels, which keep their height: arms in the order of params.yaml, then the other lines."""
     entries: dict[str, Artist] = {}
-    for axes in figure.axes:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            entries.setdefault(label, handle)
     for arm in found.params.arms:
         if arm not in found.arms:
             entries[f"{short(arm)}: missing"] = Line2D([], [], linestyle="none", marker="x", color=MISSING)
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
     arms = [name for arm in found.params.arms for name in (short(arm), f"{short(arm)}: missing")]
     labels = sorted(entries, key=lambda label: arms.index(label) if label in arms else len(arms))
-    longest = max(map(len, labels), default=1) + 7  # the line beside the name
-    fit = max(min(LEGEND_CHARACTERS // longest, len(labels)), 1)
-    columns = math.ceil(len(labels) / math.ceil(len(labels) / fit))  # evened out over the rows
-    figure.set_figheight(figure.get_figheight() + LEGEND_ROW * math.ceil(len(labels) / columns))
+    longest = max(map(len, labels)) + 7  # with the line beside the name
+    columns = max(min(LEGEND_CHARACTERS // longest, len(labels)), 1)
+    rows = math.ceil(len(labels) / columns)
+    figure.set_figheight(figure.get_figheight() + LEGEND_ROW * rows)
+    look: dict[str, Any] = {"loc": "outside lower center", "handlelength": 2.4, "columnspacing": 1.4}
     handles = [entries[label] for label in labels]
-    look: dict[str, Any] = {"loc": "outside lower center", "ncols": columns, "handlelength": 2.4, "columnspacing": 1.4}
-    figure.legend(handles=handles, labels=labels, **look)
+    figure.legend(handles=handles, labels=labels, ncols=math.ceil(len(labels) / rows), **look)
 
 
 def row_text(axes: Axes, across: float, row: float, text: str, **look: Any) -> None:
-    """A remark in a row of the y axis, at a fraction of the width; from the middle on it ends there."""
+    """A remark in a row of the y axis, at a fraction of the width: it starts there, or ends there from 0.5 on."""
     side = "left" if across < 0.5 else "right"
     place = {"transform": axes.get_yaxis_transform(), "ha": side, "va": "center"}
     axes.text(across, row, text, **{"fontsize": 8, "color": REMARK, **place, **look})
 
 
-def panel_figure(panels: int, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure of the page's width with so many panels on common axes; `height` is that of a row."""
-    across = min(panels, PANEL_COLUMNS)
+def panel_figure(panels: int, columns: int, row_height: float, least: float = 0.0) -> tuple[Figure, list[Axes]]:
+    """A figure of the page's width with some panels on common axes; heights of a row and at least of all in inches."""
+    across = min(panels, columns)
     rows = math.ceil(panels / across)
-    figure = Figure(figsize=(WIDTH, height * rows + 0.3), layout="constrained")
+    figure = Figure(figsize=(WIDTH, max(row_height * rows + 0.3, least)), layout="constrained")
     places = list(figure.subplots(rows, across, sharex=True, sharey=True, squeeze=False).ravel())
     for axes in places[panels:]:
         axes.remove()
     for axes in places[:panels]:
-        axes.tick_params(labelbottom=True)  # a shared axis hides them even above an empty place
+        axes.tick_params(labelbottom=True)  # a shared axis has no labels above an empty place
     return figure, places[:panels]
 
 
-def label_below(panels: list[Axes], label: str, columns: int = PANEL_COLUMNS) -> None:
-    """Name the x axis under the lowest panel of every column."""
-    for axes in panels[-min(len(panels), columns) :]:
+def label_below(panels: list[Axes], columns: int, label: str) -> None:
+    """Name the x axis of the panels in the lowest row; a label of the whole figure would overlap the legend."""
+    for axes in panels[(len(panels) - 1) // columns * columns :]:
         axes.set_xlabel(label)

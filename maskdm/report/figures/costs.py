@@ -1,29 +1,28 @@
-"""What it took: seconds of each stage by arm, and every trial of tuning with the one chosen."""
+"""What it cost: seconds of each stage by arm, and every trial of tuning with the chosen one."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from maskdm.report.comparison import Findings
-from maskdm.report.figures.axes import Kind, label_below, log_values, row_text
-from maskdm.report.figures.looks import MISSING, REMARK, WIDTH, short
-from maskdm.report.prose import score_of
+from maskdm.report.figures.axes import Kind, label_below, log_values, panel_figure, row_text
+from maskdm.report.figures.looks import MISSING, WIDTH, short
 from maskdm.report.results import Choice
+from maskdm.report.texts import score_of
 
-# Fill and hatch of each stage, apart for the colour-blind and in grey.
+# Fill and hatch of each stage, which differ for colour-blind readers and in grey.
 STAGES = {
     "pretrain": ("#0072B2", ""),
     "finetune": ("#56B4E9", "////"),
     "sample": ("#E69F00", "...."),
     "evaluate": ("#F0E442", "\\\\\\\\"),
 }
-DEVICE_TIME = "in training steps"
+DEVICE_TIME = "training steps alone"
 ROW_HEIGHT = 0.30  # inches
 UNITS = ((2 * 86400, 86400, "days"), (2 * 3600, 3600, "hours"), (180, 60, "minutes"), (0, 1, "seconds"))
 TUNING_COLUMNS = 4
@@ -31,25 +30,23 @@ WIDE = 10.0  # scores of trials that differ by more than this factor are on a lo
 # Looks of a trial's mark.
 CHOSEN: dict[str, Any] = {"marker": "*", "color": "#D55E00", "markersize": 10, "markeredgecolor": "black"}
 TRIED: dict[str, Any] = {"marker": "o", "color": "#0072B2", "markersize": 4.5}
-FAILED: dict[str, Any] = {"marker": "x", "color": REMARK, "markersize": 5}
 
 
 def _draw_time(found: Findings) -> Figure:
-    arms = list(found.params.arms)
+    arms, seconds, tuning = list(found.params.arms), _stage_seconds(found), found.results.tuning_wall_seconds
     figure = Figure(figsize=(WIDTH, ROW_HEIGHT * len(arms) + 1.2), layout="constrained")
     axes = figure.add_subplot()
-    seconds, tuning = _stage_seconds(found), found.results.tuning_wall_seconds
-    largest = max([sum(stages.values()) for stages in seconds.values()] + list(tuning.values()))
+    largest = max([*seconds.sum(axis=1), *tuning.values()])
     size, unit = next((size, unit) for least, size, unit in UNITS if largest >= least)
     raised, height = (0.08, 0.46) if tuning else (0.0, 0.62)
     for row, arm in enumerate(arms):
-        if arm not in seconds:
+        if arm not in seconds.index:
             row_text(axes, 0.01, row, "missing", style="italic", color=MISSING)
         else:
             left = 0.0
             for stage, (color, hatch) in STAGES.items():
                 look: dict[str, Any] = {"color": color, "hatch": hatch, "edgecolor": "#222222", "linewidth": 0.5}
-                width = seconds[arm][stage] / size
+                width = seconds.loc[arm, stage] / size
                 axes.barh(row - raised, width, height, left=left, label=stage, **look)
                 left += width
             look = {"color": "white", "markeredgecolor": "black", "markersize": 5.5, "zorder": 3}
@@ -67,63 +64,38 @@ def _draw_time(found: Findings) -> Figure:
     return figure
 
 
-def _stage_seconds(found: Findings) -> dict[str, dict[str, float]]:
-    """By arm, the mean over its seeds of every stage's seconds."""
-    walls: dict[str, list[dict[str, float]]] = {}
-    for run in found.results.runs:
-        walls.setdefault(run.arm, []).append(run.wall_seconds)
-    return {arm: {stage: float(np.mean([w[stage] for w in of])) for stage in STAGES} for arm, of in walls.items()}
-
-
-def _time_caption(found: Findings) -> str:
-    mean = f"Means over the seeds ({found.num_seeds} at most). " if found.num_seeds > 1 else ""
-    tuning = " The narrow bar is what the arm's trials took together." if found.results.tuning_wall_seconds else ""
-    return (
-        f"{mean}Bars are whole stages by the clock, with starting up, logging and saving; the diamond is the device "
-        f"time of pretraining and finetuning, from 0 on: seconds in training steps alone.{tuning} Seconds compare only "
-        "between runs on one machine that did nothing else."
-    )
-
-
-def _time_alt(found: Findings) -> str:
-    totals = ", ".join(f"{arm} {sum(stages.values()):,.0f} s" for arm, stages in _stage_seconds(found).items())
-    return f"Stacked bars of wall-clock time per stage and arm. Totals: {totals}."
+def _stage_seconds(found: Findings) -> pd.DataFrame:
+    """Seconds by arm (rows, without missing ones) and stage, means over seeds."""
+    walls = pd.DataFrame([{"arm": run.arm, **run.wall_seconds} for run in found.results.runs])
+    return walls.groupby("arm", sort=False)[list(STAGES)].mean()
 
 
 def _draw_tuning(found: Findings) -> Figure:
-    """A panel per arm with a row per trial: a dot, a star for the chosen one, a remark for one that failed."""
+    """A panel per arm with a row per trial: a dot, a star for the chosen one, a remark for one without a score."""
     arms, names = _tuned(found), list(found.params.tuning.trials)
-    across = min(len(arms), TUNING_COLUMNS)
-    rows = math.ceil(len(arms) / across)
-    figure = Figure(figsize=(WIDTH, max(rows * (0.17 * len(names) + 0.5) + 0.8, 1.8)), layout="constrained")
-    panels = figure.subplots(rows, across, sharex=True, sharey=True, squeeze=False).ravel()
-    metric = score_of(found.params.tuning.metric)
-    all_scores, any_failed = [], False
-    for axes, choice in zip(panels, arms.values(), strict=False):
+    figure, panels = panel_figure(len(arms), TUNING_COLUMNS, 0.17 * len(names) + 0.5, least=1.8)
+    metric, scores = score_of(found.params.tuning.metric), []
+    for axes, choice in zip(panels, arms.values(), strict=True):
         for trial in choice.trials:
-            row, score = names.index(trial.name), trial.scores[metric.key]
-            any_failed |= trial.failed is not None
-            if score is None:
-                row_text(axes, 0.97, row, "× failed")
+            row, score = names.index(trial.name), trial.scores.get(metric.key)
+            if trial.failed or score is None:
+                row_text(axes, 0.97, row, "× failed" if trial.failed else f"no {metric.name}")
                 continue
             axes.plot(metric.times * score, row, **(CHOSEN if trial.name == choice.trial else TRIED))
-            all_scores.append(metric.times * score)
+            scores.append(metric.times * score)
         axes.set_title(short(choice.arm, 22), fontsize=8.5)
-        axes.tick_params(labelbottom=True)
         axes.tick_params(axis="y", length=0)
-    for axes in panels[len(arms) :]:
-        axes.remove()
     panels[0].set_yticks(range(len(names)), [short(name, 16) for name in names])
     panels[0].set_ylim(len(names) - 0.5, -0.5)
-    if all_scores and min(all_scores) > 0 and max(all_scores) > WIDE * min(all_scores):
+    if scores and min(scores) > 0 and max(scores) > WIDE * min(scores):
         panels[0].set_xscale("log")
         log_values(panels[0].xaxis)
     else:
         panels[0].xaxis.set_major_locator(MaxNLocator(4))
         panels[0].xaxis.set_major_formatter("{x:,.6g}")
     panels[0].margins(x=0.12)
-    label_below(list(panels[: len(arms)]), metric.label, columns=across)
-    looks = {"chosen": CHOSEN, "tried": TRIED, **({"failed": FAILED} if any_failed else {})}
+    label_below(panels, TUNING_COLUMNS, metric.label)
+    looks = {"chosen": CHOSEN, "tried": TRIED}
     handles = [Line2D([], [], linestyle="none", label=name, **look) for name, look in looks.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure
@@ -133,27 +105,5 @@ def _tuned(found: Findings) -> dict[str, Choice]:
     return {arm: choice for arm, choice in found.results.choices.items() if choice.trials}
 
 
-def _tuning_caption(found: Findings) -> str:
-    tuning = found.params.tuning
-    return (
-        f"Every arm tried the same {len(tuning.trials)} trials with {tuning.budget_fraction:.0%} of the budget each, "
-        f"on seed {tuning.seed}, which no other figure uses; the lowest {score_of(tuning.metric).label} was chosen. "
-        "One seed: trials that lie close together are not told apart."
-    )
-
-
-def _tuning_alt(found: Findings) -> str:
-    chosen = ", ".join(f"{arm} {choice.trial}" for arm, choice in _tuned(found).items())
-    return f"{score_of(found.params.tuning.metric).label} of every trial, a panel per arm. Chosen: {chosen}."
-
-
-TIME = Kind("time.png", "Time per stage", _draw_time, _time_caption, _time_alt)
-TUNING = Kind(
-    "tuning.png",
-    "What tuning tried",
-    _draw_tuning,
-    _tuning_caption,
-    _tuning_alt,
-    lambda found: bool(_tuned(found)),
-    has_scores=True,
-)
+TIME = Kind("time.png", _draw_time)
+TUNING = Kind("tuning.png", _draw_tuning, lambda found: bool(_tuned(found)), has_scores=True)

@@ -1,4 +1,4 @@
-"""Lines against the compute spent: the headline's score, FID as a rule, and the training losses."""
+"""Lines against the compute spent: the headline's score (FID, except for points), and the training losses."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from maskdm.report.comparison import Findings, final
+from maskdm.report.comparison import Findings
 from maskdm.report.figures.axes import (
     COMPUTE,
-    PANEL_COLUMNS,
     Kind,
     band,
     compute_unit,
@@ -26,17 +25,18 @@ from maskdm.report.figures.axes import (
 from maskdm.report.figures.looks import FLOOR, NO_MASKING, WIDTH, Look, arm_looks, family, short
 from maskdm.report.numbers import score_text
 
+PANEL_COLUMNS = 3
 FEW_ARMS, FEW_BANDS = 8, 4  # more lines, or lines with bands, would hide each other in one panel
 LOG_FROM = 3.0  # an axis of scores whose values differ by more than this factor is logarithmic
 CURVE_POINTS = 200  # of a loss curve; more is noise
-MARKED_POINTS = 7  # of them carry the arm's marker
+MARKED_POINTS = 7  # of a loss curve have the arm's marker
 LOSS_PANELS = ("masked pretraining: visible patches", "finetuning and scratch: whole images")
 
 
 def _draw_scores(found: Findings) -> Figure:
     reference, score, looks = found.baseline, found.headline, arm_looks(found.params)
     groups = _panel_groups(found, reference)
-    figure, panels = panel_figure(len(groups), height=2.6 if len(groups) > 1 else 3.6)
+    figure, panels = panel_figure(len(groups), PANEL_COLUMNS, row_height=2.6 if len(groups) > 1 else 3.6)
     groups_of = found.summary.groupby(["arm", "milestone"], sort=True)
     rows = [(arm, at["flops"].mean(), *band(at[score.key])) for (arm, _), at in groups_of]
     bands = pd.DataFrame(rows, columns=["arm", "flops", "mean", "low", "high"]).set_index("arm")
@@ -57,15 +57,14 @@ def _draw_scores(found: Findings) -> Figure:
         axes.set_title(title)
         scale_compute(axes, bands["flops"] / size)
         _scale_scores(axes, found.summary[score.key], found.results.scale_of(score.key))
-    label_below(panels, COMPUTE.format(unit))
-    for axes in panels[::PANEL_COLUMNS]:
-        axes.set_ylabel(score.name)
+    label_below(panels, PANEL_COLUMNS, COMPUTE.format(unit))
+    figure.supylabel(score.name)
     legend_below(figure, found)
     return figure
 
 
 def _panel_groups(found: Findings, reference: str | None) -> dict[str, list[str]]:
-    """The arms of each panel: all in one, or with many arms a panel per family, scratch in each."""
+    """The arms of each panel: all in one, or if there are many, a panel per family, each with scratch."""
     if len(found.arms) <= (FEW_ARMS if found.num_seeds == 1 else FEW_BANDS):
         return {"": found.arms}
     groups: dict[str, list[str]] = {family(config): [] for config in found.params.arms.values()}
@@ -79,10 +78,9 @@ def _panel_groups(found: Findings, reference: str | None) -> dict[str, list[str]
 
 
 def _scale_scores(axes: Axes, scores: pd.Series, ends: dict[str, float]) -> None:
-    """The axis of scores fitted to the arms, with the floor dotted and the untrained network.
+    """An axis that fits the arms, because their differences are the question.
 
-    The differences between the arms are the question: a scale far from them is named at the edge instead of
-    flattening them.
+    Both ends of the scale, the floor and the untrained network, are lines where they are near, otherwise remarks.
     """
     low, high = float(scores.min()), float(scores.max())
     is_log = low > 0 and high > LOG_FROM * low
@@ -93,40 +91,20 @@ def _scale_scores(axes: Axes, scores: pd.Series, ends: dict[str, float]) -> None
         axes.yaxis.set_major_formatter("{x:,.10g}")
     floor, untrained = ends["floor"], ends["untrained"]
     room = max(high - low, 0.1 * high)
-    axes.margins(y=0.12)  # for the notes
+    axes.margins(y=0.12)  # for the remarks
     if floor > low / LOG_FROM if is_log else low - floor <= 0.6 * room:
         axes.axhline(floor, color=FLOOR, linestyle=":", label=f"floor: real against real ({score_text(floor)})")
     else:
-        _note(axes, f"↓ floor, real against real: {score_text(floor)}", 0.015, "bottom")
+        _remark(axes, f"↓ floor, real against real: {score_text(floor)}", 0.015, "bottom")
     if untrained < high * LOG_FROM if is_log else untrained - high <= 0.6 * room:
         axes.axhline(untrained, color=FLOOR, linestyle=(0, (1, 4)), label=f"untrained ({score_text(untrained)})")
     else:
-        _note(axes, f"↑ untrained: {score_text(untrained)}", 0.985, "top")
+        _remark(axes, f"↑ untrained: {score_text(untrained)}", 0.985, "top")
 
 
-def _note(axes: Axes, text: str, height: float, side: str) -> None:
+def _remark(axes: Axes, text: str, height: float, side: str) -> None:
     box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.0}
     axes.text(0.99, height, text, transform=axes.transAxes, color=FLOOR, fontsize=8, va=side, ha="right", bbox=box)
-
-
-def _scores_caption(found: Findings) -> str:
-    several = {1: "One seed: no band.", 2: "Lines are means of two seeds, bands their range, small points the seeds."}
-    many = (
-        "Lines are means over seeds, bands the mean's 95 % t-interval (range with two seeds), small points the seeds."
-    )
-    crossing = (
-        f" Where a line goes below the dashed one, its arm has reached {found.baseline}'s final {found.headline.name}."
-    )
-    return (
-        "Each point is a milestone, its compute that of pretraining and finetuning together. "
-        f"{several.get(found.num_seeds, many)}{crossing if found.baseline else ''} The axes need not start at zero."
-    )
-
-
-def _scores_alt(found: Findings) -> str:
-    means = final(found.summary).groupby("arm", sort=False)[found.headline.key].mean()
-    ends = ", ".join(f"{arm} {score_text(score)}" for arm, score in means.items())
-    return f"Lines of {found.headline.name} against training compute, one per arm. At the end of the budget: {ends}."
 
 
 def _draw_losses(found: Findings) -> Figure:
@@ -147,7 +125,7 @@ def _draw_losses(found: Findings) -> Figure:
             axes.set(xticks=[], yticks=[])
             look: dict[str, Any] = {"ha": "center", "va": "center", "color": FLOOR}
             axes.text(0.5, 0.5, "no arm was pretrained", transform=axes.transAxes, **look)
-    label_below(list(panels), COMPUTE.format(unit))
+    label_below(list(panels), 2, COMPUTE.format(unit))
     panels[0].set_ylabel(f"training loss (squared error of {found.params.diffusion.prediction})")
     legend_below(figure, found)
     return figure
@@ -165,28 +143,5 @@ def _draw_loss(axes: Axes, curves: Sequence[pd.DataFrame], label: str, look: Loo
         axes.plot(line["flops"] / size, line["loss"], label=label, linewidth=1.1, **marks, **look.line)
 
 
-def _losses_caption(found: Findings) -> str:
-    return (
-        f"{'Averaged over seeds. ' if found.num_seeds > 1 else ''}Losses of masked pretraining and of whole images are "
-        "errors on different problems, and so are those of different mask rates: only the curves on the right compare "
-        "with each other. A finetuning curve starts where its pretraining stopped."
-    )
-
-
-def _losses_alt(found: Findings) -> str:
-    lasts: dict[str, list[float]] = {}
-    for run in found.results.runs:
-        lasts.setdefault(run.arm, []).append(run.finetune_curve["loss"].iloc[-1])
-    ends = ", ".join(f"{arm} {np.mean(losses):.3g}" for arm, losses in lasts.items())
-    return f"Training losses against compute: pretraining, and finetuning, which ended at: {ends}."
-
-
-FID_VS_COMPUTE = Kind(
-    "fid_vs_compute.png",
-    "{score} against training compute",
-    _draw_scores,
-    _scores_caption,
-    _scores_alt,
-    has_scores=True,
-)
-LOSSES = Kind("losses.png", "Training losses", _draw_losses, _losses_caption, _losses_alt)
+FID_VS_COMPUTE = Kind("fid_vs_compute.png", _draw_scores, has_scores=True)
+LOSSES = Kind("losses.png", _draw_losses)

@@ -1,4 +1,4 @@
-"""How figures look: one style, and for each arm one colour and marker, kept apart for the colour-blind."""
+"""How figures look: one style, and for each arm one colour and marker, chosen for colour-blind readers too."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FLOOR = "#666666"
 MISSING = "#8A8A8A"
 REMARK = "#444444"
 NO_MASKING = "no masking"
-WIDTH = 7.2  # inches: a page's text width, so that the sizes below are those in print, none under 8 points
+WIDTH = 7.2  # inches: a page's text width, so the font sizes below are those in print, none under 8 points
 DPI = 200
 # matplotlib's own defaults first: a user's matplotlibrc must not change the report.
 STYLE: list[Any] = [
@@ -37,6 +37,7 @@ STYLE: list[Any] = [
         "axes.titlesize": 9,
         "axes.labelsize": 8.5,
         "axes.titlelocation": "left",
+        "figure.labelsize": 8.5,
         "xtick.labelsize": 8,
         "ytick.labelsize": 8,
         "grid.color": "#E4E4E4",
@@ -52,7 +53,7 @@ STYLE: list[Any] = [
 
 @dataclass(frozen=True)
 class Look:
-    """An arm's line: hue by strategy and block size, shade and marker by mask rate, dashes between equals."""
+    """An arm's line: hue by strategy and block size, shade and marker by mask rate, dashes where arms are equal."""
 
     color: str
     marker: str
@@ -60,7 +61,7 @@ class Look:
 
     @property
     def line(self) -> dict[str, Any]:
-        """Keyword arguments of `Axes.plot`; scratch, which the others are compared with, is in front."""
+        """Keyword arguments of `Axes.plot`; scratch is drawn in front of the others."""
         return {"color": self.color, "linestyle": self.dashes, "zorder": 3 if self.color == BASELINES[0] else 2}
 
 
@@ -74,9 +75,12 @@ def arm_looks(params: Params) -> dict[str, Look]:
     rates = sorted({arm.mask_rate for arm in params.arms.values() if arm.mask_rate is not None})
     kinds = {(arm.strategy != "block", arm.strategy, arm.block_size or 0) for arm in params.arms.values()}
     more = sorted(kind for kind in kinds if kind[1] not in HUES)
+    seen: Counter[tuple[str, float | None]] = Counter()  # arms of a family and mask rate so far
     looks = {}
-    for key, twin in twins(params).items():
-        arm, dashes = params.arm(key), DASHES[twin % len(DASHES)]
+    for key, arm in params.arms.items():
+        twin = seen[family(arm), arm.mask_rate]
+        seen[family(arm), arm.mask_rate] += 1
+        dashes = DASHES[twin % len(DASHES)]
         if arm.mask_rate is None:
             looks[key] = Look(BASELINES[twin % len(BASELINES)], "o", dashes)
             continue
@@ -89,18 +93,8 @@ def arm_looks(params: Params) -> dict[str, Look]:
     return looks
 
 
-def twins(params: Params) -> dict[str, int]:
-    """How many arms before it share an arm's family and mask rate, usually 0."""
-    seen: Counter[tuple[str, float | None]] = Counter()
-    found = {}
-    for key, arm in params.arms.items():
-        found[key] = seen[family(arm), arm.mask_rate]
-        seen[family(arm), arm.mask_rate] += 1
-    return found
-
-
 def short(name: str, length: int = 24) -> str:
-    """A name cut in its middle: arms of equal beginnings often differ at the end."""
+    """A name shortened in its middle: arms whose names begin alike often differ at the end."""
     if len(name) <= length:
         return name
     head = (length - 1) // 2
@@ -108,7 +102,7 @@ def short(name: str, length: int = 24) -> str:
 
 
 def _shade(color: str, depth: float) -> str:
-    """The colour lightened (depth 0) to darkened (depth 1); 0.5 leaves it nearly as it is."""
+    """The colour from lighter (depth 0) to darker (depth 1); 0.5 leaves it nearly as it is."""
     target, amount = ((1.0, 1.0, 1.0), 0.5 - depth) if depth < 0.5 else ((0.0, 0.0, 0.0), 0.8 * (depth - 0.5))
     red, green, blue = (c + (t - c) * amount for c, t in zip(to_rgb(color), target, strict=True))
     return to_hex((red, green, blue))

@@ -1,4 +1,4 @@
-"""Images laid out pixel by pixel, for resampling would blur what is compared: samples of all arms, and their masks."""
+"""Images drawn pixel by pixel, because resampling would blur what is compared: samples of all arms, and masks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image
 
 from maskdm.config import Params
 from maskdm.report.comparison import Findings
@@ -24,15 +25,16 @@ PANEL_PIXELS = 336
 IMAGE_GAP = 4
 # Masks
 EXAMPLES = 2
-MIN_PIXELS = 192  # along an example's side: seven fit on the page
-MAX_PIXELS = 456  # three
+PANELS = 7  # in a row
+ENLARGED_PIXELS = 300  # along the longer side of an example that is enlarged, at most
+MAX_PIXELS = 456  # of one that is reduced
 MASKED, STRIPE, LINE = (186, 186, 186), (160, 160, 160), (213, 94, 0)
-LINE_WEIGHT = 0.6  # of the image under a line there remains the rest
+LINE_WEIGHT = 0.6  # of a line over the image below it
 STRIPE_EVERY = 8  # pixels
 
 
 def lay_out(panels: list[tuple[str, np.ndarray]], columns: int) -> Figure:
-    """Panels with titles (one or two lines) in rows, on the page's width, or wider where they need it.
+    """Panels with titles of one or two lines, in rows as wide as the page, or wider if the panels need it.
 
     Args:
         panels: titles, and images (H, W, 3) uint8.
@@ -42,39 +44,35 @@ def lay_out(panels: list[tuple[str, np.ndarray]], columns: int) -> Figure:
     rows, title = math.ceil(len(panels) / columns), LINE_HEIGHT * max(t.count("\n") + 1 for t, _ in panels) + 8
     gap = max((PAGE_PIXELS - columns * width) // (columns + 1), GAP)
     total = max(columns * (width + gap) + gap, PAGE_PIXELS), rows * (height + title + GAP)
-    figure = Figure(figsize=(total[0] / DPI, total[1] / DPI))
+    figure = Figure(figsize=(total[0] / DPI, total[1] / DPI), dpi=DPI)
     for index, (name, picture) in enumerate(panels):
         left = gap + (index % columns) * (width + gap)
         top = title + (index // columns) * (height + title + GAP)
-        high, wide = picture.shape[:2]
-        axes = figure.add_axes((left / total[0], 1 - (top + high) / total[1], wide / total[0], high / total[1]))
-        axes.imshow(picture, interpolation="none", aspect="auto")
-        axes.set_axis_off()
-        # Line by line: a text of two lines stands lower or higher by its letters.
+        figure.figimage(picture, left, total[1] - top - len(picture), origin="upper")
+        # Line by line: a text of two lines would stand lower or higher depending on its letters.
         for up, line in enumerate(reversed(name.split("\n"))):
             figure.text(left / total[0], 1 - (top - 8 - up * LINE_HEIGHT) / total[1], line, fontsize=8)
     return figure
 
 
-def _as_color(images: np.ndarray) -> np.ndarray:
-    """(N, H, W, 1 or 3) as (N, H, W, 3)."""
-    return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
+def _sized(image: np.ndarray, enlarged: int, most: int) -> Image.Image:
+    """An image (H, W, C) whose pixels are enlarged, or averaged, by a whole factor.
 
-
-def _enlarged(image: np.ndarray, factor: int) -> np.ndarray:
-    """Every pixel of (H, W, …) a square of factor × factor."""
-    return image.repeat(factor, axis=0).repeat(factor, axis=1)
-
-
-def _reduced(image: np.ndarray, factor: int) -> np.ndarray:
-    """Squares of factor × factor pixels of (H, W, 3) averaged; what is left over at the edges is cut."""
-    height, width = (side // factor for side in image.shape[:2])
-    blocks = image[: height * factor, : width * factor].reshape(height, factor, width, factor, 3)
-    return blocks.mean(axis=(1, 3)).round().astype(np.uint8)
+    Args:
+        image: uint8, C = 1 or 3.
+        enlarged: the longer side is enlarged to at most so many pixels.
+        most: pixels of the longer side; above that the image is reduced.
+    """
+    picture = Image.fromarray(np.broadcast_to(image, (*image.shape[:2], 3)))
+    size = max(picture.size)
+    if size > most:
+        return picture.reduce(math.ceil(size / most))
+    factor = max(enlarged // size, 1)
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
 
 
 def _draw_samples(found: Findings) -> Figure:
-    """The real images, and of every arm those of the first seed that it has."""
+    """The real images, and the samples of every arm with the first seed that it has."""
     last, headline = milestone_key(found.params.budget.milestones[-1]), found.headline
     panels = {"": ("real images", found.results.real)}
     for run in found.results.runs:
@@ -89,7 +87,7 @@ def _draw_samples(found: Findings) -> Figure:
 
 
 def image_grid(images: np.ndarray, side: int) -> np.ndarray:
-    """The first side² images as one picture of about `PANEL_PIXELS`, enlarged by nearest neighbour.
+    """The first side² images as one picture of about `PANEL_PIXELS`.
 
     Args:
         images: (N, H, W, C) uint8, N ≥ side².
@@ -98,39 +96,31 @@ def image_grid(images: np.ndarray, side: int) -> np.ndarray:
     Returns:
         (height, width, 3) uint8, images one gap apart on white.
     """
-    size = max(images.shape[1:3])
     space = (PANEL_PIXELS + IMAGE_GAP) // side - IMAGE_GAP
-    edge = ((0, IMAGE_GAP), (0, IMAGE_GAP), (0, 0))
-    cells = []
-    for image in _as_color(images[: side**2]):
-        scaled = _enlarged(image, space // size) if space >= size else _reduced(image, math.ceil(size / space))
-        cells.append(np.pad(scaled, edge, constant_values=255))
-    rows = [np.concatenate(cells[row * side : (row + 1) * side], axis=1) for row in range(side)]
-    return np.concatenate(rows)[:-IMAGE_GAP, :-IMAGE_GAP]
-
-
-def _samples_caption(found: Findings) -> str:
-    return (
-        f"Real images, and samples at the end of the budget, seed {found.params.seeds[0]}: the same cell holds the "
-        "same image seed in every arm; none was selected. Scores are those of this seed."
-    )
+    cells = [_sized(image, space, space) for image in images[: side**2]]
+    width, height = (length + IMAGE_GAP for length in cells[0].size)
+    grid = Image.new("RGB", (side * width - IMAGE_GAP, side * height - IMAGE_GAP), "white")
+    for index, cell in enumerate(cells):
+        grid.paste(cell, (index % side * width, index // side * height))
+    return np.asarray(grid)
 
 
 def _draw_masks(found: Findings) -> Figure:
-    """Two images apart from each other, for neighbours may be of one class; and with the masks of every arm."""
-    params, real, images = found.params, found.results.real, []
-    for image in _as_color(real[np.linspace(0, len(real) - 1, EXAMPLES + 2).astype(int)[1:-1]]):
-        size = max(image.shape[:2])
-        larger, smaller = max(MIN_PIXELS // size, 1), math.ceil(size / MAX_PIXELS)
-        images.append(_enlarged(image, larger) if smaller == 1 else _reduced(image, smaller))
-    panels = [("real images", [masked_image(image, np.zeros(params.grid, dtype=bool)) for image in images])]
-    for arm in found.masked:
-        title = f"{short(arm, 15)}\nmasked {rate_text(params.mask_of(arm).realised_mask_rate)}"
-        masks = draw_masks(params, arm)
-        panels.append((title, [masked_image(image, mask) for image, mask in zip(images, masks, strict=True)]))
+    """Two images far apart, because neighbours may be of one class, and what the masks of every arm leave of them."""
+    params, real, masked = found.params, found.results.real, found.masked
+    enlarged = min(PAGE_PIXELS // min(len(masked) + 1, PANELS) - GAP, ENLARGED_PIXELS)
+    examples = real[np.linspace(0, len(real) - 1, EXAMPLES + 2).astype(int)[1:-1]]
+    images = [np.asarray(_sized(image, enlarged, MAX_PIXELS)) for image in examples]
+    panels = [("real images", np.zeros((EXAMPLES, *params.grid), dtype=bool))]
+    for arm in masked:
+        rate = rate_text(params.mask_of(arm).realised_mask_rate)
+        panels.append((f"{short(arm, 15)}\nmasked {rate}", draw_masks(params, arm)))
     gap = np.full((GAP // 2, images[0].shape[1], 3), 255, np.uint8)
-    stacked = [(title, np.concatenate([part for i in pair for part in (i, gap)][:-1])) for title, pair in panels]
-    return lay_out(stacked, columns=min(PAGE_PIXELS // (images[0].shape[1] + GAP), 7))
+    stacked = []
+    for title, masks in panels:
+        above, below = (masked_image(image, mask) for image, mask in zip(images, masks, strict=True))
+        stacked.append((title, np.concatenate([above, gap, below])))
+    return lay_out(stacked, columns=min(PAGE_PIXELS // (images[0].shape[1] + GAP), PANELS, len(stacked)))
 
 
 def draw_masks(params: Params, arm: str) -> np.ndarray:
@@ -164,29 +154,5 @@ def masked_image(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.where(is_line[..., None], mixed.round().astype(np.uint8), seen)
 
 
-def _masks_caption(found: Findings) -> str:
-    grid, size = found.params.grid, found.params.model.patch_size
-    elsewhere = any(found.params.pretrain_of(arm).dataset for arm in found.masked)
-    return (
-        f"Two real images in patches of {size}×{size} pixels ({grid.rows}×{grid.cols} of them), and what each arm's "
-        f"pretraining {'would see' if elsewhere else 'sees'} of them{', were they its data' if elsewhere else ''}; "
-        "striped grey is masked. Every step draws anew. The rate is the one that the grid gives."
-    )
-
-
-def _masks_alt(found: Findings) -> str:
-    rates = (f"{arm} masks {found.params.mask_of(arm).realised_mask_rate:.0%}" for arm in found.masked)
-    return f"Two images with the masked patches greyed out, for every arm: {', '.join(rates)}."
-
-
-SAMPLES = Kind(
-    "samples.png",
-    "Samples of every arm from the same seeds",
-    _draw_samples,
-    _samples_caption,
-    lambda found: f"Grids of real images and of samples of {', '.join(found.arms)}.",
-    has_scores=True,
-)
-MASKS = Kind(
-    "masks.png", "An example of each mask", _draw_masks, _masks_caption, _masks_alt, lambda found: bool(found.masked)
-)
+SAMPLES = Kind("samples.png", _draw_samples, has_scores=True)
+MASKS = Kind("masks.png", _draw_masks, lambda found: bool(found.masked))

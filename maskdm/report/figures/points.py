@@ -13,7 +13,7 @@ from matplotlib.figure import Figure, SubFigure
 from maskdm.report.comparison import Findings
 from maskdm.report.figures.axes import COMPUTE, Kind, band, compute_unit, log_values, scale_compute
 from maskdm.report.figures.looks import FLOOR, WIDTH, Look, arm_looks, short
-from maskdm.report.points import JOINT, NAMES, PRIMERS, are_shown, distance_frame, read_points
+from maskdm.report.points import NAMES, PRIMERS, are_shown, distance_frame, read_points
 
 COLUMNS = 5
 LEGEND_COLUMNS = 3
@@ -37,7 +37,7 @@ def _draw(found: Findings) -> Figure:
 
 
 def _draw_densities(figure: SubFigure, points: list[tuple[str, np.ndarray]], rows: int) -> None:
-    """A panel per set of points, the data's marginals behind every other's."""
+    """A panel per set of points, with the data's marginals behind its own."""
     panels = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
     for axes in panels[len(points) :]:
         axes.remove()
@@ -69,7 +69,7 @@ def _draw_marginal(axes: Axes, values: np.ndarray, data: np.ndarray, orientation
 
 
 def _draw_distances(figure: SubFigure, found: Findings) -> None:
-    """A panel per distance: the arms against compute, the primer where pretraining ends."""
+    """A panel per distance: the arms against compute, with the primer where pretraining ends."""
     frame, looks = distance_frame(found.params, found.results), arm_looks(found.params)
     floor, (size, unit) = found.results.scale["distances"]["floor"], compute_unit(frame["flops"])
     panels = figure.subplots(1, len(NAMES), sharex=True)
@@ -82,17 +82,17 @@ def _draw_distances(figure: SubFigure, found: Findings) -> None:
         axes.set_title(title)
         axes.set_yscale("log")
         low, high = min(*frame[name], mean), max(*frame[name], mean)
-        axes.set_ylim(max(low, high / 1e4) / 2, 1.5 * high)  # whatever lies below in an interval
+        axes.set_ylim(max(low, high / 1e4) / 2, 1.5 * high)  # an interval may reach lower
         log_values(axes.yaxis)
         scale_compute(axes, frame["flops"] / size)
-    figure.supxlabel(COMPUTE.format(unit), fontsize=8.5)
+    figure.supxlabel(COMPUTE.format(unit))
     handles, labels = panels[0].get_legend_handles_labels()
     columns = min(len(labels), LEGEND_COLUMNS)
     figure.figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
 def _draw_arm(axes: Axes, rows: pd.DataFrame, arm: str, name: str, look: Look, size: float) -> None:
-    """A line through the milestones, and a mark for each way to draw from the primer."""
+    """A line through the milestones, and a mark for each way to draw samples from the primer."""
     at_each = [(key, at["flops"].mean() / size, *band(at[name])) for key, at in rows.groupby("milestone", sort=True)]
     bands = pd.DataFrame(at_each, columns=["milestone", "flops", "mean", "low", "high"])
     line = bands[~bands["milestone"].isin(list(PRIMERS))]
@@ -105,27 +105,8 @@ def _draw_arm(axes: Axes, rows: pd.DataFrame, arm: str, name: str, look: Look, s
             axes.plot(primer["flops"], primer["mean"], MARKS[key], **mark)
 
 
-def _caption(found: Findings) -> str:
-    several = "the mean over seeds, with its 95 % interval" if found.num_seeds > 2 else "a mean over too few seeds"
-    return (
-        "Above: densities of the data, of the samples at the end of the budget, and of the primer (the pretrained "
-        f"weights before any finetuning), seed {found.params.seeds[0]}; at the edges marginals, the data's in grey. "
-        f"Below: distances to the data, {several}, against compute with pretraining. The grey band is what real points "
-        f"get in the place of samples: the mean of random splits and {WITHIN:.0f} standard deviations."
-    )
-
-
-def _alt(found: Findings) -> str:
-    frame = distance_frame(found.params, found.results)
-    ends = frame[~frame["milestone"].isin(list(PRIMERS))].groupby(["arm", "milestone"])[JOINT].mean()
-    said = ", ".join(f"{arm} {ends[arm].iloc[-1]:.4f}" for arm in found.arms)
-    return f"Densities of points, and their distances to the data. Sliced W₁ at the end of the budget: {said}."
-
-
 def _applies(found: Findings) -> bool:
     return are_shown(found.params) and not distance_frame(found.params, found.results).empty
 
 
-POINTS = Kind(
-    "points.png", "Points: the data, the primer and the samples", _draw, _caption, _alt, _applies, has_scores=True
-)
+POINTS = Kind("points.png", _draw, _applies, has_scores=True)

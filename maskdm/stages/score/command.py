@@ -16,10 +16,17 @@ from maskdm.base.progress import progress
 from maskdm.base.publishing import publish_folder, publish_json
 from maskdm.config import ComputeConfig, EvaluationConfig, paths
 from maskdm.report.numbers import number_text
-from maskdm.report.prose import bias_note, extractor_caution, few_samples_caution
 from maskdm.scoring.classifier import write_classifier
 from maskdm.scoring.extractors import FeatureExtractor, Knobs, open_classifier, open_extractor
-from maskdm.scoring.protocol import Protocol, differences, metrics_as, shaping_of
+from maskdm.scoring.protocol import (
+    Protocol,
+    bias_note,
+    differences,
+    extractor_caution,
+    few_samples_caution,
+    metrics_as,
+    shaping_of,
+)
 from maskdm.scoring.references import make_reference
 from maskdm.scoring.scores import compute_metrics
 from maskdm.stages.score.sets import ImageSet, Reading, open_pair, open_set
