@@ -31,6 +31,18 @@ TINY = "experiments/tiny"
 REPRO = ("dvc", "repro", f"{TINY}/dvc.yaml")
 SNAKEMAKE = ("snakemake", "-d", TINY, "--cores", "2")
 ARM, OTHER = "patch-m50", "scratch"
+
+
+def repro_of(stage: str, arm: str = ARM) -> tuple[str, ...]:
+    """DVC up to a stage of an arm."""
+    return (*REPRO[:2], f"{TINY}/dvc.yaml:{stage}@{arm}-0")
+
+
+def snakemake_of(stage: str, arm: str = ARM) -> tuple[str, ...]:
+    """Snakemake up to a stage of an arm."""
+    return (*SNAKEMAKE, f".work/done/{stage}-{arm}-seed-0")
+
+
 OF_AN_ARM = ("pretrain", "finetune", "sample", "evaluate")
 SHARED = {"prepare", "features", "scale", "choose"}
 TWO_TRIALS = {"given": {}, "lr-high": {"pretrain.lr": 8e-3, "finetune.lr": 8e-3}}
@@ -211,12 +223,13 @@ def _listed(block: str, what: str) -> frozenset[str]:
     return frozenset(found[1].split(", ")) if found else frozenset()
 
 
+def makes(stage: Stage, name: str) -> bool:
+    """Whether a path is an output of the stage, lies in one, or holds one."""
+    return any(name == o or name.startswith(f"{o}/") or o.startswith(f"{name}/") for o in stage.outputs)
+
+
 def earlier_stages(stages: dict[str, Stage]) -> dict[str, set[str]]:
     """For every stage all those that are done before it starts."""
-
-    def makes(stage: Stage, name: str) -> bool:
-        return any(name == o or name.startswith(f"{o}/") or o.startswith(f"{name}/") for o in stage.outputs)
-
     needed = {
         cmd: {other for other, made in stages.items() if other != cmd and any(makes(made, n) for n in stage.inputs)}
         for cmd, stage in stages.items()
@@ -226,27 +239,20 @@ def earlier_stages(stages: dict[str, Stage]) -> dict[str, set[str]]:
     return needed
 
 
-@pytest.mark.parametrize("trials", [{}, TWO_TRIALS])
+@pytest.mark.workflow
+@pytest.mark.parametrize("trials", [{}, TWO_TRIALS], ids=["untuned", "tuned"])
 def test_both_engines_run_the_same_commands_in_the_same_order(fresh: Workspace, trials: dict[str, Any]) -> None:
     fresh.change(tuning={"trials": trials})
     dvc, snakemake = dvc_stages(fresh), snakemake_stages(fresh)
     assert len(dvc) == 5 + 2 * len(trials) + 2 * 4
     assert any(" tune " in cmd for cmd in dvc) == bool(trials)
     assert earlier_stages(dvc) == earlier_stages(snakemake)
-
-
-def test_every_input_of_dvc_is_the_output_of_a_stage(fresh_once: Workspace) -> None:
-    stages = dvc_stages(fresh_once).values()
-    outputs = {output for stage in stages for output in stage.outputs}
-    for stage in stages:
-        for name in stage.inputs:
-            assert any(name == o or name.startswith(f"{o}/") or o.startswith(f"{name}/") for o in outputs), name
-
-
-def test_the_command_lines_carry_the_versions_of_the_stages(fresh: Workspace) -> None:
-    fresh.change(tuning={"trials": TWO_TRIALS})
-    carried = dict(re.fullmatch(r"maskdm (\w+).* --stage-version (\d+)", cmd).groups() for cmd in dvc_stages(fresh))  # type: ignore[union-attr]
-    assert {stage: int(version) for stage, version in carried.items()} == STAGE_VERSIONS
+    for stage in dvc.values():
+        assert all(any(makes(other, name) for other in dvc.values()) for name in stage.inputs), "made by some stage"
+    carried = dict(re.fullmatch(r"maskdm (\w+).* --stage-version (\d+)", cmd).groups() for cmd in dvc)  # type: ignore[union-attr]
+    assert {stage: int(version) for stage, version in carried.items()} == {
+        stage: version for stage, version in STAGE_VERSIONS.items() if trials or stage != "tune"
+    }
 
 
 def test_dvc_keeps_every_output_and_watches_no_value_that_changes_rounding_alone() -> None:
@@ -287,11 +293,13 @@ def test_stages_reserve_a_gpu_where_they_will_use_one(
 
 @pytest.mark.workflow
 def test_both_engines_make_the_same_bytes(fresh: Workspace, finished_once: Workspace) -> None:
-    """(I) With no trials nobody but `prepare` makes results/tuning, on which `choose` depends in DVC."""
-    assert "up to date" not in fresh.run(*REPRO).replace("Data and pipelines are up to date", "")
-    assert fresh.digests() == finished_once.digests()
+    """(I) With no trials only `prepare` makes results/tuning, on which `choose` depends in DVC."""
+    assert "up to date" not in fresh.run(*repro_of("evaluate"))
+    digests, of_snakemake = fresh.digests(), finished_once.digests()
+    assert digests.items() <= of_snakemake.items()
+    assert all(OTHER in path for path in of_snakemake.keys() - digests.keys()), "not asked for"
     records = fresh.records()
-    fresh.run(*SNAKEMAKE)
+    fresh.run(*snakemake_of("evaluate"))
     assert fresh.records() == records, "Snakemake after DVC does no work"
 
 
@@ -301,9 +309,6 @@ def test_neither_engine_works_after_the_other(both: Workspace, finished_once: Wo
     assert both.digests() == finished_once.digests()
     assert "Data and pipelines are up to date" in both.run(*REPRO)
     assert "Nothing to be done" in both.run(*SNAKEMAKE)
-    said = both.run(*SNAKEMAKE, "--forceall")
-    assert said.count(": up to date\n") == len(both.records()) + 1  # the report has no record
-    assert both.records() == finished_once.records()
 
 
 @pytest.mark.workflow
@@ -313,13 +318,13 @@ def test_values_that_change_rounding_alone_rerun_nothing(both: Workspace) -> Non
     assert "Nothing to be done" in both.run(*SNAKEMAKE)
     assert "Data and pipelines are up to date" in both.run(*REPRO)
     shutil.rmtree(both.tiny / "results/samples" / ARM)
-    both.run(*SNAKEMAKE)
+    both.run(*snakemake_of("evaluate"))
     assert of_arm(ARM, ("sample",)) <= worked(before, both.records()) <= of_arm(ARM, ("sample", "evaluate"))
     assert both.record(f"sample-{ARM}-seed-0")["threads"] == 2
 
 
 @pytest.mark.workflow
-@pytest.mark.parametrize("engine", [SNAKEMAKE, REPRO], ids=["snakemake", "dvc"])
+@pytest.mark.parametrize("engine", [snakemake_of("evaluate"), repro_of("evaluate")], ids=["snakemake", "dvc"])
 def test_a_deleted_output_is_made_again_alone(both: Workspace, engine: tuple[str, ...]) -> None:
     """(F) And later stages see the same content: they do not work."""
     before, digests = both.records(), both.digests()
@@ -338,14 +343,15 @@ def test_values_there_and_back_cost_no_training(both: Workspace) -> None:
     b = both.records()
     assert worked(a, b) == of_arm(ARM), "a changed arm reruns that arm alone"
     both.set_rate(0.5)
-    both.run(*SNAKEMAKE)
+    both.run(*snakemake_of("evaluate"))
     assert both.records() == a
     assert both.digests() == bytes_of_a
     both.set_rate(0.25)
-    both.run(*REPRO)
-    assert both.records() == b
+    both.run(*repro_of("finetune"))
+    assert worked(a, both.records()) == of_arm(ARM, ("pretrain", "finetune"))
+    assert not worked(b, both.records()) & of_arm(ARM, ("pretrain", "finetune")), "taken from the work folder"
     both.set_rate(0.5)
-    said = both.run(*REPRO)
+    said = both.run(*repro_of("finetune"))
     assert "made before with the same values and inputs" in said
     assert both.digests() == bytes_of_a
 
@@ -353,7 +359,7 @@ def test_values_there_and_back_cost_no_training(both: Workspace) -> None:
 @pytest.mark.workflow
 def test_snakemakes_memory_decides_nothing(finished: Workspace) -> None:
     """(D) `.snakemake` is deleted and a value changed; (E) a value changed, then `snakemake --touch`."""
-    before, words = finished.records(), (*SNAKEMAKE, f".work/done/pretrain-{ARM}-seed-0")
+    before, words = finished.records(), snakemake_of("pretrain")
     shutil.rmtree(finished.tiny / ".snakemake")
     finished.set_rate(0.25)
     finished.run(*SNAKEMAKE, "--touch")
@@ -370,18 +376,18 @@ def test_snakemakes_memory_decides_nothing(finished: Workspace) -> None:
 
 @pytest.mark.workflow
 def test_an_arm_that_is_removed_and_added_again_is_there(both: Workspace) -> None:
-    """(J)"""
+    """(J) Its results were there all the time, and neither engine makes them again."""
     a, arms = both.records(), both.params["arms"]
     both.change(arms=arms)
     content = both.params
     content["arms"] = {OTHER: arms[OTHER]}
     (both.tiny / "params.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    both.run(*SNAKEMAKE)
-    both.run(*REPRO)
+    both.run(*snakemake_of("evaluate", OTHER))
+    both.run(*repro_of("evaluate", OTHER))
     both.change(arms=arms)
-    both.run(*REPRO)
+    both.run(*repro_of("evaluate"))
     assert worked(a, both.records()) <= {"choose"}
-    assert "Nothing to be done" in both.run(*SNAKEMAKE)
+    assert "Nothing to be done" in both.run(*snakemake_of("evaluate"))
 
 
 @pytest.mark.workflow
@@ -402,25 +408,26 @@ def test_a_clone_with_pulled_results_has_nothing_to_do(both: Workspace, tmp_path
 
 
 @pytest.mark.workflow
-def test_a_trial_that_is_worse_changes_nothing(fresh: Workspace) -> None:
+def test_a_trial_more_runs_alone_and_is_chosen_from(fresh: Workspace) -> None:
+    """What a choice means for the arm is tested in test_tuning."""
     content = fresh.params
     content |= {"arms": {ARM: content["arms"][ARM]}, "tuning": {**content["tuning"], "trials": TWO_TRIALS}}
     (fresh.tiny / "params.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    fresh.run(*SNAKEMAKE)
+    fresh.run(*SNAKEMAKE, ".work/done/choose")
     before = fresh.records()
     slow = {"pretrain.lr": 1e-9, "finetune.lr": 1e-9}
     fresh.change(tuning={"trials": {**TWO_TRIALS, "slow": slow}})
-    fresh.run(*SNAKEMAKE)
+    fresh.run(*SNAKEMAKE, ".work/done/choose")
     assert worked(before, fresh.records()) == {f"tune-{ARM}-trial-slow", "choose"}
-    chosen = {json.loads(file.read_bytes())["trial"] for file in (fresh.tiny / "results/chosen").glob("*-*.json")}
-    assert "slow" not in chosen
+    chosen = json.loads((fresh.tiny / f"results/chosen/{ARM}.json").read_bytes())
+    assert chosen["trial"] in TWO_TRIALS
 
 
 # --- failures and kills ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.workflow
-@pytest.mark.parametrize("engine", [SNAKEMAKE, REPRO], ids=["snakemake", "dvc"])
+@pytest.mark.parametrize("engine", [snakemake_of("evaluate"), repro_of("evaluate")], ids=["snakemake", "dvc"])
 def test_a_failed_job_does_not_leave_an_older_output_as_done(both: Workspace, engine: tuple[str, ...]) -> None:
     """(A), (K) The values are new and the stage fails: what was there before is kept, and is not taken for done."""
     before, digests = both.records(), both.digests()
@@ -482,8 +489,7 @@ KILLS: dict[str, Callable[[subprocess.Popen[bytes], psutil.Process], Any]] = {
 )
 def test_after_a_kill_the_same_command_again_is_all_it_takes(training: Training, engine: str, what: str) -> None:
     """(B), (K)"""
-    target = f"{TINY}/dvc.yaml:pretrain@{ARM}-0" if engine == "dvc" else f".work/done/pretrain-{ARM}-seed-0"
-    words = (*REPRO[:2], target) if engine == "dvc" else (*SNAKEMAKE, target)
+    words = repro_of("pretrain") if engine == "dvc" else snakemake_of("pretrain")
     first = training.workspace.start(words)
     KILLS[what](first, training.at_work(first))
     assert first.wait(timeout=60) != 0

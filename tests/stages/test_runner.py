@@ -688,7 +688,7 @@ def test_what_was_interrupted_ends_as_if_it_had_not_been(one_arm: Experiment, mo
 KILLER = """
 import errno, itertools, os, shutil, signal, sys
 from maskdm.cli import main
-from maskdm.stages import choose, evaluate, pretrain
+from maskdm.stages import choose, pretrain, scale
 
 def kill_at(number, function, calls):
     def counted(*arguments, **options):
@@ -735,14 +735,10 @@ def killed_everywhere(start: Experiment, folder: Path, stage: str, disks: str = 
 
 
 # What stands there before, and what is to be made instead.
-KILLED: dict[str, Change] = {
-    "choose": CHANGES["choose"],
-    "evaluate": CHANGES["scale"],
-    "pretrain": CHANGES["pretrain"],
-}
+KILLED = {stage: CHANGES[stage] for stage in ("choose", "scale", "pretrain")}
 
 
-@pytest.mark.parametrize(("stage", "disks"), [("choose", "two"), ("evaluate", "one"), ("pretrain", "one")])
+@pytest.mark.parametrize(("stage", "disks"), [("choose", "two"), ("scale", "one"), ("pretrain", "one")])
 def test_a_stage_that_is_killed_at_any_moment_ends_well_when_it_is_run_again(
     one_arm: Experiment,
     tmp_path_factory: pytest.TempPathFactory,
@@ -752,8 +748,6 @@ def test_a_stage_that_is_killed_at_any_moment_ends_well_when_it_is_run_again(
 ) -> None:
     params, first = one_arm.content, made(one_arm, stage)
     one_arm.change(saving={"every_steps": 4}, **KILLED[stage])
-    if stage == "evaluate":
-        one_arm.succeed("scale")
     undisturbed = one_arm.copy_to(tmp_path_factory.mktemp("undisturbed"))
     undisturbed.succeed(*of(stage))
     place = str(job_of(one_arm, stage).output)
@@ -773,8 +767,6 @@ def test_a_stage_that_is_killed_at_any_moment_ends_well_when_it_is_run_again(
     no_work(stage)
     for number, experiment in enumerate(left, 1):
         experiment.rewrite(params)
-        if stage == "evaluate":
-            experiment.succeed("scale")
         assert "it is back in" in experiment.succeed(*of(stage)).out, number
         assert made(experiment, stage) == first, "the output that stood there before is not lost"
 
