@@ -204,7 +204,7 @@ def test_the_report_of_a_run_goes_by_the_joint_distance(roll: Experiment, tmp_pa
     page = other.path("results/report/summary.md").read_text()
     assert "### Sliced W₁ against training compute" in page
     assert "### Final sliced W₁ by strategy and mask rate" in page
-    assert "The answer and the verdicts on the arms go by sliced W₁ instead" in page
+    assert "The answer and the verdicts therefore use sliced W₁" in page
 
 
 def test_the_experiment_is_valid_and_sees_one_coordinate_at_a_time() -> None:
