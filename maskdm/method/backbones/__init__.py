@@ -1,8 +1,8 @@
 """The networks: building one from params.yaml, and its FLOPs as PyTorch counts them.
 
-A backbone is a module that maps noised visible patches (B, S, P), timesteps (B,), the indices of these patches (B, S) and
-labels (B,) to predictions (B, S, P). It takes the arguments of `UViT`, and has `initialise(generator)`, which draws its
-weights, and `blocks`, the modules that are compiled one by one where several ranks share the batch.
+A backbone is a module that maps noised visible patches (B, S, P), timesteps (B,), the indices of these patches (B, S)
+and labels (B,) to predictions (B, S, P). It takes the arguments of `UViT`, and has `initialise(generator)`, which draws
+its weights, and `blocks`, the modules that are compiled one by one where several ranks share the batch.
 """
 
 from __future__ import annotations
