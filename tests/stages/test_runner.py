@@ -438,12 +438,6 @@ def flip(file: Path) -> None:
     file.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
 
 
-def lose_record(experiment: Experiment, stage: str) -> None:
-    """With its copy in the work folder."""
-    experiment.path(str(job_of(experiment, stage).record)).unlink()
-    (work_of(experiment, stage) / "record.json").unlink()
-
-
 DAMAGES: dict[str, tuple[str, Callable[[Experiment], object], str]] = {
     "a folder is gone": ("pretrain", lambda e: shutil.rmtree(output_of(e, "pretrain")), ""),
     "a file is gone": ("scale", lambda e: output_of(e, "scale").unlink(), ""),
@@ -467,14 +461,6 @@ DAMAGES: dict[str, tuple[str, Callable[[Experiment], object], str]] = {
         "is damaged or of",
     ),
 }
-
-
-@pytest.mark.parametrize("stage", ["pretrain", "scale"])
-def test_a_lost_record_costs_no_work(one_arm: Experiment, stage: str) -> None:
-    before = made(one_arm, stage)
-    one_arm.path(str(job_of(one_arm, stage).record)).unlink()
-    assert_up_to_date(one_arm.run(*of(stage)))
-    assert made(one_arm, stage) == before
 
 
 @pytest.mark.parametrize("case", DAMAGES)
