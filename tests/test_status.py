@@ -250,14 +250,14 @@ def test_a_lock_of_dvcs_whose_pid_is_another_process_by_now(tiny: Experiment, st
     assert f"names process {pid}, which is not DVC, so" in line and line.endswith(": rm .dvc/tmp/rwlock")
 
 
-def test_a_lock_of_dvcs_whose_process_has_ended_unnoticed(tiny: Experiment) -> None:
+def test_a_lock_of_dvcs_whose_process_is_a_zombie(tiny: Experiment) -> None:
     with subprocess.Popen(["true"]) as zombie:
         os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
         rwlock(tiny, entries(zombie.pid))
         assert f"names process {zombie.pid}, which is not DVC" in text(tiny, 1)
 
 
-def test_a_lock_of_dvcs_that_is_not_in_the_way(tiny: Experiment, start: Start) -> None:
+def test_a_lock_of_dvcs_that_is_no_problem(tiny: Experiment, start: Start) -> None:
     file = rwlock(tiny, entries(2**22 + 1))  # above every pid: DVC drops it by itself
     assert "problem: " not in text(tiny)
     file.write_text(json.dumps({"write": {}, "read": {}}))
@@ -327,7 +327,7 @@ def test_watch_shows_it_again_until_ctrl_c(tiny: Experiment, stop_when: Stop) ->
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "x", "nan", "inf"])
-def test_watch_refuses_what_is_no_time(tiny: Experiment, seconds: str) -> None:
+def test_watch_refuses_other_than_positive_seconds(tiny: Experiment, seconds: str) -> None:
     outcome = tiny.run("status", f"--watch={seconds}")
     assert outcome.code == 2 and "expected seconds above 0" in outcome.err
 
@@ -349,7 +349,7 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
-def test_verify_of_what_was_written(whole: Experiment) -> None:
+def test_verify_of_intact_outputs(whole: Experiment) -> None:
     outcome = whole.succeed("verify")
     outputs, files = (int(word) for word in outcome.out.split() if word.isdigit())
     assert outcome.out == f"{outputs} outputs, {files} files: all are intact\n"
@@ -390,7 +390,7 @@ def test_verify_finds_cut_and_missing_files_of_an_output(whole: Experiment) -> N
     assert f"{output / 'curve.csv'} is missing" in line
 
 
-def test_what_verify_advises_mends_it(whole: Experiment) -> None:
+def test_the_command_that_verify_names_repairs_the_output(whole: Experiment) -> None:
     flip(whole.path(str(paths.pretrain(ARM, 0)), "checkpoint.safetensors"))
     command = whole.run("verify").out.strip().partition("to make it again: maskdm ")[2]
     whole.succeed(*command.split())
@@ -400,7 +400,7 @@ def test_what_verify_advises_mends_it(whole: Experiment) -> None:
 
 
 @pytest.mark.parametrize(("number", "code", "says"), [(5, 1, "can't be read"), (13, 1, "cannot read")])
-def test_verify_of_a_file_that_can_not_be_read(
+def test_verify_of_an_unreadable_file(
     whole: Experiment, monkeypatch: pytest.MonkeyPatch, number: int, code: int, says: str
 ) -> None:
     def refuse(path: Path) -> str:

@@ -74,7 +74,7 @@ def python_as_it_starts() -> Iterator[None]:
 
 @pytest.mark.usefixtures("python_as_it_starts")
 @pytest.mark.parametrize("case", PARAMS)
-def test_params_that_are_made_to_do_harm_are_refused(tmp_path: Path, case: str) -> None:
+def test_harmful_params_are_refused(tmp_path: Path, case: str) -> None:
     content, says = PARAMS[case]
     (tmp_path / "params.yaml").write_bytes(content.encode() if isinstance(content, str) else content)
     outcome = victim(tmp_path, "validate", alone=case in FILL_MEMORY, memory=2**29)
@@ -92,7 +92,7 @@ def test_params_of_gigabytes_are_not_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
-def test_params_that_are_no_file_are_refused(tmp_path: Path, make: Callable[[Path], None]) -> None:
+def test_params_that_are_a_pipe_or_folder_are_refused(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "params.yaml")
     outcome = victim(tmp_path, "validate")
     assert (outcome.code, "params.yaml is not a file" in outcome.err) == (2, True)
@@ -110,7 +110,7 @@ def test_ordinary_aliases_and_merges_are_read(tmp_path: Path) -> None:
     assert params.finetune_of("two").lr == 0.5
 
 
-def test_a_long_mistake_is_shown_in_short(tmp_path: Path) -> None:
+def test_a_long_mistake_is_shown_shortened(tmp_path: Path) -> None:
     file = tmp_path / "params.yaml"
     file.write_text(f"name: [{'x, ' * 2000}]", encoding="utf-8")
     with pytest.raises(ParamsError) as caught:
@@ -279,7 +279,7 @@ def test_a_pickle_in_the_place_of_a_state_is_put_aside_unread(
 
 
 @pytest.mark.parametrize("info", [{}, {"step": "ten"}, {"step": None}])
-def test_a_state_of_no_step_is_put_aside(tmp_path: Path, info: dict[str, Any]) -> None:
+def test_a_state_without_a_step_is_put_aside(tmp_path: Path, info: dict[str, Any]) -> None:
     states = StateStore(tmp_path, every_seconds=60)
     states.save({"raw": {"a": torch.ones(2)}}, {"step": 10})
     save_tensors(tmp_path / "state-0000000020.safetensors", {"raw": {"a": torch.ones(2)}}, info)
@@ -340,9 +340,7 @@ DEEP = {"lists": "[" * 10**5, "maps": '{"a":' * 10**5, "number": "9" * 10**4, "t
 
 @pytest.mark.parametrize("content", DEEP.values(), ids=DEEP)
 @pytest.mark.parametrize("place", ["results/data/manifest.json", "results/data/stamp.json"])
-def test_descriptions_that_are_nested_without_end_are_damaged_ones(
-    prepared: Experiment, place: str, content: str
-) -> None:
+def test_endlessly_nested_descriptions_are_damaged(prepared: Experiment, place: str, content: str) -> None:
     put(prepared.path(place), content.encode())
     outcome = victim(prepared.folder, "pretrain", "--arm", ARM, "--seed", "0", alone=False)
     assert (outcome.code, Path(place).parts[1] in outcome.err) == (1, True)
@@ -351,7 +349,7 @@ def test_descriptions_that_are_nested_without_end_are_damaged_ones(
 
 
 @pytest.mark.parametrize("content", DEEP.values(), ids=DEEP)
-def test_nonsense_in_a_work_folder_is_nobodys_work(prepared: Experiment, content: str) -> None:
+def test_nonsense_in_a_work_folder_is_not_resumed(prepared: Experiment, content: str) -> None:
     job = prepared.job("pretrain", ARM, 0)
     work = prepared.path(str(paths.work(job.output)))
     with contextlib.chdir(prepared.folder):
@@ -365,7 +363,7 @@ def test_nonsense_in_a_work_folder_is_nobodys_work(prepared: Experiment, content
 
 
 @pytest.mark.parametrize("change", [{"starts": "many"}, {"starts": None}])
-def test_work_that_counts_in_words_is_begun_anew(prepared: Experiment, change: dict[str, Any]) -> None:
+def test_work_without_a_count_of_starts_begins_anew(prepared: Experiment, change: dict[str, Any]) -> None:
     job = prepared.job("pretrain", ARM, 0)
     with contextlib.chdir(prepared.folder):
         begun = paths.work(job.output) / job.wanted().key / "begun.json"

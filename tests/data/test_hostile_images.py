@@ -208,7 +208,7 @@ def test_an_image_bomb_stops_prepare_and_is_named(folder: Path) -> None:
     assert "bad image photos/real.png: 20000×20000 pixels are more than" in refusal(folder, alone=True)
 
 
-def test_an_image_that_memory_does_not_suffice_for_is_named(folder: Path) -> None:
+def test_an_image_too_large_for_memory_is_named(folder: Path) -> None:
     put(folder / "photos" / "good.png", GOOD)
     put(folder / "photos" / "large.png", BOMBS["real.png"][0]())
     said = refusal(folder, alone=True, max_pixels=10**9, channels=3)
@@ -218,7 +218,7 @@ def test_an_image_that_memory_does_not_suffice_for_is_named(folder: Path) -> Non
 # --- folders
 
 
-def test_what_is_no_file_is_not_waited_for(folder: Path) -> None:
+def test_pipes_sockets_and_devices_are_left_out(folder: Path) -> None:
     put(folder / "photos" / "a" / "good.png", GOOD)
     put(folder / "photos" / "a" / "other.png", GOOD)
     os.mkfifo(folder / "photos" / "pipe.png")
@@ -239,7 +239,7 @@ def test_a_link_to_itself_is_named(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("root", ["pipe", "/dev/zero"])
-def test_a_root_that_is_no_file_is_refused(folder: Path, root: str) -> None:
+def test_a_root_that_is_a_pipe_or_device_is_refused(folder: Path, root: str) -> None:
     os.mkfifo(folder / "pipe")
     assert f"dataset.root: {root} is neither a folder nor a file, but a pipe, socket or device" in refusal(
         folder, root, alone=True
@@ -301,7 +301,7 @@ STRANGE = [f"{ESCAPES}/bad.png", f"b/{ESCAPES}.png", "c/new\nline.png", f"d/{'lo
 
 
 @pytest.mark.parametrize("root", [*ARCHIVES, "photos"])
-def test_names_obey_no_terminal_and_can_be_recorded(folder: Path, root: str) -> None:
+def test_names_with_control_characters_are_escaped_and_recorded(folder: Path, root: str) -> None:
     members = dict.fromkeys(STRANGE, b"text") | {f"{ESCAPES}/good.png": GOOD, "z/good.png": GOOD}
     if root == "photos":
         for name, content in members.items():

@@ -357,7 +357,7 @@ def test_values_there_and_back_cost_no_training(both: Workspace) -> None:
 
 
 @pytest.mark.workflow
-def test_snakemakes_memory_decides_nothing(finished: Workspace) -> None:
+def test_snakemakes_metadata_do_not_decide_what_is_done(finished: Workspace) -> None:
     """(D) `.snakemake` is deleted and a value changed; (E) a value changed, then `snakemake --touch`."""
     before, words = finished.records(), snakemake_of("pretrain")
     shutil.rmtree(finished.tiny / ".snakemake")
@@ -408,7 +408,7 @@ def test_a_clone_with_pulled_results_has_nothing_to_do(both: Workspace, tmp_path
 
 
 @pytest.mark.workflow
-def test_a_trial_more_runs_alone_and_is_chosen_from(fresh: Workspace) -> None:
+def test_another_trial_runs_alone_and_is_chosen_from(fresh: Workspace) -> None:
     """What a choice means for the arm is tested in test_tuning."""
     content = fresh.params
     content |= {"arms": {ARM: content["arms"][ARM]}, "tuning": {**content["tuning"], "trials": TWO_TRIALS}}
@@ -487,7 +487,7 @@ KILLS: dict[str, Callable[[subprocess.Popen[bytes], psutil.Process], Any]] = {
 @pytest.mark.parametrize(
     ("engine", "what"), [("dvc", "the engine"), ("dvc", "Ctrl-C"), ("snakemake", "both"), ("snakemake", "SIGTERM")]
 )
-def test_after_a_kill_the_same_command_again_is_all_it_takes(training: Training, engine: str, what: str) -> None:
+def test_after_a_kill_the_same_command_resumes(training: Training, engine: str, what: str) -> None:
     """(B), (K)"""
     words = repro_of("pretrain") if engine == "dvc" else snakemake_of("pretrain")
     first = training.workspace.start(words)

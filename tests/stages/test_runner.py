@@ -146,7 +146,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 STAMP = Stamp("pretrain", 7, {"pretrain": {"lr": 0.1, "batch_size": 8}}, {"results/data": "abc"})
 
 
-def test_equal_work_has_equal_keys_whatever_became_of_it() -> None:
+def test_the_key_depends_on_stage_version_values_and_inputs_alone() -> None:
     same = Stamp("pretrain", 7, {"pretrain": {"batch_size": 8, "lr": 0.1}}, {"results/data": "abc"}, "x", {"a": {}})
     assert same.key == STAMP.key
     others = [
@@ -159,7 +159,7 @@ def test_equal_work_has_equal_keys_whatever_became_of_it() -> None:
     assert len({STAMP.key, *(other.key for other in others)}) == 1 + len(others)
 
 
-def test_differences_are_said_in_the_words_of_params() -> None:
+def test_differences_are_named_by_the_keys_of_params() -> None:
     other = Stamp("pretrain", 8, {"pretrain": {"lr": 0.2, "batch_size": 8}}, {"results/data": "abd"})
     said = "pretrain.lr was 0.1, is 0.2; version was 7, is 8; results/data has changed"
     assert STAMP.differences(other) == said
@@ -170,7 +170,7 @@ def test_differences_are_said_in_the_words_of_params() -> None:
     assert STAMP.differences(STAMP) == ""
 
 
-def test_no_flipped_byte_of_a_single_file_goes_unseen(tmp_path: Path) -> None:
+def test_every_flipped_byte_of_a_single_file_is_detected(tmp_path: Path) -> None:
     file, content = tmp_path / "scale.json", {"floor": {"fid": 1.25}, "protocol": [1, None, "ε"]}
     publish_description(file, stamped(content, STAMP))
     stamp, whole = read_stamp(file), file.read_bytes()
@@ -181,7 +181,7 @@ def test_no_flipped_byte_of_a_single_file_goes_unseen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"7", b"{}", b'{"stamp": {}}', b"\xff", b"[" * 10**5])
-def test_what_is_no_stamp_is_none(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_or_missing_stamp_is_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "file.json").write_bytes(content)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "stamp.json").write_bytes(content)
@@ -189,7 +189,7 @@ def test_what_is_no_stamp_is_none(tmp_path: Path, content: bytes) -> None:
         assert read_stamp(output) is None
 
 
-def test_the_files_of_a_folder_are_those_of_its_stamp(tmp_path: Path) -> None:
+def test_missing_and_damaged_files_of_a_folder_are_found(tmp_path: Path) -> None:
     (tmp_path / "inner").mkdir()
     for name in ("a", "inner/b"):
         (tmp_path / name).write_text(name, encoding="utf-8")
@@ -224,7 +224,7 @@ def jobs(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     return Jobs(load_params(Path("params.yaml")))
 
 
-def test_every_job_stands_behind_those_that_it_needs(jobs: Jobs) -> None:
+def test_every_job_comes_after_its_inputs(jobs: Jobs) -> None:
     seen: set[Job] = set()
     for job in jobs.all():
         if not (jobs.params.tuning.enabled and job.stage in (*ARM_STAGES, "report")):  # need the choice to be known
@@ -234,7 +234,7 @@ def test_every_job_stands_behind_those_that_it_needs(jobs: Jobs) -> None:
     assert len(seen) == 5 + trials + 4 * 3 * 2
 
 
-def test_no_job_lies_in_the_place_of_another(jobs: Jobs) -> None:
+def test_no_two_jobs_share_a_path(jobs: Jobs) -> None:
     """Nor does its work folder: it holds a folder for each key, and of what lies there any may be removed."""
     every = list(jobs.all())
     for places in ([job.output for job in every], [job.record for job in every], [paths.work(j.output) for j in every]):
@@ -242,7 +242,7 @@ def test_no_job_lies_in_the_place_of_another(jobs: Jobs) -> None:
         assert not [(a, b) for a in places for b in places if a != b and a.is_relative_to(b)]
 
 
-def test_what_was_found_out_is_remembered_until_it_is_to_be_forgotten(one_arm: Experiment) -> None:
+def test_jobs_cache_what_they_find_until_forget_is_called(one_arm: Experiment) -> None:
     with contextlib.chdir(one_arm.folder):
         jobs = Jobs(load_params(Path("params.yaml")))
         job = jobs.find("pretrain", ARM, 0)
@@ -257,7 +257,7 @@ def test_what_was_found_out_is_remembered_until_it_is_to_be_forgotten(one_arm: E
 # --- up to date -----------------------------------------------------------------------------------------------
 
 
-def test_what_is_up_to_date_says_so_and_touches_no_file(whole_once: Experiment) -> None:
+def test_an_up_to_date_stage_says_so_and_touches_no_file(whole_once: Experiment) -> None:
     before = everything(whole_once)
     for stage in STAGES:
         outcome = whole_once.run(*of(stage))
@@ -267,7 +267,7 @@ def test_what_is_up_to_date_says_so_and_touches_no_file(whole_once: Experiment) 
 
 
 @pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "report"])
-def test_by_force_a_stage_works_again_and_gives_the_same_bytes(one_arm: Experiment, stage: str) -> None:
+def test_force_makes_the_same_bytes_again(one_arm: Experiment, stage: str) -> None:
     place = str(job_of(one_arm, stage).output)
     before, first = one_arm.hashes(place), record_of(one_arm, stage)
     inode = output_of(one_arm, stage).stat().st_ino
@@ -293,14 +293,14 @@ def test_by_force_a_stage_works_again_and_gives_the_same_bytes(one_arm: Experime
     ],
     ids=str,
 )
-def test_what_changes_no_result_makes_nothing_out_of_date(whole: Experiment, change: Change) -> None:
+def test_values_that_change_no_result_make_nothing_out_of_date(whole: Experiment, change: Change) -> None:
     whole.change(**change)
     for stage in STAGES:
         if stage != "report" or "pretrain" not in change:  # it shows the values as given
             assert_up_to_date(whole.run(*of(stage)))
 
 
-def test_another_arm_makes_nothing_of_this_one_out_of_date(one_arm: Experiment) -> None:
+def test_another_arm_does_not_make_this_one_out_of_date(one_arm: Experiment) -> None:
     arms = {ARM: {"strategy": "patch", "mask_rate": 0.5}}
     for other in ({"strategy": "none"}, {"strategy": "none", "finetune": {"lr": 1e-4}}):
         one_arm.change(arms={**arms, "scratch": other})
@@ -309,7 +309,7 @@ def test_another_arm_makes_nothing_of_this_one_out_of_date(one_arm: Experiment) 
         one_arm.succeed("pretrain", "--arm", "scratch", "--seed", "0")
 
 
-def test_an_input_made_again_with_the_same_content_makes_nothing_later_out_of_date(one_arm: Experiment) -> None:
+def test_an_input_remade_with_equal_content_makes_no_later_stage_out_of_date(one_arm: Experiment) -> None:
     outcome = one_arm.change(dataset={"max_pixels": 1000}).run("prepare")
     assert "dataset.max_pixels was 64000000, is 1000" in outcome.err and outcome.out == ""
     for stage in ("features", "scale", "choose", "pretrain", "finetune", "sample", "evaluate"):
@@ -323,7 +323,7 @@ def test_the_note_beside_the_trials_is_written_again(one_arm: Experiment) -> Non
     assert note.is_file()
 
 
-def test_what_is_up_to_date_is_removed_from_the_work_folder_unless_somebody_works_there(one_arm: Experiment) -> None:
+def test_leftover_work_of_an_up_to_date_stage_is_removed_unless_its_lock_is_held(one_arm: Experiment) -> None:
     """A process that was killed just before its end has left it; one that was started with --force needs it."""
     begun = work_of(one_arm, "pretrain") / key_of(one_arm, "pretrain") / "begun.json"
     begun.parent.mkdir()
@@ -339,7 +339,7 @@ def test_what_is_up_to_date_is_removed_from_the_work_folder_unless_somebody_work
 
 
 @pytest.mark.parametrize("stage", CHANGES)
-def test_going_back_to_earlier_values_brings_output_and_record_back_without_work(
+def test_going_back_to_earlier_values_restores_output_and_record_without_work(
     one_arm: Experiment, no_work: Callable[[str], None], stage: str
 ) -> None:
     params = one_arm.file.read_text(encoding="utf-8")
@@ -375,7 +375,7 @@ def previous(experiment: Experiment) -> list[str]:
     return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
 
-def test_of_the_outputs_before_one_is_kept(one_arm: Experiment) -> None:
+def test_one_previous_output_is_kept(one_arm: Experiment) -> None:
     keys = {}
     for lr in (A, B, C):
         set_lr(one_arm, lr)
@@ -388,7 +388,7 @@ def test_of_the_outputs_before_one_is_kept(one_arm: Experiment) -> None:
 
 
 @pytest.mark.parametrize("case", ["by force", "a file is missing", "the output is missing", "the record is missing"])
-def test_the_output_before_outlives_that_the_present_one_is_made_again(one_arm: Experiment, case: str) -> None:
+def test_remaking_the_present_output_keeps_the_previous_one(one_arm: Experiment, case: str) -> None:
     set_lr(one_arm, B)
     output = output_of(one_arm, "pretrain")
     if case == "a file is missing":
@@ -402,7 +402,7 @@ def test_the_output_before_outlives_that_the_present_one_is_made_again(one_arm: 
     assert "back" in set_lr(one_arm, A)
 
 
-def test_what_is_not_whole_takes_the_place_of_no_output_before(one_arm: Experiment) -> None:
+def test_a_damaged_output_does_not_replace_the_previous_one(one_arm: Experiment) -> None:
     set_lr(one_arm, B)
     (output_of(one_arm, "pretrain") / "curve.csv").unlink()
     set_lr(one_arm, C)
@@ -410,7 +410,7 @@ def test_what_is_not_whole_takes_the_place_of_no_output_before(one_arm: Experime
 
 
 @pytest.mark.parametrize("damage", ["a file is cut", "no record", "no stamp", "another key"])
-def test_what_is_not_whole_is_not_brought_back(one_arm: Experiment, damage: str) -> None:
+def test_a_damaged_previous_output_is_not_restored(one_arm: Experiment, damage: str) -> None:
     before = one_arm.hashes(f"results/pretrain/{ARM}")
     set_lr(one_arm, B)
     kept = work_of(one_arm, "pretrain") / "previous" / previous(one_arm)[0]
@@ -438,12 +438,6 @@ def flip(file: Path) -> None:
     file.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
 
 
-def lose_record(experiment: Experiment, stage: str) -> None:
-    """With its copy in the work folder."""
-    experiment.path(str(job_of(experiment, stage).record)).unlink()
-    (work_of(experiment, stage) / "record.json").unlink()
-
-
 DAMAGES: dict[str, tuple[str, Callable[[Experiment], object], str]] = {
     "a folder is gone": ("pretrain", lambda e: shutil.rmtree(output_of(e, "pretrain")), ""),
     "a file is gone": ("scale", lambda e: output_of(e, "scale").unlink(), ""),
@@ -469,16 +463,8 @@ DAMAGES: dict[str, tuple[str, Callable[[Experiment], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "scale"])
-def test_a_lost_record_costs_no_work(one_arm: Experiment, stage: str) -> None:
-    before = made(one_arm, stage)
-    one_arm.path(str(job_of(one_arm, stage).record)).unlink()
-    assert_up_to_date(one_arm.run(*of(stage)))
-    assert made(one_arm, stage) == before
-
-
 @pytest.mark.parametrize("case", DAMAGES)
-def test_what_is_missing_or_seen_to_be_damaged_is_made_again(one_arm: Experiment, case: str) -> None:
+def test_missing_or_visibly_damaged_outputs_are_made_again(one_arm: Experiment, case: str) -> None:
     stage, damage, says = DAMAGES[case]
     place = str(job_of(one_arm, stage).output)
     before = one_arm.hashes(place)
@@ -505,7 +491,7 @@ def test_a_lost_record_is_written_again_from_its_copy(
 
 
 @pytest.mark.parametrize("copy", ["gone", "cut", "of another output"])
-def test_an_output_whose_record_is_lost_altogether_is_made_again(one_arm: Experiment, copy: str) -> None:
+def test_an_output_without_a_record_or_its_copy_is_made_again(one_arm: Experiment, copy: str) -> None:
     """What it took, and where, is a part of the result."""
     place = f"results/pretrain/{ARM}"
     kept = work_of(one_arm, "pretrain") / "record.json"
@@ -522,7 +508,7 @@ def test_an_output_whose_record_is_lost_altogether_is_made_again(one_arm: Experi
     assert_whole(one_arm, "pretrain")
 
 
-def test_a_flipped_byte_in_a_folder_is_found_by_whoever_reads_every_file(one_arm: Experiment) -> None:
+def test_a_flipped_byte_in_a_folder_is_found_by_hashing_every_file(one_arm: Experiment) -> None:
     """Not by a stage: hashing a dataset of hundreds of GB takes minutes."""
     file = output_of(one_arm, "pretrain") / "checkpoint.safetensors"
     flip(file)
@@ -537,7 +523,7 @@ def test_a_flipped_byte_in_a_folder_is_found_by_whoever_reads_every_file(one_arm
 
 
 @pytest.mark.parametrize("stage", ["finetune", "sample", "evaluate"])
-def test_an_input_that_is_out_of_date_is_refused_however_far_it_lies(one_arm: Experiment, stage: str) -> None:
+def test_an_outdated_input_is_refused_however_many_stages_earlier(one_arm: Experiment, stage: str) -> None:
     before = everything(one_arm.change(pretrain={"lr": B}))
     assert_refused(
         one_arm.run(*of(stage)),
@@ -548,7 +534,7 @@ def test_an_input_that_is_out_of_date_is_refused_however_far_it_lies(one_arm: Ex
 
 
 @pytest.mark.parametrize("stage", ["finetune", "sample", "evaluate"])
-def test_an_input_that_is_missing_is_refused_however_far_it_lies(one_arm: Experiment, stage: str) -> None:
+def test_a_missing_input_is_refused_however_many_stages_earlier(one_arm: Experiment, stage: str) -> None:
     shutil.rmtree(output_of(one_arm, "pretrain"))
     before = everything(one_arm)
     says = f"results/pretrain/{ARM}/seed-0 is missing; run first: maskdm pretrain --arm {ARM} --seed 0 "
@@ -557,7 +543,7 @@ def test_an_input_that_is_missing_is_refused_however_far_it_lies(one_arm: Experi
     assert everything(one_arm) == before
 
 
-def test_the_commands_that_refusals_name_lead_to_the_end(one_arm: Experiment) -> None:
+def test_following_the_commands_in_refusals_finishes_the_pipeline(one_arm: Experiment) -> None:
     one_arm.change(pretrain={"lr": B}, evaluation={"classifier_epochs": 1}, dataset={"limit": 190})
     done = []
     while (outcome := one_arm.run(*of("evaluate"))).code:
@@ -610,7 +596,9 @@ def test_a_failed_stage_leaves_the_old_output_and_says_why_until_it_succeeds(one
     assert_whole(one_arm, "evaluate")
 
 
-def test_a_crash_is_a_failure_too_and_a_signal_is_none(one_arm: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_is_recorded_as_a_failure_and_a_signal_is_not(
+    one_arm: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = made(one_arm, "evaluate")
     for error, reason in ((IndexError("no such"), "IndexError: no such"), (KeyboardInterrupt(), None)):
         with monkeypatch.context() as patched:
@@ -658,7 +646,7 @@ def interrupted_at(experiment: Experiment, monkeypatch: pytest.MonkeyPatch, lr: 
     return outcome.out
 
 
-def test_unfinished_work_of_other_values_is_kept_and_taken_up_again(
+def test_unfinished_work_of_other_values_is_kept_and_resumed(
     one_arm: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = {}
@@ -675,7 +663,7 @@ def test_unfinished_work_of_other_values_is_kept_and_taken_up_again(
     assert not list(work_of(one_arm, "pretrain").glob("*/begun.json"))
 
 
-def test_what_was_interrupted_ends_as_if_it_had_not_been(one_arm: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_work_ends_as_if_uninterrupted(one_arm: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted_at(one_arm, monkeypatch, A)
     set_lr(one_arm, A)
     interrupted = one_arm.hashes(f"results/pretrain/{ARM}")
@@ -739,7 +727,7 @@ KILLED = {stage: CHANGES[stage] for stage in ("choose", "scale", "pretrain")}
 
 
 @pytest.mark.parametrize(("stage", "disks"), [("choose", "two"), ("scale", "one"), ("pretrain", "one")])
-def test_a_stage_that_is_killed_at_any_moment_ends_well_when_it_is_run_again(
+def test_a_stage_killed_at_any_moment_succeeds_when_it_is_run_again(
     one_arm: Experiment,
     tmp_path_factory: pytest.TempPathFactory,
     no_work: Callable[[str], None],
@@ -771,7 +759,7 @@ def test_a_stage_that_is_killed_at_any_moment_ends_well_when_it_is_run_again(
         assert made(experiment, stage) == first, "the output that stood there before is not lost"
 
 
-def test_an_output_that_comes_back_is_not_lost_by_a_kill_at_any_moment(
+def test_a_kill_at_any_moment_of_restoring_loses_no_output(
     one_arm: Experiment, tmp_path_factory: pytest.TempPathFactory, no_work: Callable[[str], None]
 ) -> None:
     first = made(one_arm, "pretrain")
@@ -792,7 +780,7 @@ def test_an_output_that_comes_back_is_not_lost_by_a_kill_at_any_moment(
 # --- two at once ----------------------------------------------------------------------------------------------
 
 
-def test_of_two_processes_one_works_and_the_other_waits_and_has_nothing_to_do(one_arm: Experiment) -> None:
+def test_of_two_processes_one_works_and_the_other_waits(one_arm: Experiment) -> None:
     one_arm.change(tuning={"metric": "fid"})
     with one_writer(one_arm.path(str(job_of(one_arm, "choose").lock)), "choose"):  # so that both are there
         processes = [one_arm.start("choose") for _ in range(2)]
@@ -804,9 +792,7 @@ def test_of_two_processes_one_works_and_the_other_waits_and_has_nothing_to_do(on
     assert_whole(one_arm, "choose")
 
 
-def test_where_the_file_system_refuses_locks_there_is_a_warning_alone(
-    one_arm: Experiment, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_system_without_locks_is_only_a_warning(one_arm: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 

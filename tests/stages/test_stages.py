@@ -100,7 +100,7 @@ def write_images(folder: Path, count: int, kind: str = "png") -> None:
 FEATURES = ("classifier.safetensors", "features.json", "reference.npy", "stamp.json", "statistics.safetensors")
 
 
-def test_files_are_those_and_no_others(finished_once: Experiment) -> None:
+def test_results_contain_exactly_these_files(finished_once: Experiment) -> None:
     data = ("images-00000.npy", "labels.npy", "manifest.json", "preview.png", "stamp.json")
     expected = {f"results/data/{name}" for name in data}
     expected |= {f"results/features/{n}" for n in FEATURES}
@@ -187,7 +187,7 @@ def test_curve_has_a_row_per_interval_and_milestone(scored_once: Experiment, sta
 
 
 @pytest.mark.parametrize("arm", MASKED)
-def test_compute_in_the_curve_goes_on_from_pretraining_to_finetuning(scored_once: Experiment, arm: str) -> None:
+def test_compute_in_the_curve_of_finetuning_starts_at_that_of_pretraining(scored_once: Experiment, arm: str) -> None:
     run = run_of(scored_once, arm)
     pretrained, finetuned = curve_of(scored_once, "pretrain", arm), curve_of(scored_once, "finetune", arm)
     for curve, stage, before in (
@@ -250,7 +250,7 @@ def test_metrics_say_what_they_are_of(scored_once: Experiment, arm: str, rate: f
     assert [metrics[k] for k in SCALE] == expected
 
 
-def test_metrics_of_the_last_milestone_are_the_arms(scored_once: Experiment) -> None:
+def test_metrics_of_an_arm_are_those_of_its_last_milestone(scored_once: Experiment) -> None:
     for arm in ARMS:
         metrics = json_of(scored_once, f"results/metrics/{arm}-seed-0.json")
         finetuned = json_of(scored_once, f"results/finetune/{arm}/seed-0/milestones.json")
@@ -416,7 +416,7 @@ def uninterrupted(prepared_once: Experiment, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_killed_training_goes_on_and_ends_as_if_uninterrupted(
+def test_killed_training_resumes_and_ends_as_if_uninterrupted(
     uninterrupted: Experiment, tmp_path: Path, stop_when: Callable[..., Outcome], stage: str
 ) -> None:
     experiment = uninterrupted.copy_to(tmp_path)
@@ -454,7 +454,7 @@ def stopped(prepared: Experiment, monkeypatch: pytest.MonkeyPatch) -> Experiment
     return prepared
 
 
-def test_interrupted_training_goes_on_from_its_last_row(stopped: Experiment, uninterrupted: Experiment) -> None:
+def test_interrupted_training_resumes_from_its_last_row(stopped: Experiment, uninterrupted: Experiment) -> None:
     assert "resuming from step 20\n" in stopped.succeed("pretrain", *OF_ARM).out
     assert stopped.hashes(OUTPUTS["pretrain"]) == uninterrupted.hashes(OUTPUTS["pretrain"])
 
@@ -479,20 +479,18 @@ def no_steps(stopped: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=str,
 )
-def test_state_of_other_params_is_not_gone_on_from(stopped: Experiment, change: dict[str, Any]) -> None:
+def test_state_of_other_params_is_not_resumed(stopped: Experiment, change: dict[str, Any]) -> None:
     assert "resuming from" not in stopped.change(**change).succeed("pretrain", *OF_ARM).out
     assert len(list(work_of(stopped, "pretrain").glob("*/state-0000000020.safetensors"))) == 1, "it is kept"
 
 
 @pytest.mark.usefixtures("no_steps")
-def test_state_of_other_data_is_not_gone_on_from(stopped: Experiment) -> None:
+def test_state_of_other_data_is_not_resumed(stopped: Experiment) -> None:
     stopped.change(dataset={"limit": 150}).succeed("prepare")
     assert "resuming from" not in stopped.succeed("pretrain", *OF_ARM).out
 
 
-def test_work_of_other_params_is_taken_up_when_they_are_those_again(
-    stopped: Experiment, uninterrupted: Experiment
-) -> None:
+def test_work_of_earlier_params_is_resumed_when_they_return(stopped: Experiment, uninterrupted: Experiment) -> None:
     lr = stopped.content["pretrain"]["lr"]
     assert "resuming from" not in stopped.change(pretrain={"lr": 1e-3}).succeed("pretrain", *OF_ARM).out
     assert "resuming from step 20\n" in stopped.change(pretrain={"lr": lr}).succeed("pretrain", *OF_ARM).out
@@ -703,9 +701,7 @@ def test_samples_of_other_weights_are_refused(one_arm: Experiment) -> None:
     [({"num_steps": 2}, "num_steps was 5, is 2"), ({"sampler": "ddpm"}, 'sampler was "ddim", is "ddpm"')],
     ids=str,
 )
-def test_samples_drawn_otherwise_than_params_say_are_refused(
-    one_arm: Experiment, change: dict[str, Any], says: str
-) -> None:
+def test_samples_drawn_with_other_values_are_refused(one_arm: Experiment, change: dict[str, Any], says: str) -> None:
     one_arm.change(sampling=change).succeed("scale")
     before = one_arm.hashes(OUTPUTS["evaluate"])
     assert_refused(
@@ -727,7 +723,7 @@ def test_a_scale_of_an_earlier_version_is_refused(one_arm: Experiment) -> None:
     assert_refused(one_arm.run("evaluate", *OF_ARM), says, "run first: maskdm scale ")
 
 
-def test_params_of_finetuning_are_none_of_pretrainings(prepared: Experiment) -> None:
+def test_params_of_finetuning_do_not_change_pretraining(prepared: Experiment) -> None:
     """A finished pretraining of days survives them."""
     prepared.succeed("pretrain", *OF_ARM)
     before = prepared.hashes(OUTPUTS["pretrain"])
@@ -842,7 +838,7 @@ def test_every_strategy_goes_through_training(prepared: Experiment, strategy: st
 
 
 @pytest.mark.parametrize(("given", "used"), [("auto", 8), (16, 16)])
-def test_resuming_takes_the_micro_batches_of_before_only_where_they_were_found_automatically(
+def test_resuming_keeps_micro_batches_only_if_they_were_found_automatically(
     stopped: Experiment, given: str | int, used: int
 ) -> None:
     (file,) = work_of(stopped, "pretrain").glob("*/state-0000000020.safetensors")

@@ -201,7 +201,7 @@ def test_a_trial_whose_loss_is_not_finite_has_failed_and_is_not_chosen(wild: Exp
     assert read(wild, paths.chosen(ARM)) == {"arm": ARM, "trial": "given", "values": {}}
 
 
-def test_a_failed_trial_fails_again_rather_than_going_on_from_its_bad_state(wild: Experiment) -> None:
+def test_a_failed_trial_fails_again_instead_of_resuming_its_bad_state(wild: Experiment) -> None:
     wild.try_values("wild")
     before = wild.hashes(str(paths.trial(ARM, "wild")))
     work = wild.path(str(paths.work(paths.trial(ARM, "wild"))))
@@ -210,7 +210,7 @@ def test_a_failed_trial_fails_again_rather_than_going_on_from_its_bad_state(wild
     assert wild.hashes(str(paths.trial(ARM, "wild"))) == before
 
 
-def test_an_arm_all_of_whose_trials_failed_is_the_only_one_that_can_not_run(wild: Experiment) -> None:
+def test_only_an_arm_whose_trials_all_failed_cannot_run(wild: Experiment) -> None:
     with_trials(wild, wild=WILD, wilder={**WILD, "finetune.lr": 1e13})
     reasons = []
     for trial in ("wild", "wilder"):
@@ -296,7 +296,7 @@ def test_a_damaged_trial_is_refused(tuned: Experiment) -> None:
     assert_refused(tuned.run("choose"), says, f"run first: maskdm tune --arm {ARM} --trial given ")
 
 
-def test_a_worse_trial_more_trains_nothing_again(tuned: Experiment) -> None:
+def test_another_worse_trial_retrains_nothing(tuned: Experiment) -> None:
     tuned.succeed("pretrain", *OF_ARM)
     before = {arm: tuned.hashes(str(paths.chosen(arm))) for arm in ARMS}
     values = dict(tuned.content["tuning"]["trials"], slow={"pretrain.lr": 1e-9, "finetune.lr": 1e-9})
@@ -365,7 +365,7 @@ CHANGES_OF_TUNING: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune", "sample", "evaluate"])
 @pytest.mark.parametrize("case", CHANGES_OF_TUNING)
-def test_a_choice_among_other_trials_than_params_have_is_refused(scored: Experiment, stage: str, case: str) -> None:
+def test_a_choice_among_other_trials_is_refused(scored: Experiment, stage: str, case: str) -> None:
     trials, says = CHANGES_OF_TUNING[case]
     before = scored.hashes("results")
     assert_refused(scored.change(tuning={"trials": trials}).stage(stage), says)
@@ -379,7 +379,7 @@ def test_another_arms_trials_do_not_matter_to_the_choice_of_an_arm(scored: Exper
     assert_refused(scored.stage("pretrain", "block2-m75"), "results/tuning/block2-m75/given.json is out of date: ")
 
 
-def test_where_nothing_is_tuned_any_more_an_arm_runs_with_the_values_as_given(tuned: Experiment) -> None:
+def test_an_arm_that_is_no_longer_tuned_runs_with_the_given_values(tuned: Experiment) -> None:
     choose(tuned, "lr-high")
     tuned.succeed("pretrain", *OF_ARM)
     with_trials(tuned)
