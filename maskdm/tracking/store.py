@@ -120,7 +120,8 @@ class Store:
             its id, and whether anything had to be written.
         """
         digest = content.digest
-        if (run := self._listed(content)) is not None and _carries(run, digest, parent):
+        run = self._listed(digest)
+        if run is not None and (run.info.status, run.data.tags.get(PARENT)) == (content.status, parent):
             return run.info.run_id, False
         with self.locked():
             run = self._find_or_create(content, parent)
@@ -155,12 +156,12 @@ class Store:
             self.client.restore_experiment(found.experiment_id)
         return str(found.experiment_id)
 
-    def _listed(self, content: Content) -> Run | None:
-        """The run of a piece of work among those that were there when this was first asked: one request for all."""
+    def _listed(self, digest: str) -> Run | None:
+        """The run that carries a digest, of the runs that were there at the first call: one request for all."""
         if self._published is None:
             runs = self._search(f"tags.`{SUPERSEDED}` = 'false'")
             self._published = {run.data.tags[DIGEST]: run for run in runs if DIGEST in run.data.tags}
-        return self._published.get(content.digest)
+        return self._published.get(digest)
 
     def _find_or_create(self, content: Content, parent: str | None) -> Run:
         """The run of a piece of work; other runs of its slot are superseded, those of other `dvc exp` aside."""
@@ -199,6 +200,8 @@ class Store:
         if content.files and data.tags.get(FILES) != content.files_digest:
             for file in content.files:
                 self.client.log_artifact(run_id, str(file), content.folder)
+        if "failed" in data.tags and "failed" not in content.tags:  # the stage was resumed
+            self.client.delete_tag(run_id, "failed")
         self._set_tags(run, {**content.tags, **({FILES: content.files_digest} if content.files else {})})
         self._set_tags(run, {DIGEST: digest})
 
@@ -235,11 +238,6 @@ def _tags(names: dict[str, str]) -> dict[str, str]:
 def _is_of(run: Run, content: Content) -> bool:
     """Whether a run is of the same piece of work: no part of its identity differs, as far as both know it."""
     return all(run.data.tags.get(key, value) == value for key, value in _tags(content.identity).items())
-
-
-def _carries(run: Run, digest: str, parent: str | None) -> bool:
-    tags = run.data.tags
-    return tags.get(DIGEST) == digest and tags.get(PARENT) == parent
 
 
 def _open_client(uri: str) -> MlflowClient:

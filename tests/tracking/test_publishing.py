@@ -269,6 +269,7 @@ def test_a_stage_that_failed_or_was_killed_is_shown(store: Store, failure: str |
     publish(ONE_SEED)
     (again,) = runs_of(store, kind="stage", stage="evaluate")
     assert (again.info.run_id, again.info.status) == (run.info.run_id, "FINISHED")
+    assert "failed" not in again.data.tags
     assert arm_run(store).info.status == "FINISHED"
 
 
