@@ -23,7 +23,7 @@ from maskdm.stages.score.options import add_export_images, add_score
 DESCRIPTION = """\
 Does masked pretraining of a diffusion model pay on your data, at equal compute?
 
-Every command reads ./params.yaml and writes to ./results. You rarely run the stages yourself:
+The stages read ./params.yaml and write to ./results. You rarely run them yourself:
   dvc repro                 runs what is not up to date, one stage after the other
   snakemake --cores N       the same stages, arms in parallel
 """
@@ -68,13 +68,13 @@ examples:
 RESUMES = "what was finished is kept; run the same command to resume"
 
 TRACK_DESCRIPTION = """\
-Make MLflow say what results/ says: every arm, stage and trial that is up to date or has failed, and the final models.
-The stage `report` and every stage of more than a minute do this by themselves at their end; type it after a clone, or
+Publish results/ to MLflow: every arm, stage and trial that is up to date or has failed, and the final models.
+The stage `report` and every stage of more than a minute do this by themselves at their end; run it after a clone, or
 when MLflow could not be reached. A second time it changes nothing.
 """
 
 STATUS_DESCRIPTION = """\
-The state of every stage of every arm, and what is in the way. Nothing is changed or computed.
+The state of every stage of every arm, and what prevents progress. Nothing is changed or computed.
 
   done          its output is what params.yaml asks for
   running       a process works on it: which, since when, at which step, how long it will take
@@ -92,13 +92,14 @@ examples:
   maskdm status --watch                          the same, again every 5 seconds, until Ctrl-C
   maskdm status --json | jq '.jobs[] | select(.state == "failed")'
   (cd experiments/tiny && maskdm status)         another experiment
-exit codes: 0; 1 something has failed or is in the way; 2 wrong params.yaml; with --watch 0 after Ctrl-C
+exit codes: 0; 1 something has failed or prevents progress; 2 wrong params.yaml; with --watch 0 after Ctrl-C
 """
 
 VERIFY_DESCRIPTION = """\
 Read every file of every output again, and compare its sha256 with that of the file that was written. Use it after a
-crash of the machine, after copying results, or when you doubt the disk; stages themselves compare sizes only. Each
-damaged output is printed with the command that makes it again. A complete output that is out of date is not damaged.
+crash of the machine, after copying results, or when you doubt the disk: to decide whether an output is up to date,
+stages compare file sizes only. Each damaged output is printed with the command that makes it again. A complete output
+that is out of date is not damaged.
 """
 VERIFY_EPILOG = """\
 examples:
@@ -110,7 +111,7 @@ exit codes: 0 all files are what was written; 1 some are not; 2 wrong params.yam
 STAGES = {
     "prepare": "dataset → arrays of uint8 in results/data",
     "features": "the feature extractor and the real images' features",
-    "scale": "the two ends of the scale of scores: real images against real images, and the untrained network",
+    "scale": "reference scores: real images against real images, and the untrained network",
     "tune": "one trial of one arm: other hyperparameters, a fraction of the budget",
     "choose": "for every arm, the values of its best trial",
     "pretrain": "masked denoising score matching on the visible patches",
@@ -185,7 +186,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_score(_add(commands, "score", "FID, KID, precision and recall between two sets of images", _score))
     add_export_images(_add(commands, "export-images", "a set of images as PNG files", _export_images))
     _add(commands, "summary", "print the result table of a finished experiment", _summary)
-    _add(commands, "track", "make MLflow say what results/ says", _track).description = TRACK_DESCRIPTION
+    _add(commands, "track", "publish results/ to MLflow", _track).description = TRACK_DESCRIPTION
     _add_status(commands)
     _add_verify(commands)
     ui = _add(commands, "ui", "open MLflow's UI on the arms of this experiment", _ui)
@@ -217,8 +218,7 @@ def _add_stage(commands: argparse._SubParsersAction[argparse.ArgumentParser], na
     command.add_argument(
         "--stage-version",
         type=int,
-        help="for the workflow engines: the version of this stage's code that they expect; a raised version makes them "
-        "rerun the stage (default: do not check)",
+        help="used by DVC and Snakemake, not by hand: the version of this stage's code that they expect",
     )
 
 
@@ -269,9 +269,10 @@ def _which(params: Params, stage: str, options: argparse.Namespace) -> dict[str,
 def _validate(options: argparse.Namespace) -> None:
     params = load_params()
     preflight.check(params)
+    arms, seeds = len(params.arms), len(params.seeds)
     print(
-        f"params.yaml is valid: experiment {params.name!r}, {len(params.arms)} arms × {len(params.seeds)} seeds, "
-        f"{params.grid.rows}×{params.grid.cols} patches"
+        f"params.yaml is valid: experiment {params.name!r}, {arms} arm{'s' * (arms > 1)} × {seeds} seed"
+        f"{'s' * (seeds > 1)}, {params.grid.rows}×{params.grid.cols} patches"
     )
     for missing in params.missing_files():
         print(f"! {missing} yet")
@@ -295,7 +296,7 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         type=_utilisation,
         default=DEFAULT_UTILISATION,
         metavar="U",
-        help="the share of its datasheet's rate that a GPU is said to reach, in (0, 1] (default: %(default)s)",
+        help="the share of its datasheet's rate that a GPU is assumed to reach, in (0, 1] (default: %(default)s)",
     )
     which = command.add_mutually_exclusive_group()
     which.add_argument("--recalibrate", action="store_true", help="measure this machine again")
@@ -387,7 +388,9 @@ def _track(options: argparse.Namespace) -> None:
 
 
 def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = _add(commands, "status", "what is done, running, failed or out of date, and what is in the way", _status)
+    command = _add(
+        commands, "status", "what is done, running, failed or out of date, and what prevents progress", _status
+    )
     command.description, command.epilog = STATUS_DESCRIPTION, STATUS_EPILOG
     command.formatter_class = argparse.RawDescriptionHelpFormatter
     command.add_argument(

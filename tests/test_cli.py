@@ -47,7 +47,7 @@ def assert_message(outcome: Outcome, code: int, *says: str) -> None:
 
 def test_validate_summarises_a_valid_file(tiny: Experiment) -> None:
     outcome = tiny.succeed("validate")
-    assert outcome.out == "params.yaml is valid: experiment 'tiny', 3 arms × 1 seeds, 4×4 patches\n"
+    assert outcome.out == "params.yaml is valid: experiment 'tiny', 3 arms × 1 seed, 4×4 patches\n"
     assert outcome.err == ""
     assert [f.name for f in tiny.folder.iterdir()] == ["params.yaml"]
 
@@ -281,7 +281,7 @@ def test_characters_that_the_terminal_lacks_are_replaced(
     with contextlib.suppress(SystemExit):
         main(["--help"])
     said = stdout.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
-    assert "3 arms {} 1 seeds".format("?" if encoding == "ascii" else "×") in said
+    assert "3 arms {} 1 seed".format("?" if encoding == "ascii" else "×") in said
     assert "prepare ? features ? scale" in said
 
 

@@ -182,7 +182,7 @@ def print_summary(params: Params) -> None:
     """
     for name in (VERDICTS, SUMMARY, PROTOCOL, TRAINING):
         if not (paths.REPORT / name).is_file():
-            raise UserError(f"{paths.REPORT / name} is missing; run first: dvc repro")
+            raise UserError(f"{paths.REPORT / name} is missing; run first: dvc repro, or snakemake --cores N")
     print(f"experiment {params.name}\n")
     summary, verdicts = (pd.read_csv(paths.REPORT / name) for name in (SUMMARY, VERDICTS))
     protocol = _read(PROTOCOL, Protocol.from_dict)
