@@ -37,4 +37,4 @@ def test_a_signal_waits_until_the_work_is_saved(number: signal.Signals) -> None:
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (128 + number, "saved\n")
-    assert err.startswith(f"maskdm: {number.name}: saving after this step and stopping")
+    assert err.startswith(f"maskdm: {number.name}: saving after this step")
