@@ -212,8 +212,8 @@ def widens_softmax(device_type: str, dtype: torch.dtype, num_tokens: int) -> boo
     """Whether plain attention computes its softmax in float32, by a fixed rule.
 
     On a CPU PyTorch's softmax of bfloat16 processes the rest of a row after the last full register one number at a
-    time. If the rest would fill a register of float32, float32 is faster: three to four times for 16 to 31 tokens, 1.1 to
-    1.5 times for 48 to 63. In longer rows the rest matters little (`python -m benchmarks --only attention`).
+    time. If the rest would fill a register of float32, float32 is faster: three to four times for 16 to 31 tokens,
+    1.1 to 1.5 times for 48 to 63. In longer rows the rest matters little (`python -m benchmarks --only attention`).
 
     Args:
         device_type: `cpu` or `cuda`.
