@@ -29,10 +29,17 @@ ROOT = Path(__file__).parents[1]
 TINY = ROOT / "experiments" / "tiny" / "params.yaml"
 ARM = "patch-m50"
 
-# Fixtures that train or copy experiments for seconds, and places where tests draw figures or open MLflow.
+# Fixtures that train or copy experiments for seconds, and tests that draw figures, start ranks or open MLflow.
 PIPELINES = {"shared_once", "one_arm_once", "whole_once", "tuned_once", "scored_once", "finished_once"}
 PIPELINES |= {"uninterrupted", "stopped"}
-SLOW_PLACES = ("tests/report/test_figures.py", "tests/report/test_report.py", "tests/tracking/")
+SLOW_PLACES = (
+    "tests/report/test_figures.py",
+    "tests/report/test_report.py",
+    "tests/test_benchmarks.py::test_every_benchmark",
+    "tests/tracking/",
+    "tests/training/test_devices.py::test_stages_at_work",
+    "tests/training/test_ranks.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
