@@ -29,14 +29,23 @@ ROOT = Path(__file__).parents[1]
 TINY = ROOT / "experiments" / "tiny" / "params.yaml"
 ARM = "patch-m50"
 
-# Experiments that take the tests seconds to make and to copy.
+# Fixtures that train or copy experiments for seconds, and tests that draw figures, start ranks or open MLflow.
 PIPELINES = {"shared_once", "one_arm_once", "whole_once", "tuned_once", "scored_once", "finished_once"}
+PIPELINES |= {"uninterrupted", "stopped"}
+SLOW_PLACES = (
+    "tests/report/test_figures.py",
+    "tests/report/test_report.py",
+    "tests/test_benchmarks.py::test_every_benchmark",
+    "tests/tracking/",
+    "tests/training/test_devices.py::test_stages_at_work",
+    "tests/training/test_ranks.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that use whole pipelines, and start all marked ones first: at the end short ones fill the gaps."""
+    """Mark tests that are slow by fixture or place, and start the marked ones first: short ones fill the gaps."""
     for item in items:
-        if PIPELINES & {*getattr(item, "fixturenames", ())}:
+        if item.nodeid.startswith(SLOW_PLACES) or PIPELINES & {*getattr(item, "fixturenames", ())}:
             item.add_marker(pytest.mark.workflow)
     items.sort(key=lambda item: item.get_closest_marker("workflow") is None)
 

@@ -112,6 +112,7 @@ def test_an_update_records_no_gradient_and_leaves_gradients_on() -> None:
     assert torch.is_grad_enabled() and weight.is_leaf and not torch.equal(weight, torch.ones(3))
 
 
+@pytest.mark.workflow
 def test_pytorchs_optimizer_imports_the_compiler_and_the_bare_one_does_not(tiny: Experiment) -> None:
     """Where PyTorch's own no longer does, ours are no longer needed."""
     code = """

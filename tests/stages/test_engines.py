@@ -267,6 +267,7 @@ def test_dvc_keeps_every_output_and_watches_no_value_that_changes_rounding_alone
         }
 
 
+@pytest.mark.workflow
 def test_invalid_params_stop_snakemake_before_any_work(fresh: Workspace) -> None:
     fresh.change(model={"depht": 3})
     output = fresh.run(*SNAKEMAKE, fails=True)

@@ -309,6 +309,7 @@ def test_what_is_kept_is_brought_back_and_a_damaged_entry_is_left_out(
     assert not list(other.iterdir()), "what is written there next is not written into the kept file"
 
 
+@pytest.mark.workflow
 def test_experiments_on_equal_images_share_the_features_of_a_pretrained_extractor(
     tiny: Experiment, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

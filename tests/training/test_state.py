@@ -122,6 +122,7 @@ def test_a_state_that_can_not_be_read_now_is_not_taken_for_damaged(
     assert loaded_step(store) == 10
 
 
+@pytest.mark.workflow
 def test_a_curve_of_any_length_can_be_saved(tmp_path: Path) -> None:
     """The header of safetensors ends at 100 MB."""
     store = store_in(tmp_path)
@@ -195,6 +196,7 @@ for step in range(1, 100_000):
 """
 
 
+@pytest.mark.workflow
 def test_a_process_killed_while_it_saves_leaves_a_whole_state(tmp_path: Path) -> None:
     """At five moments, each in a process of its own that does nothing but save."""
     for round_number in range(5):
