@@ -480,14 +480,11 @@ KILLS: dict[str, Callable[[subprocess.Popen[bytes], psutil.Process], Any]] = {
     "the engine": lambda engine, stage: engine.kill(),
     "both": lambda engine, stage: (engine.kill(), stage.kill()),
     "Ctrl-C": lambda engine, stage: os.killpg(engine.pid, signal.SIGINT),
-    "SIGTERM": lambda engine, stage: stage.terminate(),
 }
 
 
 @pytest.mark.workflow
-@pytest.mark.parametrize(
-    ("engine", "what"), [("dvc", "the engine"), ("dvc", "Ctrl-C"), ("snakemake", "both"), ("snakemake", "SIGTERM")]
-)
+@pytest.mark.parametrize(("engine", "what"), [("dvc", "the engine"), ("dvc", "Ctrl-C"), ("snakemake", "both")])
 def test_after_a_kill_the_same_command_resumes(training: Training, engine: str, what: str) -> None:
     """(B), (K)"""
     words = repro_of("pretrain") if engine == "dvc" else snakemake_of("pretrain")
