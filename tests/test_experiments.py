@@ -11,25 +11,10 @@ import pytest
 from maskdm.config import Params, load_params
 from maskdm.config.new_experiment import new_experiment
 from maskdm.plan import run
-from tests.conftest import Experiment
+from tests.conftest import EXPERIMENTS, Experiment
 from tests.data.test_datasets import encode, make_hub_celeba, make_hub_cifar, make_lsun, make_mnist, pixels, put
 
 ROOT = Path(__file__).parents[1]
-# Ours by name, for a user's own ones lie beside them. To add an experiment to maskdm, add it here.
-EXPERIMENTS = (
-    "celeba64",
-    "celebahq256",
-    "church256",
-    "cifar10",
-    "digits",
-    "digits-seeds",
-    "fashion-mnist",
-    "swissroll",
-    "tiny",
-    "transfer-digits",
-    "transfer-digits-1",
-    "vggface2-celebahq",
-)
 # Run end to end. The other digits differ from digits-seeds and transfer-digits in values that shrinking replaces, and
 # tiny is what most tests of stages run on.
 RUN = sorted({*EXPERIMENTS} - {"digits", "transfer-digits-1", "tiny"})

@@ -18,9 +18,10 @@ from maskdm.base.checksums import short_hash
 from maskdm.base.errors import ParamsError
 from maskdm.config import ArmConfig, Params, load_params, parse_params, schema
 from maskdm.config.runs import for_trial, with_values
+from tests.conftest import EXPERIMENTS
 
 ROOT = Path(__file__).parents[2]
-PARAMS_FILES = [ROOT / "params.yaml", *sorted((ROOT / "experiments").glob("*/params.yaml"))]
+PARAMS_FILES = [ROOT / "params.yaml", *(ROOT / "experiments" / name / "params.yaml" for name in EXPERIMENTS)]
 TINY: dict[str, Any] = yaml.safe_load((ROOT / "experiments" / "tiny" / "params.yaml").read_text(encoding="utf-8"))
 SECTIONS = sorted(
     (s for s in vars(schema).values() if isinstance(s, type) and issubclass(s, schema.Section)),

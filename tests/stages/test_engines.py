@@ -310,6 +310,9 @@ def test_neither_engine_works_after_the_other(both: Workspace, finished_once: Wo
     assert both.digests() == finished_once.digests()
     assert "Data and pipelines are up to date" in both.run(*REPRO)
     assert "Nothing to be done" in both.run(*SNAKEMAKE)
+    said = both.run(*snakemake_of("evaluate"), "--forceall")
+    assert said.count(": up to date\n") >= len(OF_AN_ARM), "every stage is started, and has no work"
+    assert both.records() == finished_once.records()
 
 
 @pytest.mark.workflow
