@@ -24,7 +24,7 @@ from maskdm.config.stamps import Stamp, missing_files, read_stamp
 # Raise a version when the stage computes something else, not when its code only reads differently: outputs of older
 # versions are made again. dvc.yaml and the Snakefile contain the versions too, because DVC compares commands.
 STAGE_VERSIONS = {
-    "prepare": 5,
+    "prepare": 6,
     "features": 5,
     "scale": 6,
     "tune": 6,
@@ -33,7 +33,7 @@ STAGE_VERSIONS = {
     "finetune": 6,
     "sample": 6,
     "evaluate": 5,
-    "report": 7,
+    "report": 8,
 }
 OUTPUTS = {
     "prepare": paths.DATA,

@@ -12,6 +12,7 @@ from maskdm.config import Params
 from maskdm.report.comparison import Findings
 from maskdm.report.numbers import names_text, rate_text
 from maskdm.report.results import Choice
+from maskdm.report.seconds import RAN_WITH
 from maskdm.report.statistics import ENOUGH
 from maskdm.report.verdicts import EQUAL_COMPUTE, MATCHED_BY
 from maskdm.scoring import points
@@ -20,16 +21,6 @@ from maskdm.scoring.protocol import extractor_caution, few_samples_caution
 RATE_TOLERANCE = 0.05  # between the mask rate asked for and the realised one
 MANY_SEEDS = 6  # from here on, Student's t is hardly wider than the normal distribution
 MAX_NAMES = 4  # of arms in a sentence
-# What changes rounding and seconds, but is no reason to run a stage again: by its key in records, its name in texts.
-RAN_WITH = {
-    "device_name": "device",
-    "precision": "precision",
-    "compile": "compile",
-    "attention": "attention",
-    "activation_checkpointing": "activation checkpointing",
-    "threads": "threads",
-    "devices": "devices",
-}
 
 
 def cautions(found: Findings) -> list[str]:
@@ -184,6 +175,16 @@ def _ran_with(record: dict[str, Any], key: str) -> str:
     return str((record.get("machine") or {}).get("cpu", value)) if value == "cpu" else str(value)
 
 
+def unequal_load(found: Findings) -> str:
+    """The machine was not equally fast for all arms: their seconds do not compare."""
+    why = {arm: one.why_seconds_differ for arm, one in found.against.items() if one.why_seconds_differ}
+    if not why:
+        return ""
+    said = "; ".join(f"{arm}: {reason}" for arm, reason in list(why.items())[:MAX_NAMES])
+    more = f"; and {len(why) - MAX_NAMES} more" if len(why) > MAX_NAMES else ""
+    return f"Device seconds are not compared where the machine was not equally fast for both arms ({said}{more})."
+
+
 def weights_from_elsewhere(found: Findings) -> str:
     """Arms start from weights whose training is not in their compute."""
     begun = {arm: found.params.pretrain_of(arm).checkpoint for arm in found.arms}
@@ -216,6 +217,7 @@ CAUTIONS = (
     few_images,
     unequal_compute,
     unlike_runs,
+    unequal_load,
     weights_from_elsewhere,
     unreachable_rates,
 )

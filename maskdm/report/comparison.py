@@ -8,7 +8,9 @@ import numpy as np
 import pandas as pd
 
 from maskdm.config import Params
+from maskdm.report.baseline import why_no_baseline
 from maskdm.report.results import Choice, Results
+from maskdm.report.seconds import why_seconds_differ
 from maskdm.report.statistics import Crossing, Estimate, Paired, crossing, estimate, holm, paired
 from maskdm.scoring.headline import SCORES, Headline, headline_of
 
@@ -28,7 +30,10 @@ class Against:
         base_flops: FLOPs that scratch spent.
         base_seconds: device seconds that scratch spent.
         flops: FLOPs that the arm spent, on these seeds.
-        seconds_at_equal_score: device seconds that the arm had spent at the crossing; None: it has none.
+        seconds_at_equal_score: device seconds that the arm had spent at the crossing; None: it has none, or the seconds
+            of the two arms do not compare.
+        why_seconds_differ: why the two arms' device seconds do not compare; empty if they do.
+        is_conclusive: whether scratch is trained enough to be a baseline; if not, no ratio is given.
     """
 
     score: Paired
@@ -40,15 +45,19 @@ class Against:
     base_seconds: float
     flops: float
     seconds_at_equal_score: float | None
+    why_seconds_differ: str = ""
+    is_conclusive: bool = True
 
     @property
     def is_clear(self) -> bool:
         """Whether chance is an unlikely reason for the difference, all arms of the report considered."""
-        return self.score.difference.excludes_zero and self.p_holm < SIGNIFICANT
+        return self.is_conclusive and self.score.difference.excludes_zero and self.p_holm < SIGNIFICANT
 
     @property
     def ratios(self) -> tuple[float | None, float | None, float | None]:
         """The crossing and its interval's ends as fractions of scratch's compute; None as in `Crossing`."""
+        if not self.is_conclusive:
+            return None, None, None
         at, low, high = (
             None if flops is None else flops / self.base_flops
             for flops in (self.crossing.at, self.crossing.low, self.crossing.high)
@@ -95,6 +104,7 @@ class Findings:
         summary: a row per arm, seed and milestone, as in summary.csv.
         compared: every arm of params.yaml, in its order, also those without results.
         reference: the arm that the others are compared with, with results or without; None where there is none.
+        no_baseline: why nothing can be concluded from a comparison with it; empty if it is trained enough.
     """
 
     params: Params
@@ -102,6 +112,7 @@ class Findings:
     summary: pd.DataFrame
     compared: dict[str, Comparison]
     reference: str | None
+    no_baseline: str = ""
 
     @property
     def headline(self) -> Headline:
@@ -145,8 +156,17 @@ def compare_arms(params: Params, results: Results, summary: pd.DataFrame) -> Fin
     for arm in params.arms:
         if reference not in (None, arm) and (found := _compare(rows[arm], rows[str(reference)], headline)):
             against[arm] = found
+    no_baseline = ""
+    if reference is not None and len(rows[reference]):
+        no_baseline = why_no_baseline(reference, headline, results, rows[reference])
     adjusted = holm([one.score.p_value for one in against.values()])
-    against = {arm: replace(one, p_holm=p) for (arm, one), p in zip(against.items(), adjusted, strict=True)}
+    against = {
+        arm: replace(one, p_holm=p, is_conclusive=not no_baseline)
+        for (arm, one), p in zip(against.items(), adjusted, strict=True)
+    }
+    for arm, one in against.items():
+        if why := why_seconds_differ(results, arm, str(reference)):
+            against[arm] = replace(one, why_seconds_differ=why, seconds_at_equal_score=None)
     names = (*(score.key for score in SCORES), *results.distances)
     compared = {
         arm: Comparison(
@@ -165,7 +185,7 @@ def compare_arms(params: Params, results: Results, summary: pd.DataFrame) -> Fin
         )
         for arm, last in finals.items()
     }
-    return Findings(params, results, summary, compared, reference)
+    return Findings(params, results, summary, compared, reference, no_baseline)
 
 
 def final(rows: pd.DataFrame) -> pd.DataFrame:

@@ -21,6 +21,7 @@ from maskdm.base.checksums import checked
 from maskdm.base.errors import UserError
 from maskdm.base.publishing import publish_description
 from maskdm.config import Params, paths
+from maskdm.config.jobs import Jobs
 from maskdm.report.cautions import cautions
 from maskdm.report.comparison import compare_arms
 from maskdm.report.figures import draw_figures
@@ -183,6 +184,8 @@ def print_summary(params: Params) -> None:
     for name in (VERDICTS, SUMMARY, PROTOCOL, TRAINING):
         if not (paths.REPORT / name).is_file():
             raise UserError(f"{paths.REPORT / name} is missing; run first: dvc repro, or snakemake --cores N")
+    if why := Jobs(params).find("report").why_outdated():
+        print(f"note: params.yaml or results have changed since this report was made: {why}", file=sys.stderr)
     print(f"experiment {params.name}\n")
     summary, verdicts = (pd.read_csv(paths.REPORT / name) for name in (SUMMARY, VERDICTS))
     protocol = _read(PROTOCOL, Protocol.from_dict)

@@ -27,7 +27,7 @@ WHOLE_COLUMNS = (
     *("seed", "block_size", "num_visible", "step", "images_seen", "tokens_seen", "num_samples", "floor_num_samples"),
     *("num_trials", "num_seeds"),
 )
-TEXT_COLUMNS = ("arm", "strategy", *ORIGIN_KEYS, "trial", "verdict")
+TEXT_COLUMNS = ("arm", "strategy", *ORIGIN_KEYS, "trial", "kind", "verdict")
 LEFT_COLUMNS = ("arm", "strategy", "trial", "values", "what", "value", "")  # of tables of text
 TERMINAL_WIDTH = 110
 MAX_ARM = 24  # characters of an arm's name in a terminal that is too narrow
@@ -74,10 +74,10 @@ def _typed(rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 def verdict_frame(found: Findings, verdicts: list[Verdict]) -> pd.DataFrame:
     """One row per arm, in the order of params.yaml, empty where there is no value: the columns of verdicts.csv."""
-    return _typed([_verdict_row(found.params, found.compared[verdict.arm], verdict.text) for verdict in verdicts])
+    return _typed([_verdict_row(found.params, found.compared[verdict.arm], verdict) for verdict in verdicts])
 
 
-def _verdict_row(params: Params, arm: Comparison, verdict: str) -> dict[str, Any]:
+def _verdict_row(params: Params, arm: Comparison, verdict: Verdict) -> dict[str, Any]:
     config, choice, against, nothing = params.arm(arm.arm), arm.choice, arm.against, Paired(estimate([]), math.nan)
     key, second = arm.headline.key, arm.headline.second.key
     score, gap = arm.scores[key], nothing if against is None else against.score
@@ -102,11 +102,13 @@ def _verdict_row(params: Params, arm: Comparison, verdict: str) -> dict[str, Any
         "images_seen": None if math.isnan(arm.images_seen) else round(arm.images_seen),
         "device_seconds": arm.device_seconds,
         **{"compute_ratio": ratio, "compute_ratio_low": low, "compute_ratio_high": high},
-        f"flops_at_equal_{key}": None if against is None else against.crossing.at,
-        f"device_seconds_at_equal_{key}": None if against is None else against.seconds_at_equal_score,
+        f"flops_at_equal_{key}": None if ratio is None or against is None else against.crossing.at,
+        f"device_seconds_at_equal_{key}": None if ratio is None or against is None else against.seconds_at_equal_score,
         "trial": None if choice is None else choice.trial,
         "num_trials": None if choice is None else choice.num_trials,
-        "verdict": verdict,
+        "conclusive": None if against is None else int(against.is_conclusive),
+        "kind": verdict.kind,
+        "verdict": verdict.text,
     }
 
 
@@ -201,7 +203,7 @@ def _differences(frame: pd.DataFrame, headline: Headline, places: int, is_count_
 
 def _ratio(row: dict[Any, Any], headline: Headline, first_flops: pd.Series) -> str:
     """The compute at an equal score as a fraction of scratch's; an open end of its interval is an ellipsis."""
-    if pd.isna(row[f"delta_{headline.key}"]):
+    if pd.isna(row[f"delta_{headline.key}"]) or not row["conclusive"]:
         return NONE
     if pd.isna(row["compute_ratio"]):
         text = "never"

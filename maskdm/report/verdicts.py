@@ -89,10 +89,10 @@ def _result(params: Params, arm: Comparison, against: Against, reference: Compar
     gap, is_there = against.score.difference.times(score.times), against.crossing.at is not None
     difference = f"{score.label} difference {signed(gap.mean, places_of(gap))}"
     at_equal, reaches = _matched(params, against), f"reaches {name}'s final {score.name}"
-    if not gap.has_interval:
-        if is_there:
-            return [_crossing(against, reaches), f"{difference} {at_equal}"]
-        return [f"{_worse(against, name)}: {difference} {at_equal} ({seeds_text(gap.n)}: no interval)"]
+    if not against.is_conclusive:
+        return [f"undecided, because {name} is not trained enough to be a baseline: {difference} {at_equal}"]
+    if not gap.has_interval:  # no ratio: it would be taken for a result
+        return [f"undecided: {difference} {at_equal}, but {seeds_text(gap.n)} cannot tell a difference from chance"]
     if gap.high < 0:
         saves = _saves(against) if _is_tuned(arm, reference) else ""
         return [f"{saves}{_crossing(against, reaches)}", f"{difference} {at_equal} ({_interval(gap)})"]
@@ -137,7 +137,7 @@ def _saves(against: Against) -> str:
 def _crossing(against: Against, claim: str) -> str:
     """The compute at an equal score as a fraction of scratch's, and its interval."""
     crossed, (at, low, high) = against.crossing, against.ratios
-    assert at is not None and against.seconds_at_equal_score is not None
+    assert at is not None
     if not crossed.has_interval:
         interval = f"{seeds_text(crossed.n)}: no interval"
     else:
@@ -147,7 +147,7 @@ def _crossing(against: Against, claim: str) -> str:
         interval = f"95 %: {span}, n = {crossed.n}"
     most = "at most " if crossed.at_most else ""
     text = f"{claim} with {most}{at:.2f}× the compute ({interval})"
-    if against.base_seconds > 0:
+    if against.base_seconds > 0 and against.seconds_at_equal_score is not None:
         text += f" and {most}{against.seconds_at_equal_score / against.base_seconds:.2f}× the device seconds"
     return text
 
@@ -177,6 +177,8 @@ def answer(found: Findings) -> str:
     against = {arm: one for arm, one in found.against.items() if arm in masked}
     if not against:
         return f"No comparison is possible yet: {name} or every {kind} arm is missing."
+    if found.no_baseline:
+        return f"Nothing can be concluded yet: {found.no_baseline}. Train longer (budget.unmasked_steps)."
     sure = {arm: one for arm, one in against.items() if one.score.difference.has_interval}
     than = f"{found.headline.name} than {name} at equal {MATCHED_BY[params.budget.match]}"
     said = [_sure_answer(sure, kind, than, name) if sure else _unsure_answer(against, kind, than)]

@@ -337,8 +337,7 @@ def _add_verdict(content: Content, jobs: Jobs) -> None:
         return
     row = next((row for row in _read_rows(paths.REPORT / "verdicts.csv") if row["arm"] == content.slot["arm"]), {})
     content.values |= {**dict.fromkeys(VERDICTS, math.nan), **_numbers(row, VERDICTS)}
-    if row.get("verdict"):
-        content.tags["verdict"] = row["verdict"]
+    content.tags |= {key: row[key] for key in ("verdict", "kind") if row.get(key)}
 
 
 def _add_protocol(content: Content, scores: dict[str, Any]) -> None:

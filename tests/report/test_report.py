@@ -71,7 +71,7 @@ VERDICT_COLUMNS = (
     "arm,strategy,block_size,mask_rate,realised_mask_rate,num_seeds,fid,fid_std,fid_low,fid_high,delta_fid,delta_fid_low,"
     "delta_fid_high,p_value,p_holm,kid,kid_std,delta_kid,delta_kid_low,delta_kid_high,precision,precision_std,recall,"
     "recall_std,flops,images_seen,device_seconds,compute_ratio,compute_ratio_low,compute_ratio_high,flops_at_equal_fid,"
-    "device_seconds_at_equal_fid,trial,num_trials,verdict"
+    "device_seconds_at_equal_fid,trial,num_trials,conclusive,kind,verdict"
 )
 Fids = dict[str, Sequence[float | Sequence[float]]]
 
@@ -506,10 +506,10 @@ class TestVerdicts:
     def test_too_few_seeds_have_no_interval(self, seeds, said):
         params = make_params(ARMS, seeds=seeds, trials=TRIALS)
         found = verdicts_of(params, FINAL_FIDS)
-        assert f"reaches scratch's final FID with 0.92× the compute ({said}: no interval)" in found["patch-m25"]
-        text = found["crop-m45"]
-        assert text.startswith("no better than scratch at any milestone: FID difference +10")
-        assert f"at equal compute ({said}: no interval)" in text
+        for arm, sign in (("patch-m25", "−"), ("crop-m45", "+")):
+            assert found[arm].startswith(f"undecided: FID difference {sign}1")
+            assert f"at equal compute, but {said} cannot tell a difference from chance" in found[arm]
+            assert "×" not in found[arm], "no ratio: it would be taken for a result"
         assert f"({said}: no interval)" in found["scratch"]
         assert "saves" not in page_text()
 
@@ -679,10 +679,7 @@ class TestMissing:
         row = verdict_rows()["patch-m50"]
         assert float(row["delta_fid"]) == pytest.approx((11.5 - 12.0 + 11.2 - 11.0) / 2)
         assert row["delta_fid_low"] == "" and row["fid_low"] != ""
-        assert (
-            row["verdict"].startswith("reaches scratch's final FID with")
-            and "(two seeds: no interval)" in row["verdict"]
-        )
+        assert row["verdict"].startswith("undecided: FID difference") and "two seeds cannot tell" in row["verdict"]
         assert "1 of 3 seeds missing" in verdict_rows()["scratch"]["verdict"]
 
     def test_a_curve_of_another_run_than_its_record_is_left_out(self):

@@ -80,6 +80,8 @@ def _draw_estimate(axes: Axes, place: float, value: float | None, ends: tuple[fl
 def _draw_ratio(axes: Axes, place: float, against: Against, look: Look) -> None:
     """The ratio with its interval; an end outside the budget is an arrow at the edge."""
     ratio, low, high = against.ratios
+    if not against.is_conclusive:
+        return
     ends = None
     if against.crossing.has_interval and not ratio is low is high is None:
         left, right = axes.get_xlim()

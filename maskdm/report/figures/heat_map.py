@@ -83,16 +83,15 @@ def _places(found: Findings) -> tuple[dict[str, tuple[int, int | None]], list[st
 
 
 def _colors(found: Findings) -> ScalarMappable | None:
-    """Colours of differences, symmetric around scratch and limited to scratch's own score; None without scratch."""
+    """Colours of differences, symmetric around scratch; None without scratch.
+
+    They span what scratch lacks of real images' score: the most that an arm could gain. So a small difference is pale.
+    """
     if found.baseline is None:
         return None
-    limit = min(_largest(found), found.compared[found.baseline].scores[found.headline.key].mean) or 1.0
-    return ScalarMappable(Normalize(-limit, limit), COLORS)
-
-
-def _largest(found: Findings) -> float:
-    """The largest difference to scratch, better or worse."""
-    return max((abs(against.score.difference.mean) for against in found.against.values()), default=0.0)
+    score = found.compared[found.baseline].scores[found.headline.key].mean
+    limit = score - found.results.scale_of(found.headline.key)["floor"]
+    return ScalarMappable(Normalize(-limit, limit) if limit > 0 else Normalize(-score, score), COLORS)
 
 
 def _cell(found: Findings, arm: str) -> tuple[str, float | None]:
@@ -112,8 +111,11 @@ def _cell(found: Findings, arm: str) -> tuple[str, float | None]:
 
 def _add_color_bar(figure: Figure, axes: Axes, colors: ScalarMappable, found: Findings) -> None:
     place: dict[str, Any] = {"orientation": "horizontal", "aspect": 50, "pad": 0.02, "fraction": 0.06, "shrink": 0.6}
-    is_clipped = _largest(found) > (colors.get_clim()[1] or 0.0)
-    bar = figure.colorbar(colors, ax=axes, extend="max" if is_clipped else "neither", **place)
+    low, high = colors.get_clim()
+    gaps = [against.score.difference.mean for against in found.against.values()]
+    is_below, is_above = min(gaps, default=0.0) < (low or 0.0), max(gaps, default=0.0) > (high or 0.0)
+    extend = {(True, True): "both", (True, False): "min", (False, True): "max"}.get((is_below, is_above), "neither")
+    bar = figure.colorbar(colors, ax=axes, extend=extend, **place)
     bar.set_label(f"{found.headline.name} minus {short(str(found.baseline))}'s (negative, purple: better)")
     bar.outline.set_visible(False)
     bar.ax.xaxis.set_major_locator(MaxNLocator(5))
