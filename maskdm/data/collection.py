@@ -30,6 +30,7 @@ class Collection:
         class_names: names of the classes in the order of the labels; None without classes.
         labels: (N,) int64 in [0, number of classes), or None.
         are_paths: whether names are paths below the folder `origin`.
+        left_out: a sentence on the files that are not taken for images; empty if there are none.
     """
 
     origin: str
@@ -40,6 +41,7 @@ class Collection:
     class_names: tuple[str, ...] | None = None
     labels: Labels | None = None
     are_paths: bool = False
+    left_out: str = ""
 
     def __len__(self) -> int:
         return self.num_images

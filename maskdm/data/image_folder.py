@@ -29,7 +29,8 @@ from maskdm.data.arrays import Labels
 from maskdm.data.collection import Collection, reading
 from maskdm.data.decoding import BadImageError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}  # folders for parts of a dataset
 ARCHIVES = ".zip, .tar, .tar.gz, .tar.xz or .tar.bz2"
 DAMAGED_ARCHIVE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError)
 
@@ -49,16 +50,17 @@ def open_image_folder(dataset: DatasetConfig) -> Iterator[Collection]:
         with ExitStack() as stack:
             with reading(root):
                 names, read = _open_files(root, stack)
-            names = _sorted_images(root, names)
+            names, left_out = _sorted_images(root, names)
 
             def load(number: int) -> bytes:
                 with reading(collection.where(number)):
                     return read(names[number])
 
             class_names, labels = labels_from_folders(names)
+            _refuse_splits(root, class_names)
             shown = class_names and tuple(map(printable, class_names))
             are_paths = Path(root).is_dir()
-            collection = Collection(root, len(names), load, names.__getitem__, root, shown, labels, are_paths)
+            collection = Collection(root, len(names), load, names.__getitem__, root, shown, labels, are_paths, left_out)
             yield collection
     except DAMAGED_ARCHIVE as error:
         reason = printable(str(error))
@@ -87,21 +89,39 @@ def labels_from_folders(names: Sequence[str]) -> tuple[tuple[str, ...] | None, L
     return class_names, np.array([index[_folders(name)[depth]] for name in names], dtype=np.int64)
 
 
+def _refuse_splits(root: str, class_names: tuple[str, ...] | None) -> None:
+    """Refuse class folders that are parts of a dataset: test images would be trained on, labelled "test".
+
+    Raises:
+        UserError: all class folders have such names.
+    """
+    if class_names and {name.lower() for name in class_names} <= SPLITS:
+        train = next((name for name in class_names if name.lower().startswith("train")), class_names[0])
+        raise UserError(
+            f"dataset.root: the folders {', '.join(class_names)} of {root} look like the parts of a dataset, not like "
+            f"classes: name one of them, e.g. root: {Path(root) / train}, or rename them if they are classes"
+        )
+
+
 def _folders(name: str) -> list[str]:
     return name.split("/")[:-1]
 
 
-def _sorted_images(root: str, names: Sequence[str]) -> list[str]:
-    """The files whose names have an image suffix, sorted."""
+def _sorted_images(root: str, names: Sequence[str]) -> tuple[list[str], str]:
+    """The files whose names have an image suffix, sorted, and a sentence on the others, empty if there are none."""
     images = sorted(name for name in names if name.lower().endswith(SUFFIXES))
+    others = [name for name in names if not name.lower().endswith(SUFFIXES)]
+    kinds = Counter(printable(PurePosixPath(name).suffix.lower(), 20) or "no suffix" for name in others)
+    most = ", ".join(
+        f"{count} {kind}" for kind, count in sorted(kinds.items(), key=lambda kind: (-kind[1], kind[0]))[:5]
+    )
     if not images:
-        kinds = Counter(printable(PurePosixPath(name).suffix, 20) or "no suffix" for name in names)
-        most = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
         raise UserError(
             f"dataset.root: no images in {root}: looked for {' '.join(SUFFIXES)} in all its folders, "
-            f"found {f'{len(names)} other files ({most})' if names else 'no files'}"
+            f"found {f'{len(others)} other files ({most})' if others else 'no files'}"
         )
-    return images
+    plural = "file" if len(others) == 1 else "files"
+    return images, f"{len(others)} {plural} left out: {most}" if others else ""
 
 
 def _open_files(root: str, stack: ExitStack) -> tuple[list[str], Read]:

@@ -52,6 +52,8 @@ def prepare(params: Params, folder: Path, check: Callable[[Selection], None] = l
     for place, dataset in _datasets(params).items():
         with _named(place), open_collection(dataset) as collection:
             selection = select(collection, dataset)
+            if collection.left_out:
+                tqdm.write(f"warning: {collection.origin}: {collection.left_out}", file=sys.stderr)
             _warn_of_limit(place, dataset, selection)
             parts = {folder / place: ("train", selection.train)}
             if place == MAIN:
@@ -127,6 +129,8 @@ def _write(
                 f"the first is {skipped[0]['file']}: {skipped[0]['reason']}"
             )
         source = {"kind": dataset.source, "root": collection.root, "part": part, **facts(selection, dataset)}
+        if collection.left_out:
+            source["left_out"] = collection.left_out
         protocol = {**dataset.model_dump(mode="json", include=PROTOCOL), "pillow": PIL.__version__}
         manifest = writer.finish(selection.class_names, source, protocol, skipped)
     arrays = ImageArrays.open(folder)

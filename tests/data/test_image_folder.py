@@ -626,3 +626,26 @@ def test_an_image_that_does_not_hold_the_crop_box_is_bad() -> None:
     put("photos/1.png", picture())
     with pytest.raises(UserError, match=r"1\.png.*do not hold dataset\.crop_box \(top 5, left 1000"):
         run("photos", crop="box", crop_box=[5, 1000, SIZE])
+
+
+def test_files_that_are_no_images_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    make_folder()
+    for name in ("a.avif", "b.AVIF", "c.heic", "README"):
+        put(f"photos/train/cat/{name}", b"")
+    put("photos/train/cat/d.jfif", encode(Image.open(io.BytesIO(picture(7))), "JPEG"))
+    put("photos/train/cat/e.JPE", encode(Image.open(io.BytesIO(picture(8))), "JPEG"))
+    manifest = run("photos")
+    assert manifest["count"] == 8, ".jfif and .jpe are JPEG"
+    said = "4 files left out: 2 .avif, 1 .heic, 1 no suffix"
+    assert f"warning: photos: {said}\n" in capsys.readouterr().err
+    assert manifest["source"]["left_out"] == said
+
+
+@pytest.mark.parametrize(("names", "offered"), [(("train", "test"), "train"), (("Validation", "Training"), "Training")])
+def test_folders_that_are_parts_of_a_dataset_are_not_classes(names: tuple[str, ...], offered: str) -> None:
+    for name in names:
+        for kind in ("cat", "dog"):
+            put(f"photos/{name}/{kind}/1.png", picture(1))
+    with pytest.raises(UserError, match=rf"look like the parts of a dataset.*e\.g\. root: photos/{offered}, or rename"):
+        run("photos")
+    assert run(f"photos/{offered}")["labels"]["class_names"] == ["cat", "dog"]
