@@ -6,6 +6,8 @@ from maskdm.config.schema import SPLITS, DatasetConfig, Params
 
 NUM_IMAGES = {**SPLITS, "digits": {"train": 1_797}}  # of the whole sources, by split
 
+MIN_REAL = 4  # real images to score samples against: each half of them has a covariance and a nearest neighbour
+
 
 def num_used(dataset: DatasetConfig, available: int) -> int:
     """The number of images that `limit` or `fraction` leaves, of those whose classes are used."""

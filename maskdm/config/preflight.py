@@ -6,7 +6,7 @@ from pathlib import Path
 
 from maskdm.base.errors import ParamsError, UserError
 from maskdm.config.exported_config import check_fits
-from maskdm.config.image_counts import most_real
+from maskdm.config.image_counts import MIN_REAL, most_real
 from maskdm.config.schema import Params
 
 
@@ -46,6 +46,11 @@ def check_num_real(params: Params, num_real: int | None) -> None:
         UserError: there are too few.
     """
     config = params.evaluation
+    if num_real is not None and num_real < MIN_REAL:
+        raise UserError(
+            f"evaluation.reference {config.reference}: {num_real} real images are too few to score samples against; "
+            f"use {MIN_REAL} or more (dataset.limit, fraction, held_out)"
+        )
     if num_real is not None and (shortage := config.shortage(num_real, "real images")):
         raise UserError(
             f"evaluation.reference {config.reference}: {shortage}; lower kid_subset_size, or use more images "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -56,13 +57,16 @@ def read_yaml(text: bytes, source: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice: PyYAML silently takes the last one."""
+    """Refuses a key that is given twice, of which PyYAML takes the last, and one that it does not read as text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
             is_merge = key_node.tag == "tag:yaml.org,2002:merge"
             key = key_node.value if is_merge else self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                what = f"YAML reads the key {key_node.value} as {json.dumps(key, default=str)}: write it in quotes"
+                raise yaml.constructor.ConstructorError(None, None, what, node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
             seen.add(key)
@@ -78,6 +82,7 @@ def parse_params(content: Any, source: str = "params.yaml") -> Params:
     if not isinstance(content, dict):
         raise ParamsError(f"{source}: expected a mapping of sections, got {type(content).__name__}")
     try:
+        _check_keys(content)
         params = validated(content)
         _check_sections(params)
         for arm in params.arms:
@@ -94,6 +99,21 @@ def parse_params(content: Any, source: str = "params.yaml") -> Params:
         shown = [f"{source}: {printable(line)}" for line in (*lines[:MAX_MISTAKES], *more)]
         raise ParamsError("\n".join(shown)) from None
     return params
+
+
+def _check_keys(content: Any, where: str = "") -> None:
+    """Check that all keys are text: Snakemake reads the file with a loader of its own.
+
+    Raises:
+        ParamsError: one is not.
+    """
+    if not isinstance(content, dict):
+        return
+    for key, value in content.items():
+        if not isinstance(key, str):
+            what = f"YAML reads a key as {json.dumps(key, default=str)}: write it in quotes"
+            raise ParamsError(f"{where}: {what}" if where else what)
+        _check_keys(value, f"{where}.{key}" if where else key)
 
 
 def _check_sections(params: Params) -> None:

@@ -20,9 +20,9 @@ from torch import Tensor
 from maskdm.base import rng
 from maskdm.base.errors import UserError
 from maskdm.config import EvaluationConfig
+from maskdm.config.image_counts import MIN_REAL as MIN_REAL  # of `floor_metrics`
 
 PRC_BLOCK = 1000  # rows and columns of a block of the distance matrix: 8 MB
-MIN_REAL = 4  # so that each half has a covariance and a nearest neighbour
 KID_SEED = 2020  # of the random subsets; the same as torch-fidelity's
 STATISTICS_BLOCK = 2**14  # rows converted to double precision at a time
 

@@ -384,7 +384,7 @@ def test_python_tag_is_refused_and_not_executed(tmp_path: Path) -> None:
         ("", "expected a mapping of sections, got NoneType"),
         ("name: [\n", "is not plain YAML"),
         ("name: tiny\n\tseeds: [0]\n", "is not plain YAML"),
-        ("1: 2\n", "keys should be strings"),
+        ("1: 2\n", "YAML reads the key 1 as 1: write it in quotes"),
     ],
 )
 def test_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, says: str) -> None:
@@ -778,3 +778,14 @@ def test_arm_config_alone_knows_what_a_mask_needs() -> None:
     assert make(strategy="crop", mask_rate=0.5).block_size is None
     with pytest.raises(ValueError, match="block_size"):
         make(strategy="crop", mask_rate=0.5, block_size=2)
+
+
+@pytest.mark.parametrize(("key", "read"), [("off", "false"), ("007", "7"), ("0x10", "16"), ("null", "null")])
+def test_a_key_that_yaml_does_not_read_as_text_is_quoted(key: str, read: str, tmp_path: Path) -> None:
+    file = tmp_path / "params.yaml"
+    file.write_text(f"arms:\n  {key}: {{strategy: none}}\n", encoding="utf-8")
+    with pytest.raises(ParamsError, match=f"YAML reads the key {key} as {read}: write it in quotes"):
+        load_params(file)
+    arms = yaml.safe_load(file.read_text(encoding="utf-8"))["arms"]  # as Snakemake reads it
+    with pytest.raises(ParamsError, match=f"^params.yaml: arms: YAML reads a key as {read}: write it in quotes"):
+        parse_params({**TINY, "arms": arms})
