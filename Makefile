@@ -2,15 +2,15 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 VENV := .venv
-BIN := $(CURDIR)/$(VENV)/bin
+PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 # the engines start `maskdm` as a command: it must be the one of this environment
-export PATH := $(BIN):$(PATH)
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PYTHONUNBUFFERED := 1
 # stages are short processes: without its bytecode each of them would compile the package anew
 unexport PYTHONDONTWRITEBYTECODE
 # whoever has run out of tests takes some of another process's
-PYTEST = $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+PYTEST = $(PY) -m pytest --numprocesses auto --dist worksteal
 # the first of these that is new enough, unless you say PYTHON=…
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 python,$(if $(shell $(p) -c 'import sys; print(sys.version_info >= (3, 11) or "")' 2>/dev/null),$(p))))
 
@@ -25,12 +25,13 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@$(if $(PYTHON),true,echo "maskdm needs Python 3.11 or newer; found: $$(python3 --version 2>&1). Install one, or: make PYTHON=/path/to/python3.11" >&2; exit 1)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"maskdm needs Python 3.11 or newer; $(PYTHON) is {v.major}.{v.minor}. Try: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	$(PY) -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@
 
 .PHONY: demo
 demo: $(INSTALLED)  ## run the default experiment through DVC and show what came out
+	@git rev-parse --git-dir > /dev/null 2>&1 || { echo "DVC needs a git repository, and this folder is none: run 'git init', or use Snakemake: .venv/bin/snakemake --cores 2" >&2; exit 1; }
 	dvc repro
 	@echo
 	@maskdm summary
@@ -54,7 +55,7 @@ quick-test: $(INSTALLED)
 
 .PHONY: bench
 bench: $(INSTALLED)  ## measure speed and print which targets hold (minutes; leave the machine alone meanwhile)
-	$(BIN)/python -m benchmarks
+	$(PY) -m benchmarks
 
 .PHONY: check
 check: $(INSTALLED)  ## format, lint, types, import contract, workflow lint
