@@ -46,7 +46,6 @@ from maskdm.base.publishing import (
 from maskdm.config import Params, Run, paths
 from maskdm.config.jobs import Job
 from maskdm.config.stamps import Stamp, missing_files, read_stamp, stamp_folder, stamped
-from maskdm.tracking.live import live_log
 
 BEGUN, FAILED, OUTPUT, RECORD, PREVIOUS = "begun.json", "failed.json", "output", "record.json", "previous"
 SHARED = ("tune", "pretrain", "finetune", "sample")  # stages that several processes may share
@@ -169,7 +168,7 @@ def _making_output(job: Job) -> Iterator[tuple[ModuleType, Task, Path]]:
     try:
         stage = _load(job.stage)
         remove(building)
-        with live_log(job, begun["id"]) as log:
+        with _live_log(job, begun["id"]) as log:
             task = Task(job, work, log, inputs=stamp.inputs)
             with measured(job.params, record), explain_refusals(job.output):
                 if not job.output.suffix:
@@ -187,6 +186,18 @@ def _making_output(job: Job) -> Iterator[tuple[ModuleType, Task, Path]]:
         _note_failure(work, error)
         raise
     remove(work)
+
+
+@contextmanager
+def _live_log(job: Job, work_id: str) -> Iterator[Log]:
+    """Log to MLflow while the block works, if the stage works for long and is tracked."""
+    if not job.params.tracking.enabled:
+        yield Log()
+        return
+    from maskdm.tracking.live import live_log
+
+    with live_log(job, work_id) as log:
+        yield log
 
 
 def _stamp(job: Job, task: Task, building: Path, stamp: Stamp) -> None:

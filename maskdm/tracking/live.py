@@ -118,15 +118,12 @@ class LiveLog(Log):
 
 @contextmanager
 def live_log(job: Job, work_id: str) -> Iterator[Log]:
-    """Log a stage's rows while the block works, where `tracking.enabled`.
+    """Log a stage's rows while the block works.
 
     Args:
         job: what the stage works on.
         work_id: the id of the work.
     """
-    if not job.params.tracking.enabled:
-        yield Log()
-        return
     log = LiveLog(job, work_id)
     try:
         yield log

@@ -524,7 +524,9 @@ def test_clip_takes_the_published_file_alone(tmp_path: Path) -> None:
 
 
 def test_dinov2_takes_no_file_and_the_error_says_what_to_do() -> None:
-    with pytest.raises(ValidationError, match=r"takes no local weights: remove weights, and copy torch\.hub's folder"):
+    with pytest.raises(
+        ValidationError, match=r"takes no local weights: remove weights, and copy the folder of torch\.hub"
+    ):
         EvaluationConfig(features="dinov2-vit-s-14", weights="dino.pth")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from maskdm.base import publishing
 from maskdm.config import paths, resolve
@@ -446,16 +447,18 @@ def test_a_folder_of_any_name_has_its_database_and_models(
     assert {file.name for file in folder.iterdir()} == wanted, "no stray database or folder"
 
 
-def test_disabled_tracking_imports_no_mlflow(project: Path) -> None:
+@pytest.mark.workflow
+def test_a_stage_that_is_not_tracked_imports_nothing_of_it(project: Path) -> None:
+    content = yaml.safe_load((ROOT / "experiments" / "tiny" / "params.yaml").read_text(encoding="utf-8"))
+    content["tracking"] = {"enabled": False}
+    (project / "params.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     code = """
-        from maskdm.config.jobs import Jobs
-        from maskdm.tracking.live import live_log
-        off = params.model_copy(update={"tracking": params.tracking.model_copy(update={"enabled": False})})
-        with live_log(Jobs(off).find("prepare"), "1") as log:
-            log.add(1, {"loss": 1.0})
-        print([name for name in ("mlflow", "torch", "sqlalchemy", "numpy") if name in sys.modules])
+        from maskdm.cli import main
+        code = main(["prepare"])
+        print(code, [name for name in sys.modules if name.split(".")[0] == "mlflow" or "tracking" in name])
     """
-    assert run_python(code).communicate(timeout=60) == ("[]\n", "")
+    out, err = run_python(code).communicate(timeout=60)
+    assert out.endswith("0 []\n"), err
 
 
 @pytest.mark.workflow
