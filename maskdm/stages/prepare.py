@@ -35,13 +35,6 @@ def _check_selection(params: Params, selection: Selection) -> None:
     train, held_out = len(selection.train), len(selection.held_out)
     counts = {"train": train, "held_out": held_out, "all": train + held_out}
     check_num_real(params, counts[params.evaluation.reference])
-    if params.evaluation.features == "classifier" and len(selection.class_names or ()) < 2:
-        count = len(selection.class_names or ()) or "none"
-        raise UserError(
-            f"evaluation.features: classifier needs images of at least two classes, and these have {count}: sort the "
-            "images into class folders, or set evaluation.features to a torch-fidelity extractor, e.g. "
-            "inception-v3-compat"
-        )
 
 
 def _warn_of_too_few(params: Params, folder: Path) -> None:
