@@ -48,6 +48,13 @@ EXPERIMENTS = (
 PIPELINES = {"shared_once", "one_arm_once", "whole_once", "tuned_once", "scored_once", "finished_once"}
 PIPELINES |= {"uninterrupted", "stopped"}
 SLOW_PLACES = (
+    "tests/data/test_hostile_images.py",
+    "tests/data/test_swissroll.py",
+    "tests/method/test_sampling.py::test_a_networks_pixels",
+    "tests/scoring/test_scores.py::test_scores_are_those_of",
+    "tests/scoring/test_scores.py::test_inception",
+    "tests/models/test_models.py",
+    "tests/test_untrusted.py",
     "tests/report/test_figures.py",
     "tests/report/test_report.py",
     "tests/test_benchmarks.py::test_every_benchmark",

@@ -27,6 +27,11 @@ def check(params: Params) -> None:
         except UserError as error:
             mistakes.setdefault(str(error), []).append(key)
     lines = [f"{', '.join(keys)}: {line}" for text, keys in mistakes.items() for line in text.splitlines()]
+    if (most := most_real(params)) is not None and most < MIN_REAL:
+        lines.append(
+            f"evaluation.reference {params.evaluation.reference}: {most} real images are too few to score samples "
+            f"against; use {MIN_REAL} or more (dataset.limit, fraction, held_out)"
+        )
     try:
         check_num_real(params, most_real(params))
     except UserError as error:
@@ -46,11 +51,6 @@ def check_num_real(params: Params, num_real: int | None) -> None:
         UserError: there are too few.
     """
     config = params.evaluation
-    if num_real is not None and num_real < MIN_REAL:
-        raise UserError(
-            f"evaluation.reference {config.reference}: {num_real} real images are too few to score samples against; "
-            f"use {MIN_REAL} or more (dataset.limit, fraction, held_out)"
-        )
     if num_real is not None and (shortage := config.shortage(num_real, "real images")):
         raise UserError(
             f"evaluation.reference {config.reference}: {shortage}; lower kid_subset_size, or use more images "

@@ -8,7 +8,7 @@ from maskdm.base.checksums import file_sha256
 from maskdm.base.errors import UserError
 from maskdm.base.publishing import publish_description
 from maskdm.config import Params, paths
-from maskdm.config.preflight import check_num_real
+from maskdm.config.image_counts import MIN_REAL
 from maskdm.data.arrays import StoredImages
 from maskdm.data.inputs import open_dataset
 from maskdm.scoring.classifier import write_classifier
@@ -30,7 +30,8 @@ def run(task: Task, folder: Path) -> None:
     compute, dataset = devices.resolve(params.compute), open_dataset(params, verify=True)
     real = dataset.reference(config.reference)
     check_counts(params.sampling.num_samples, len(real), config)
-    check_num_real(params, len(real))
+    if len(real) < MIN_REAL:
+        raise UserError(f"{len(real)} real images are too few: the scale of the metrics needs {MIN_REAL}")
     classifier = folder / paths.CLASSIFIER
     accuracy = _train_classifier(params, dataset.all, classifier) if config.features == "classifier" else None
     extractor = open_extractor(config, compute.device, classifier)
