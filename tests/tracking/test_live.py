@@ -203,6 +203,7 @@ def test_a_slow_server_does_not_slow_a_stage(server: tuple[int, Path], monkeypat
         assert seconds_of_a_stage() < 5
         wait_until(lambda: proxy.num_delays > 0)
         finish_pretraining()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
         assert run_track()[0] == 0
     monkeypatch.setenv("MLFLOW_TRACKING_URI", sqlite_uri(database))
     store = Store(PARAMS.name)

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from maskdm.base import publishing
+from maskdm.base.errors import UserError
 from maskdm.config import paths, resolve
 from maskdm.config.jobs import Jobs
 from maskdm.tracking.content import trial_params
@@ -296,6 +297,14 @@ def test_a_damaged_record_costs_only_its_run(store: Store) -> None:
     paths.record("sample", ARM, 0).write_text("{")
     track(Jobs(ONE_SEED))
     assert {run.info.run_name for run in runs_of(store, kind="stage", arm=ARM)} == {"pretrain", "finetune", "evaluate"}
+
+
+def test_a_publication_that_takes_too_long_ends(store: Store) -> None:
+    write_results()
+    stamp(ONE_SEED)
+    with pytest.raises(UserError, match="only 0 of 5 runs are in MLflow after -?0 s"):
+        track(Jobs(ONE_SEED), seconds=-1e-9)
+    assert track(Jobs(ONE_SEED)).runs == 5
 
 
 def test_nothing_to_publish_makes_no_run(store: Store) -> None:
