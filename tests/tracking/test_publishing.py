@@ -302,7 +302,7 @@ def test_a_damaged_record_costs_only_its_run(store: Store) -> None:
 def test_a_publication_that_takes_too_long_ends(store: Store) -> None:
     write_results()
     stamp(ONE_SEED)
-    with pytest.raises(UserError, match="only 0 of 5 runs are in MLflow after -?0 s"):
+    with pytest.raises(UserError, match=r"only 0 of 5 runs are in MLflow after -?0 s"):
         track(Jobs(ONE_SEED), seconds=-1e-9)
     assert track(Jobs(ONE_SEED)).runs == 5
 
