@@ -6,8 +6,9 @@ import csv
 import datetime
 import json
 import math
+import sys
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise, product
 from pathlib import Path
@@ -97,10 +98,21 @@ def contents(jobs: Jobs) -> Iterator[Content]:
         every arm with its stages as children, then trials and the stages of the whole experiment.
     """
     for arm, seed in product(jobs.params.arms, jobs.params.seeds):
-        yield from arm_contents(jobs, arm, seed)
+        with _leaving_out_unreadable(f"{arm} with seed {seed}"):
+            yield from arm_contents(jobs, arm, seed)
     for job in jobs.all():
         if job.arm is None or job.trial is not None:
-            yield from stage_contents(job)
+            with _leaving_out_unreadable(job.title):
+                yield from stage_contents(job)
+
+
+@contextmanager
+def _leaving_out_unreadable(title: str) -> Iterator[None]:
+    """Go on without a run whose files are damaged: stamps compare sizes only."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        print(f"warning: tracking: left out {title}, its files can't be read: {error!r}", file=sys.stderr, flush=True)
 
 
 def arm_contents(jobs: Jobs, arm: str, seed: int, running: Job | None = None, work_id: str = "") -> Iterator[Content]:
@@ -307,7 +319,7 @@ def _add_scores(content: Content, stage: str, result: dict[str, Any]) -> None:
         content.points = {(key, FINAL): v for key, v in _numbers(result, SCORE_KEYS).items() if key != "num_samples"}
         if result.get("failed"):
             content.status, content.tags["failed"] = "FAILED", str(result["failed"])
-    if any(content.points):
+    if content.points:
         _add_protocol(content, result)
 
 

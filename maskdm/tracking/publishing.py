@@ -55,14 +55,14 @@ def track(jobs: Jobs, seconds: float = float("inf"), first: Job | None = None) -
         store = Store(jobs.params.name)
         store.tag_experiment(experiment_tags(jobs.params))
         for content in found:
-            parent = None
+            parent: str | None = None  # stays None if MLflow refuses the arm: its stages then belong to no run
             for one in (content, *content.children):
                 if time.monotonic() > deadline:
                     raise UserError(f"only {done.runs} of {total} runs are in MLflow after {seconds:.0f} s")
                 with leaving_out_refused(one.name):
                     run_id, is_written = store.publish(one, parent)
                     done = Published(done.runs + 1, done.written + is_written)
-                    parent = parent or run_id
+                    parent = run_id if one is content else parent
                 bar.update()
             if parent is not None and content.slot["kind"] == "arm" and content.status == "FINISHED":
                 scored.append((content, parent))

@@ -197,12 +197,13 @@ class Store:
         self.log_points(run_id, points)
         if content.dataset is not None:
             self._add_dataset(run, content.dataset)
-        if content.files and data.tags.get(FILES) != content.files_digest:
+        files = {FILES: content.files_digest} if content.files else {}
+        if files and data.tags.get(FILES) != files[FILES]:
             for file in content.files:
                 self.client.log_artifact(run_id, str(file), content.folder)
         if "failed" in data.tags and "failed" not in content.tags:  # the stage was resumed
             self.client.delete_tag(run_id, "failed")
-        self._set_tags(run, {**content.tags, **({FILES: content.files_digest} if content.files else {})})
+        self._set_tags(run, {**content.tags, **files})
         self._set_tags(run, {DIGEST: digest})
 
     def _set_tags(self, run: Run, tags: dict[str, str]) -> None:

@@ -69,7 +69,7 @@ def urls(params: Params, base: str) -> dict[str, str]:
     if params.tuning.enabled:
         views["trials of the tuning"] = {"viewStateShareKey": TRIALS_VIEW_NAME}
     page = f"{base.rstrip('/')}/#/experiments/{experiment}/runs"
-    # MLflow opens on a page for chat traces unless it is told that models are trained.
+    # Without the workflow type, MLflow shows its page for traces of chats.
     return {what: f"{page}?{urlencode({**view, 'workflowType': 'machine_learning'})}" for what, view in views.items()}
 
 

@@ -307,6 +307,17 @@ def test_a_publication_that_takes_too_long_ends(store: Store) -> None:
     assert track(Jobs(ONE_SEED)).runs == 5
 
 
+def test_a_damaged_curve_costs_only_its_arm(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    write_results()
+    write_results("scratch")
+    stamp(ONE_SEED)
+    file = paths.finetune("scratch", 0) / "curve.csv"
+    file.write_text(file.read_text().replace("100,1.000000", "1x0,1.000000"))  # of the same size
+    assert track(Jobs(ONE_SEED)).runs == 5
+    assert "left out scratch with seed 0, its files can't be read" in capsys.readouterr().err
+    assert arm_run(store).data.metrics["fid"] == 20.0
+
+
 def test_nothing_to_publish_makes_no_run(store: Store) -> None:
     assert track(Jobs(PARAMS)).runs == 0
     assert not all_runs(store)
@@ -341,6 +352,7 @@ def test_a_run_that_mlflow_refuses_does_not_hold_up_the_others(
     )
     assert metrics and track(Jobs(ONE_SEED)).runs > 5
     assert "left out scratch-seed-0" in capsys.readouterr().err
+    assert not [run for run in runs_of(store, kind="stage", arm="scratch") if PARENT in run.data.tags]
     assert arm_run(store).data.metrics["fid"] == 20.0
 
 
