@@ -5,6 +5,9 @@ Importing this asks PyTorch for one thread and deterministic kernels, as every s
 
 from __future__ import annotations
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -115,3 +118,14 @@ def digits() -> ArrayImages:
     bunch = load_digits()
     pixels = np.rint(bunch.images * 255 / 16).astype(np.uint8)[..., None]
     return ArrayImages(pixels, bunch.target.astype(np.int64))
+
+
+@contextmanager
+def no_file_larger_than(num_bytes: int) -> Iterator[None]:
+    """Writing more fails in the kernel, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

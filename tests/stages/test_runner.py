@@ -9,7 +9,6 @@ import hashlib
 import importlib
 import json
 import os
-import resource
 import shutil
 import socket
 import subprocess
@@ -28,6 +27,7 @@ from maskdm.config import load_params, paths
 from maskdm.config.jobs import ARM_STAGES, Job, Jobs
 from maskdm.config.stamps import Stamp, damaged_files, missing_files, read_stamp, stamp_folder, stamped
 from tests.conftest import ARM, TINY, Experiment, Outcome
+from tests.factories import no_file_larger_than
 
 OF_ARM = ["--arm", ARM, "--seed", "0"]
 STAGES = {
@@ -832,17 +832,6 @@ def test_a_disk_that_refuses_at_any_moment_is_one_clear_error(
         assert experiment.hashes(place) == new
         assert_whole(experiment, stage)
     assert 3 <= number < 99
-
-
-@contextlib.contextmanager
-def no_file_larger_than(num_bytes: int) -> Iterator[None]:
-    """Writing more fails in the kernel, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("num_bytes", [0, 200, 5000, 100_000])

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import torch
 
 from maskdm.base.errors import UserError
 from maskdm.training.state import Pieces, ProgressNote, StateStore
+from tests.factories import no_file_larger_than
 
 Damage = Callable[[bytes], bytes]
 DAMAGES: dict[str, Damage] = {
@@ -159,17 +158,6 @@ def test_a_place_that_is_a_file_is_an_error_of_the_users(tmp_path: Path) -> None
     (tmp_path / "work").write_text("in the way")
     with pytest.raises(UserError, match=r"cannot write .*state-0000000010\.safetensors"):
         save(store_in(tmp_path), 10)
-
-
-@contextmanager
-def no_file_larger_than(num_bytes: int) -> Iterator[None]:
-    """Writing more fails, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_full_disk_is_an_error_of_the_users_and_keeps_the_earlier_states(tmp_path: Path) -> None:
